@@ -1,0 +1,59 @@
+"""Checks of adapter files: all keys there, none too many, the shapes right, the file whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+class AdapterMismatchError(ValueError):
+    """An adapter file does not fit the adapter it is loaded into."""
+
+
+def check_keys(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], source: str) -> None:
+    """Compare key -> shape of a file with what the adapter needs.
+
+    Raises:
+        AdapterMismatchError: lists every missing and unexpected key and every other shape.
+    """
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append("missing keys: " + ", ".join(missing))
+    if unexpected := sorted(set(found) - set(expected)):
+        problems.append("unexpected keys: " + ", ".join(unexpected))
+    shapes = [
+        f"{key} is {tuple(found[key])}, needed is {tuple(expected[key])}"
+        for key in sorted(set(found) & set(expected))
+        if tuple(found[key]) != tuple(expected[key])
+    ]
+    if shapes:
+        problems.append("other shapes: " + ", ".join(shapes))
+    if problems:
+        raise AdapterMismatchError(f"{source} does not fit this model and configuration; " + "; ".join(problems))
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Make sure that a safetensors file is whole; reads its header only.
+
+    Raises:
+        SafetensorError: the file is cut short or no safetensors file; the message names it.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise SafetensorError(
+            f"{os.fspath(path)} cannot be read ({error}); it is cut short or no safetensors file. "
+            "Copy or download it again."
+        ) from error
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """`check_file` for the weights in a local adapter folder, where there are any."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isfile(path):
+        check_file(path)

@@ -1,0 +1,188 @@
+"""Pure tensor operations of SEP: choose tokens, put prompts into a sequence, take them out, extend masks, mix.
+
+Shapes: B inputs, L tokens, n prompts, K chosen tokens (K = n), D width of a tower, E width of the joint space.
+Source of the equations: arXiv 2405.15549 and its released code, https://github.com/htyao89/SEP.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def largest_tokens(hidden: torch.Tensor, count: int, batch_coupled: bool = False) -> torch.Tensor:
+    """Positions of the `count` tokens with the largest mean square over channels, strongest first.
+
+    Args:
+        hidden: (B, L, D).
+        count: K, at most L.
+        batch_coupled: average the score over the batch and take the same positions for every input.
+
+    Returns:
+        (B, K) int64.
+
+    Raises:
+        ValueError: `count` is larger than L.
+    """
+    if count > hidden.shape[1]:
+        raise ValueError(
+            f"{count} prompts need {count} tokens to select from, but the input has only {hidden.shape[1]}. "
+            "Use fewer prompts (num_vision_prompts) or a larger picture."
+        )
+    energy = hidden.float().pow(2).mean(dim=-1)  # (B, L); fp16 squares would overflow
+    if batch_coupled:
+        energy = energy.mean(dim=0, keepdim=True)  # (1, L)
+    return energy.topk(count, dim=1).indices.expand(hidden.shape[0], -1)
+
+
+def following_tokens(start: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of `count` tokens from `start` on, never past `end`: a shorter text repeats its last token.
+
+    Args:
+        start: (B,) first position of each text behind BOS.
+        end: (B,) last position of each text, inclusive.
+        count: K.
+
+    Returns:
+        (B, K) int64.
+    """
+    steps = torch.arange(count, device=start.device)
+    return torch.minimum(start[:, None] + steps, end[:, None])  # (B, K)
+
+
+def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """hidden (B, L, D) at positions (B, K) -> (B, K, D)."""
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def text_span(
+    shape: torch.Size | tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    eos_positions: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last position of every text of a batch.
+
+    The end comes from the attention mask and from EOS, whichever is earlier; where neither is known every token counts.
+
+    Args:
+        shape: (B, L).
+        attention_mask: (B, L), 1 for text and 0 for padding on either side, or None.
+        eos_positions: (B,) position of EOS, -1 where a text has none, or None.
+        device: of the result.
+
+    Returns:
+        two (B,) int64 tensors, both inclusive.
+    """
+    batch, length = shape
+    first = torch.zeros(batch, dtype=torch.long, device=device)
+    last = torch.full((batch,), length - 1, dtype=torch.long, device=device)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        visible = attention_mask.to(device).ne(0).long()  # (B, L)
+        first = visible.argmax(dim=1)  # argmax returns the first of equal values
+        last = length - 1 - visible.flip(1).argmax(dim=1)
+    if eos_positions is not None:
+        last = torch.minimum(last, torch.where(eos_positions < 0, last, eos_positions))
+    return first, last
+
+
+def eos_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Position of EOS in each row of input_ids (B, L), -1 where there is none. -> (B,) int64.
+
+    ``eos_token_id=2`` marks the old CLIP configurations whose text tower pools at the highest id instead.
+    """
+    if eos_token_id == 2:
+        return input_ids.argmax(dim=-1)
+    found = input_ids.eq(eos_token_id)
+    return torch.where(found.any(dim=-1), found.long().argmax(dim=-1), -1)
+
+
+def insert_prompts(hidden: torch.Tensor, prompts: torch.Tensor, position: int) -> torch.Tensor:
+    """Put prompts (B, n, D) into hidden (B, L, D) before index `position` -> (B, L + n, D) in the dtype of hidden."""
+    prompts = prompts.to(hidden.dtype)
+    return torch.cat([hidden[:, :position], prompts, hidden[:, position:]], dim=1)
+
+
+def split_prompts(hidden: torch.Tensor, count: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `insert_prompts`: hidden (B, L + n, D) -> tokens (B, L, D), prompts (B, n, D)."""
+    prompts = hidden[:, position : position + count]
+    return torch.cat([hidden[:, :position], hidden[:, position + count :]], dim=1), prompts
+
+
+def extend_mask(mask: torch.Tensor | None, count: int, position: int, causal: bool) -> torch.Tensor | None:
+    """Make room for `count` prompts in the mask that an encoder layer receives.
+
+    Prompts are visible to every token, except to tokens before them where attention is causal. They see what a token
+    in their place would see: all unmasked tokens, or, where attention is causal, those before them and each other up
+    to themselves.
+
+    Args:
+        mask: None (nothing is masked, or the layer applies causality itself), (B, L) with 1 for visible, or
+            (B or 1, 1, L or 1, L), boolean (True is visible) or additive (0 is visible, a large negative number is
+            not).
+        count: n.
+        position: index before which the prompts stand.
+        causal: whether the mask contains causality.
+
+    Returns:
+        the mask for L + n tokens, in the same dtype; None stays None.
+    """
+    if mask is None or count == 0:
+        return mask
+    if mask.ndim == 2:
+        ones = mask.new_ones(mask.shape[0], count)
+        return torch.cat([mask[:, :position], ones, mask[:, position:]], dim=1)  # (B, L + n)
+    visible, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    batch, heads, rows, length = mask.shape
+    columns = mask.new_full((batch, heads, rows, count), visible)
+    if causal and rows > 1:
+        columns[:, :, :position] = hidden
+    mask = torch.cat([mask[..., :position], columns, mask[..., position:]], dim=-1)  # (B, H, rows, L + n)
+    if rows == 1:
+        return mask
+    if causal:
+        before = mask[:, :, position - 1 : position, :position].expand(-1, -1, count, -1)  # (B, H, n, position)
+        among = mask.new_full((count, count), hidden)
+        among = among.triu(1) if mask.dtype != torch.bool else torch.ones_like(among).tril()
+        among = among.expand(batch, heads, -1, -1)  # (B, H, n, n)
+        after = mask.new_full((batch, heads, count, length - position), hidden)
+        own_rows = torch.cat([before, among, after], dim=-1)  # (B, H, n, L + n)
+    else:
+        own_rows = mask[:, :, :1].expand(-1, -1, count, -1)  # bidirectional rows differ in nothing
+    return torch.cat([mask[:, :, :position], own_rows, mask[:, :, position:]], dim=2)  # (B, H, L + n, L + n)
+
+
+def unit(embeddings: torch.Tensor) -> torch.Tensor:
+    """Embeddings (..., E) divided by their Euclidean length, computed in fp32 or wider and returned in their dtype."""
+    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    return F.normalize(wide, dim=-1).to(embeddings.dtype)
+
+
+def mix_embeddings(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float) -> torch.Tensor:
+    """SEP's embedding: ``unit(w * unit(frozen) + (1 - w) * unit(prompted))``, (B, E).
+
+    ``frozen_weight=0.5`` is the published equal sum, 0 the prompted tower alone.
+    """
+    return unit(frozen_weight * unit(frozen) + (1 - frozen_weight) * unit(prompted))
+
+
+def frozen_share(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float) -> torch.Tensor:
+    """How much of the frozen tower's *pooled* output makes the mix of `mix_embeddings` come out behind the projection.
+
+    For an affine projection P, ``P(c * b + (1 - c) * a) = c * P(b) + (1 - c) * P(a)``. With
+    ``c = (w / |P(b)|) / (w / |P(b)| + (1 - w) / |P(a)|)`` that points where ``w * unit(P(b)) + (1 - w) * unit(P(a))``
+    points, so the model's own projection, normalization and scale can follow unchanged.
+
+    Args:
+        prompted: P(a), (B, E), embeddings of the prompted tower.
+        frozen: P(b), (B, E), embeddings of the frozen tower.
+        frozen_weight: w.
+
+    Returns:
+        c, (B, 1), between 0 and 1, in fp32 or wider.
+    """
+    wide = torch.float64 if prompted.dtype == torch.float64 else torch.float32
+    frozen_norm = torch.linalg.vector_norm(frozen, dim=-1, keepdim=True, dtype=wide)
+    prompted_norm = torch.linalg.vector_norm(prompted, dim=-1, keepdim=True, dtype=wide)
+    share = frozen_weight * prompted_norm
+    return share / (share + (1 - frozen_weight) * frozen_norm)
