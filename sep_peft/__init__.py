@@ -4,14 +4,28 @@ Importing this package registers the method, so that `peft.get_peft_model(model,
 `PeftModel.from_pretrained` and transformers' `load_adapter` know it.
 """
 
-from . import registration
+from . import losses, registration
 from .checkpoint import AdapterMismatchError
+from .classes import TaskClasses
+from .classifier import SEPClassifier, SEPClassifierOutput
 from .config import SEPConfig
+from .convert import convert_reference_checkpoint
 from .fusion import TokenFusion
 from .model import SEPModel
 from .version import __version__
 
 
-__all__ = ["AdapterMismatchError", "SEPConfig", "SEPModel", "TokenFusion", "__version__"]
+__all__ = [
+    "AdapterMismatchError",
+    "SEPClassifier",
+    "SEPClassifierOutput",
+    "SEPConfig",
+    "SEPModel",
+    "TaskClasses",
+    "TokenFusion",
+    "__version__",
+    "convert_reference_checkpoint",
+    "losses",
+]
 
 registration.register(SEPConfig, SEPModel)

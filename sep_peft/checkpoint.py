@@ -1,9 +1,12 @@
-"""Checks of adapter files: all keys there, none too many, the shapes right, the file whole."""
+"""Adapter files: checked before they are used, and written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -57,3 +60,25 @@ def check_folder(folder: str | os.PathLike) -> None:
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if os.path.isfile(path):
         check_file(path)
+
+
+@contextmanager
+def replace_files(folder: str | os.PathLike) -> Iterator[str]:
+    """A temporary folder whose files take their places in `folder` when the block ends without an error.
+
+    The temporary folder lies beside its target, so that each file is renamed, never copied.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        yield temporary
+        for file in sorted(Path(temporary).rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)

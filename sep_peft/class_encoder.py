@@ -1,0 +1,127 @@
+"""`ClassEncoder`: text embeddings of a task's classes, in chunks while training, cached in evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .classes import TaskClasses, TextInputs
+from .functional import mix_embeddings, unit
+from .model import find_towers
+from .tower import SEPTower
+
+
+class ClassEncoder(nn.Module):
+    """Encodes the classes of a task by both branches of the text tower.
+
+    Args:
+        model: with a SEP adapter on its text tower. It is no child of this module: the owner of this owns the model.
+        classes: C classes.
+        chunk_size: texts encoded at a time. While training, more texts than that are encoded in chunks that the
+            backward pass computes again, so memory does not grow with the number of classes.
+
+    Raises:
+        ValueError: a class text does not fit beside the prompts, or `chunk_size` is below 1.
+    """
+
+    def __init__(self, model: nn.Module, classes: TaskClasses, chunk_size: int):
+        super().__init__()
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, but got {chunk_size}.")
+        self._model = (model,)
+        self.classes = classes
+        self.chunk_size = chunk_size
+        self._cache: dict[str, tuple] = {}
+        device = next(model.parameters()).device
+        texts = [self.tower.trim_texts(inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
+        self.tower.check_texts(texts[0])
+        # buffers, so that the token ids follow the model to its device
+        for index, inputs in enumerate(texts):
+            for key, value in inputs.items():
+                self.register_buffer(f"{index}_{key}", value.to(device), persistent=False)
+
+    @property
+    def tower(self) -> SEPTower:
+        return find_towers(self._model[0])["text"]
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """SEP's and the frozen text embeddings, each (C, E), of unit length, in fp32 or wider.
+
+        In evaluation they are cached until a weight, the active adapter or the mode changes.
+        """
+        tower, frozen = self.tower, self.frozen()
+        if tower.active_settings is None:
+            return frozen, frozen
+        if self.training:
+            return self._mixed(tower, frozen), frozen
+        key = (tower.active_adapters[0], *self._versions(tower))
+        return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
+
+    def frozen(self) -> torch.Tensor:
+        """Frozen text embeddings (C, E), of unit length, averaged over the templates."""
+        tower = self.tower
+        indices = range(1, 1 + len(self.classes.template_inputs)) or [0]
+
+        def encode():
+            embeds = [torch.cat([tower.embed_frozen(**chunk) for chunk in self._chunks(i)]) for i in indices]
+            return unit(torch.stack([unit(_wide(embed)) for embed in embeds]).mean(dim=0))
+
+        return self._cached("frozen", self._versions(tower.base_layer), encode)
+
+    def train(self, mode: bool = True) -> ClassEncoder:
+        """Switch between training and evaluation; what is cached is dropped."""
+        self._cache = {}
+        return super().train(mode)
+
+    def _mixed(self, tower: SEPTower, frozen: torch.Tensor) -> torch.Tensor:
+        if tower.active_settings.batch_coupled:  # every class must see every other
+            prompted = tower.embed_prompted(**self._coupled_texts(tower))
+        elif len(self.classes) <= self.chunk_size or not torch.is_grad_enabled():
+            prompted = torch.cat([tower.embed_prompted(**chunk) for chunk in self._chunks(0)])
+        else:
+            prompted = torch.cat(
+                [
+                    checkpoint(lambda chunk=chunk: tower.embed_prompted(**chunk), use_reentrant=False)
+                    for chunk in self._chunks(0)
+                ]
+            )
+        return mix_embeddings(_wide(prompted), frozen, tower.frozen_weight)
+
+    def _texts(self, index: int) -> TextInputs:
+        """Tensors (C, L): 0 are the class names, from 1 on the templates."""
+        prefix = f"{index}_"
+        return {name.removeprefix(prefix): value for name, value in self._buffers.items() if name.startswith(prefix)}
+
+    def _chunks(self, index: int) -> list[TextInputs]:
+        texts = self._texts(index)
+        starts = range(0, len(self.classes), self.chunk_size)
+        return [{key: value[i : i + self.chunk_size] for key, value in texts.items()} for i in starts]
+
+    def _coupled_texts(self, tower: SEPTower) -> TextInputs:
+        """Class names as the released code tokenizes them: padded with 0, without a mask.
+
+        Its selection runs past the end of short names, so padding of the right id must be there to be selected.
+        """
+        texts = self._texts(0)
+        input_ids = tower.pad_behind_text(texts, tower.spec.insert_at + tower.active_settings.num_prompts)
+        return {"input_ids": input_ids}
+
+    def _cached(self, name: str, key: tuple, compute) -> torch.Tensor:
+        """The value for `key`; one that was made for another key is dropped."""
+        entry = self._cache.get(name)
+        if entry is None or entry[0] != key:
+            # an inference tensor could not take part in a later training step
+            with torch.inference_mode(False), torch.no_grad():
+                entry = (key, compute())
+            self._cache[name] = entry
+        return entry[1]
+
+    def _versions(self, module: nn.Module) -> tuple:
+        """Changes whenever a parameter of `module` or of the projection is replaced, moved or written to in place."""
+        parameters = [*module.parameters(), *self.tower.projection_parameters()]
+        return tuple((p.data_ptr(), p._version) for p in parameters)
+
+
+def _wide(embeddings: torch.Tensor) -> torch.Tensor:
+    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()

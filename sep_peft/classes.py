@@ -1,0 +1,132 @@
+"""The classes of a task: their names, what the two branches of the text tower read, and how both are stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+#: What the prompted branch reads: the bare class name, as published.
+CLASS_TEMPLATE = "{}."
+#: What the frozen branch reads unless told otherwise.
+TEMPLATE = "a photo of a {}."
+
+TextInputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TaskClasses:
+    """C classes with their tokenized texts.
+
+    Args:
+        class_inputs: tokenized class names for the prompted branch, tensors (C, L).
+        template_inputs: tokenized templates for the frozen branch, one dict a template; several are averaged. Empty:
+            the frozen branch reads `class_inputs`.
+        names: C labels, as predictions show them.
+        templates: the template texts, where the classes were made from names.
+
+    Raises:
+        ValueError: no classes, two of one name, or tensors whose first dimensions differ.
+    """
+
+    class_inputs: TextInputs
+    template_inputs: tuple[TextInputs, ...] = ()
+    names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = field(default=())
+
+    def __post_init__(self):
+        count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
+        if count == 0:
+            raise ValueError("class_inputs must hold input_ids of at least one class, but it is empty.")
+        for inputs in (self.class_inputs, *self.template_inputs):
+            for key, value in inputs.items():
+                if value.ndim != 2 or len(value) != count:
+                    raise ValueError(f"{key} must have shape ({count}, tokens), but got {tuple(value.shape)}.")
+        if not self.names:
+            object.__setattr__(self, "names", tuple(f"class {i}" for i in range(count)))
+        check_names(self.names)
+        if len(self.names) != count:
+            raise ValueError(f"There are {len(self.names)} class names for {count} rows of class_inputs.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], tokenizer, template: str | Sequence[str] = TEMPLATE) -> TaskClasses:
+        """Tokenize class names for both branches; underscores in names are read as spaces.
+
+        Args:
+            names: C class names.
+            tokenizer: a tokenizer of transformers, or a processor that has one.
+            template: text for the frozen branch with ``{}`` in place of the name, or several to average.
+
+        Raises:
+            ValueError: no names, a name twice, or a template without ``{}``.
+        """
+        names = list(names)
+        check_names(names)
+        templates = [template] if isinstance(template, str) else list(template)
+        for text in templates:
+            if text.count("{}") != 1:
+                raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {text!r}.")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+
+        def tokenize(text: str) -> TextInputs:
+            spoken = [text.format(name.replace("_", " ")) for name in names]
+            encoded = tokenizer(spoken, padding=True, return_tensors="pt")
+            return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+
+        return cls(tokenize(CLASS_TEMPLATE), tuple(map(tokenize, templates)), tuple(names), tuple(templates))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, so that loading needs no tokenizer."""
+        return {
+            "names": list(self.names),
+            "templates": list(self.templates),
+            "class_inputs": _to_lists(self.class_inputs),
+            "template_inputs": [_to_lists(inputs) for inputs in self.template_inputs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskClasses:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: an entry is missing.
+        """
+        if missing := [key for key in ("names", "templates", "class_inputs", "template_inputs") if key not in data]:
+            raise ValueError(f"The class list lacks {', '.join(missing)}.")
+        return cls(
+            _to_tensors(data["class_inputs"]),
+            tuple(map(_to_tensors, data["template_inputs"])),
+            tuple(data["names"]),
+            tuple(data["templates"]),
+        )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: `names` is a single string, is empty, holds something else than text, or one name twice.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"Class names must be a list of names, but got the single string {names!r}.")
+    if not names:
+        raise ValueError("The class list is empty; at least one class name is needed.")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"A class name must be a text that is not blank, but got {name!r}.")
+    if duplicates := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise ValueError(f"Class names must differ, but these occur more than once: {', '.join(duplicates)}.")
+
+
+def _to_lists(inputs: TextInputs) -> dict[str, list]:
+    return {key: value.tolist() for key, value in inputs.items()}
+
+
+def _to_tensors(lists: Mapping[str, list]) -> TextInputs:
+    return {key: torch.tensor(value, dtype=torch.long) for key, value in lists.items()}

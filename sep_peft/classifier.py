@@ -1,0 +1,399 @@
+"""`SEPClassifier`: a model with a SEP adapter and a list of classes, to train, evaluate, predict, save and load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from peft import PeftModel
+from torch import nn
+from transformers.image_utils import load_image
+from transformers.utils import ModelOutput
+
+from .checkpoint import replace_files
+from .class_encoder import ClassEncoder
+from .classes import TEMPLATE, TaskClasses, TextInputs
+from .compatibility import find_architecture
+from .functional import mix_embeddings, unit
+from .losses import SEPLoss, sep_loss
+from .model import find_towers
+from .tower import SEPTower
+
+
+#: File beside the adapter that holds the classes.
+CLASSES_FILE = "sep_classes.json"
+#: Version of its layout.
+FORMAT_VERSION = 1
+#: Class texts encoded at a time.
+TEXT_CHUNK_SIZE = 128
+
+
+@dataclass
+class SEPClassifierOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, where labels were given: the published objective while training, cross entropy in evaluation.
+        logits: (B, C), scaled by the model's logit scale.
+        parts: while training, the named parts of the loss.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    parts: SEPLoss | None = None
+
+
+class SEPClassifier(nn.Module):
+    """Classifies pictures by a SEP model and a list of classes.
+
+    The prompted branch of the text tower reads the bare class name, the frozen branch a template. While training all
+    class texts are encoded in every step; in evaluation once, until a weight, the active adapter or the classes change.
+
+    Args:
+        model: a `PeftModel` with a SEP adapter, or a transformers model to which one was added.
+        class_inputs: tokenized class names, tensors (C, L), or a `TaskClasses`.
+        template_inputs: tokenized templates (C, L), or a list of such to average; None: the frozen branch reads
+            `class_inputs`.
+        processor: for `predict` and `set_classes`; a processor of transformers with tokenizer and image processor.
+        text_weight: weight of the text consistency in the loss, 8 as published.
+        vision_weight: weight of the image consistency, 6 as published.
+        prototype_weight: weight of the prototype terms, 0.5 as published.
+        chunk_size: class texts encoded at a time; see `ClassEncoder`.
+
+    Raises:
+        ValueError: no SEP adapter in the model, no classes, a class twice, or a class text that does not fit.
+
+    Example:
+        >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
+        >>> loss = classifier(pixel_values=pixel_values, labels=labels).loss
+        >>> classifier.predict("picture.jpg", top_k=1)
+        [{'label': 'lobster', 'score': 0.98}]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_inputs: TextInputs | TaskClasses,
+        template_inputs: TextInputs | Sequence[TextInputs] | None = None,
+        *,
+        processor=None,
+        text_weight: float = 8.0,
+        vision_weight: float = 6.0,
+        prototype_weight: float = 0.5,
+        chunk_size: int = TEXT_CHUNK_SIZE,
+    ):
+        super().__init__()
+        towers = find_towers(model)
+        if set(towers) != {"text", "vision"}:
+            raise ValueError(
+                f"The model needs a SEP adapter on a text and an image tower, but has {sorted(towers) or 'none'}. Make "
+                "one with peft.get_peft_model(model, SEPConfig())."
+            )
+        self.model = model
+        self.processor = processor
+        self.loss_weights = {
+            "text_weight": text_weight,
+            "vision_weight": vision_weight,
+            "prototype_weight": prototype_weight,
+        }
+        self.prototypes: nn.Parameter | None = None
+        if not isinstance(class_inputs, TaskClasses):
+            if template_inputs is None:
+                template_inputs = ()
+            elif isinstance(template_inputs, Mapping):
+                template_inputs = (template_inputs,)
+            class_inputs = TaskClasses(dict(class_inputs), tuple(map(dict, template_inputs)))
+        self.encoder = ClassEncoder(model, class_inputs, chunk_size)
+        if prototype_weight:
+            self.reset_prototypes()
+
+    @classmethod
+    def from_class_names(
+        cls,
+        model: nn.Module,
+        processor,
+        class_names: Sequence[str],
+        template: str | Sequence[str] = TEMPLATE,
+        **options,
+    ) -> SEPClassifier:
+        """Make a classifier from names.
+
+        Args:
+            model, options: as for the class.
+            processor: a processor of transformers, or a tokenizer where only tensors will be classified.
+            class_names: C names; underscores are read as spaces.
+            template: text for the frozen branch with ``{}`` in place of the name; several are averaged.
+        """
+        return cls(model, TaskClasses.from_names(class_names, processor, template), processor=processor, **options)
+
+    # classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """C labels, in the order of the logits."""
+        return list(self.classes.names)
+
+    @property
+    def classes(self) -> TaskClasses:
+        return self.encoder.classes
+
+    def set_classes(
+        self, classes: Sequence[str] | TaskClasses, template: str | Sequence[str] | None = None
+    ) -> SEPClassifier:
+        """Swap in other classes; nothing is trained, and the prototypes start anew.
+
+        Args:
+            classes: names, for which the classifier needs a processor, or `TaskClasses`.
+            template: None keeps the present one.
+
+        Returns:
+            self.
+        """
+        if not isinstance(classes, TaskClasses):
+            tokenizer = self._need("tokenizer", "to read class names")
+            classes = TaskClasses.from_names(classes, tokenizer, template or self.classes.templates or TEMPLATE)
+        self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
+        if self.prototypes is not None:
+            self.reset_prototypes()
+        return self
+
+    # prototypes
+
+    @torch.no_grad()
+    def reset_prototypes(self, batches: Iterable[Mapping[str, torch.Tensor]] | None = None) -> None:
+        """Start the class prototypes W (C, E) of the loss; call it before the optimizer is made.
+
+        Args:
+            batches: dicts with `pixel_values` and `labels` of the training pictures. W then starts at the mean frozen
+                image embedding of each class, as published. Without them, and for classes without a picture, it starts
+                at the frozen text embedding.
+        """
+        prototypes = self.encoder.frozen().clone()  # (C, E)
+        if batches is not None:
+            sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes))
+            for batch in batches:
+                labels = batch["labels"].to(self.device)
+                self._check_labels(labels)
+                embeds = unit(self.vision_tower.embed_frozen(pixel_values=batch["pixel_values"].to(self.device)))
+                sums.index_add_(0, labels, embeds.float())
+                counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+            seen = counts > 0
+            prototypes[seen] = sums[seen] / counts[seen, None]
+        self.prototypes = nn.Parameter(prototypes)
+
+    # forward
+
+    @property
+    def vision_tower(self) -> SEPTower:
+        return find_towers(self.model)["vision"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> SEPClassifierOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width).
+            labels: (B,) class indices, for the loss.
+            kwargs: what else the image tower takes.
+
+        Raises:
+            ValueError: a label out of range.
+        """
+        if labels is not None:
+            self._check_labels(labels)
+        text, frozen_text = self.encoder()
+        image, frozen_image = self.image_embeds(pixel_values, **kwargs)
+        logits = self._logits(image, text)
+        if labels is None:
+            return SEPClassifierOutput(logits=logits)
+        if not self.training:
+            return SEPClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+        parts = sep_loss(logits, labels, image, frozen_image, text, frozen_text, self.prototypes, **self.loss_weights)
+        return SEPClassifierOutput(loss=parts.total, logits=logits, parts=parts)
+
+    def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32."""
+        tower = self.vision_tower
+        prompted, frozen = tower.embed(pixel_values=pixel_values, **kwargs)
+        prompted, frozen = prompted.float(), frozen.float()
+        return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
+
+    def _logits(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """(B, E) and (C, E) -> (B, C), in fp32 or wider."""
+        base = self.vision_tower.owner
+        row = find_architecture(base)
+        logits = getattr(base, row.logit_scale).exp().float() * image.float() @ text.float().T
+        return logits if row.logit_bias is None else logits + getattr(base, row.logit_bias).float()
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return  # a branch on data would break the graph; cross entropy checks the range as well
+        wrong = labels[(labels < 0) | (labels >= len(self.classes))]
+        if len(wrong):
+            raise ValueError(
+                f"Labels must be between 0 and {len(self.classes) - 1} for {len(self.classes)} classes, but got "
+                f"{sorted(set(wrong.tolist()))}."
+            )
+
+    # prediction
+
+    @torch.no_grad()
+    def predict(self, images: Any, top_k: int | None = None, batch_size: int = 32) -> list:
+        """Classify pictures.
+
+        Args:
+            images: one picture or a list of them; a path, a URL or a `PIL.Image`.
+            top_k: how many classes to return a picture, best first; None for all.
+            batch_size: pictures encoded at a time.
+
+        Returns:
+            for each picture a list of ``{"label": name, "score": probability}``; for one picture its list alone.
+
+        Raises:
+            ValueError: a picture cannot be read, or `top_k` is larger than the number of classes.
+        """
+        count = len(self.classes)
+        top_k = count if top_k is None else top_k
+        if not 1 <= top_k <= count:
+            raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")
+        single = not isinstance(images, (list, tuple))
+        processor = self._need("image_processor", "to read pictures")
+        pictures = [read_picture(image) for image in ([images] if single else images)]
+        results = []
+        with self._evaluating():
+            for start in range(0, len(pictures), batch_size):
+                batch = processor(pictures[start : start + batch_size], return_tensors="pt").to(self.device)
+                scores, indices = self(**batch).logits.softmax(dim=-1).topk(top_k, dim=-1)
+                for row_scores, row_indices in zip(scores.tolist(), indices.tolist(), strict=True):
+                    results.append(
+                        [
+                            {"label": self.classes.names[i], "score": score}
+                            for score, i in zip(row_scores, row_indices, strict=True)
+                        ]
+                    )
+        return results[0] if single else results
+
+    @contextmanager
+    def _evaluating(self):
+        training = self.training
+        if training:
+            self.eval()
+        try:
+            yield
+        finally:
+            if training:
+                self.train()
+
+    def _need(self, part: str, purpose: str):
+        if self.processor is None:
+            raise ValueError(
+                f"This classifier has no processor {purpose}. Pass processor=AutoProcessor.from_pretrained(...)."
+            )
+        return getattr(self.processor, part, self.processor)
+
+    # files
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Save the active adapter and the classes: safetensors and JSON. Prototypes are not saved.
+
+        Files are written to a temporary folder first and then moved, so a failure leaves what was there before.
+
+        Raises:
+            TypeError: the model is no `PeftModel`.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(
+                f"Saving needs a PeftModel, but the model is a {type(self.model).__name__}. Wrap it with "
+                "peft.get_peft_model, or save its adapter with its own save_pretrained."
+            )
+        adapter = self.model.active_adapter
+        with replace_files(folder) as temporary:
+            self.model.save_pretrained(temporary, selected_adapters=[adapter], save_embedding_layers=False)
+            if adapter != "default":  # PEFT puts those into a folder of their own
+                for entry in os.scandir(os.path.join(temporary, adapter)):
+                    os.replace(entry.path, os.path.join(temporary, entry.name))
+                os.rmdir(os.path.join(temporary, adapter))
+            with open(os.path.join(temporary, CLASSES_FILE), "w", encoding="utf-8") as file:
+                json.dump({"format_version": FORMAT_VERSION, **self.classes.to_json()}, file, indent=1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        path: str | os.PathLike,
+        *,
+        processor=None,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        subfolder: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **hub_options,
+    ) -> SEPClassifier:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            model: the base model, or a `PeftModel` that takes the adapter in as a further one.
+            path: a folder or the id of a repository on the Hub.
+            processor: for `predict` and `set_classes`.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether the adapter is to be trained on; otherwise it is frozen and no prototypes are made.
+            subfolder: below `path`.
+            options: keyword arguments of the class.
+            hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
+
+        Raises:
+            ValueError: the classes are missing or of a newer format.
+            AdapterMismatchError: the weights do not fit the model.
+        """
+        path = os.fspath(path)
+        classes = _load_classes(path, subfolder, hub_options)  # first, before the model is touched
+        arguments = {"is_trainable": is_trainable, "subfolder": subfolder, **hub_options}
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, adapter_name, **arguments)
+            model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        else:
+            model = PeftModel.from_pretrained(model, path, adapter_name, **arguments)
+        options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
+        return cls(model, classes, processor=processor, **options).train(is_trainable)
+
+
+def read_picture(image: Any):
+    """A path, URL or `PIL.Image` as an RGB `PIL.Image`.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"The picture {image!r} cannot be read: {error}") from error
+
+
+def _load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> TaskClasses:
+    file = os.path.join(path, subfolder or "", CLASSES_FILE)
+    if not os.path.isdir(path):
+        file = hf_hub_download(path, CLASSES_FILE, subfolder=subfolder, **hub_options)
+    if not os.path.isfile(file):
+        raise ValueError(
+            f"{file} does not exist, so there are no classes to load. Save with SEPClassifier.save_pretrained, or load "
+            "the adapter alone with PeftModel.from_pretrained and name the classes with SEPClassifier.from_class_names."
+        )
+    with open(file, encoding="utf-8") as stream:
+        try:
+            data = json.load(stream)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no valid JSON ({error}). Copy or download it again.") from error
+    if data.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {data.get('format_version')!r}, but this version of sep_peft reads "
+            f"{FORMAT_VERSION}. Upgrade sep_peft."
+        )
+    return TaskClasses.from_json(data)

@@ -1,0 +1,133 @@
+"""Whether a configuration fits a model; everything is found out before the model is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .architectures import ARCHITECTURES, Architecture, TowerSpec
+from .config import SEPConfig
+from .registration import PREFIX
+from .tower import SEPTower
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """The row of a model.
+
+    Raises:
+        ValueError: its model type has none.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"SEP does not know the towers of {type(model).__name__} (model type {model_type!r}); it knows "
+            f"{', '.join(sorted(ARCHITECTURES))}."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def target_towers(config: SEPConfig, architecture: Architecture) -> dict[str, str]:
+    """Path of each tower to adapt -> "text" or "vision"."""
+    towers = {spec.path: tower for tower, spec in architecture.towers.items()}
+    if config.target_modules is None:
+        return towers
+    return {path: tower for path, tower in towers.items() if path in config.target_modules}
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse names that PEFT would confuse with parts of a key.
+
+    Raises:
+        ValueError: says which part.
+    """
+    if not name or "." in name:
+        raise ValueError(f"An adapter name must not be empty nor contain a dot, but got {name!r}.")
+    if name in PREFIX:
+        raise ValueError(
+            f"The adapter name {name!r} is a part of SEP's prefix {PREFIX!r}, so keys could not be told apart. Choose "
+            "another name."
+        )
+    own = {part for path, _ in model.named_modules() if f"{PREFIX}" not in path for part in path.split(".")}
+    if name in own | FUSION_PARTS:
+        raise ValueError(
+            f"The adapter name {name!r} is also the name of a module inside the model, so keys could not be told "
+            "apart. Choose another name."
+        )
+
+
+#: Names below `sep_fusion.<adapter>` that may not be adapter names.
+FUSION_PARTS = frozenset(
+    "shared norm1 attention norm2 fc1 fc2 query key value output down up weight bias scale1 scale2".split()
+)
+
+
+def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -> dict:
+    """Check a configuration against a model, without touching it.
+
+    Returns:
+        what an adapter must find to be loaded: model type, and width and depth of each tower.
+
+    Raises:
+        ValueError: an option does not fit, or the adapter was made for another architecture.
+    """
+    known = [spec.path for spec in architecture.towers.values()]
+    for path in config.target_modules or ():
+        if path not in known:
+            raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
+    found = {"model_type": model.config.model_type}
+    for path, tower in target_towers(config, architecture).items():
+        module = model.get_submodule(path)
+        while isinstance(module, SEPTower):
+            module = module.base_layer
+        layers = module.get_submodule(architecture.towers[tower].layers)
+        found[tower] = {"hidden_size": module.config.hidden_size, "num_layers": len(layers)}
+        if config.prompts_of(tower):
+            _check_tower(config, tower, architecture.towers[tower], module, len(layers))
+    wanted = config.base_architecture
+    if wanted is not None and wanted != found:
+        raise ValueError(
+            f"This adapter was made for another architecture: it needs {wanted}, but the model has {found}."
+        )
+    if not any(config.prompts_of(tower) for tower in found if tower != "model_type"):
+        raise ValueError(
+            f"No prompts are left for target_modules={config.target_modules}: num_text_prompts="
+            f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
+        )
+    return found
+
+
+def _check_tower(config: SEPConfig, tower: str, spec: TowerSpec, module: nn.Module, num_layers: int) -> None:
+    if config.start_layer >= num_layers:
+        raise ValueError(
+            f"start_layer must be below {num_layers}, the number of layers of the {tower} tower, but got "
+            f"{config.start_layer}."
+        )
+    for index in config.layers_of(tower) or ():
+        if index >= num_layers:
+            raise ValueError(
+                f"{tower}_layers must be below {num_layers}, the number of layers of the {tower} tower, but got "
+                f"{index}."
+            )
+    count = config.prompts_of(tower)
+    if spec.positions is not None and config.start_layer == 0:
+        positions = module.get_submodule(spec.positions).weight.shape[0]
+        room = positions - 2  # BOS and EOS stay
+        if count > room:
+            raise ValueError(
+                f"num_{tower}_prompts must be at most {room}, because the {tower} tower has {positions} positions and "
+                f"needs two for BOS and EOS, but got {count}."
+            )
+    elif spec.inputs == "pixel_values" and config.fusion == "attention":
+        tokens = _num_image_tokens(module)
+        if tokens is not None and count > tokens:
+            raise ValueError(
+                f"num_{tower}_prompts must be at most {tokens}, the number of tokens of a picture to select from, but "
+                f"got {count}."
+            )
+
+
+def _num_image_tokens(tower: nn.Module) -> int | None:
+    """Patches of a picture of the configured size, CLS not counted; None where the size is open."""
+    size, patch = getattr(tower.config, "image_size", None), getattr(tower.config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return None
+    return (size // patch) ** 2

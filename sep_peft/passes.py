@@ -1,0 +1,158 @@
+"""The two passes through a tower, and which of them runs in this thread.
+
+Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from . import functional
+from .architectures import TowerSpec
+from .fusion import TokenFusion
+
+
+if TYPE_CHECKING:
+    from .layer import SEPEncoderLayer
+
+
+class _CurrentPass:
+    """The pass that runs in this thread, if any.
+
+    torch.compile cannot trace `ContextVar.get`; while it traces, under its own lock, a plain attribute serves.
+    """
+
+    def __init__(self):
+        self._context = ContextVar("sep_peft_current_pass", default=None)
+        self._traced = None
+
+    def get(self):
+        return self._traced if torch.compiler.is_compiling() else self._context.get()
+
+    @contextmanager
+    def set(self, value):
+        if torch.compiler.is_compiling():
+            before, self._traced = self._traced, value
+            try:
+                yield
+            finally:
+                self._traced = before
+        else:
+            token = self._context.set(value)
+            try:
+                yield
+            finally:
+                self._context.reset(token)
+
+
+#: What the wrappers inside the towers ask.
+current_pass = _CurrentPass()
+
+
+class FrozenPass:
+    """The tower as it is; remembers the hidden states before `start_layer`, which the prompted pass shares."""
+
+    position_shift = 0
+
+    def __init__(self, start_layer: int):
+        self.start_layer = start_layer
+        self.trunk: torch.Tensor | None = None
+
+    def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
+        if wrapper.index == self.start_layer:
+            self.trunk = hidden
+        return wrapper.base_layer(hidden, *args, **kwargs)
+
+
+@dataclass
+class PromptedPass:
+    """The tower with prompts: inserts them, fuses them anew, and takes them out behind the last layer.
+
+    Attributes:
+        spec: row of the tower.
+        prompts: (n, D), as they enter the first prompted layer.
+        fusions: layer index -> its fusion module.
+        start_layer: index of the first prompted layer.
+        num_layers: of the tower.
+        span: first and last position of each text, both (B,); None for images.
+        trunk: (B, L, D), hidden states before `start_layer` where the frozen pass has computed them already.
+        position_shift: how far positions behind `spec.insert_at` move up.
+        batch_coupled: select as the released code does.
+        trace: collects what every fusion saw where somebody wants to look at it.
+    """
+
+    spec: TowerSpec
+    prompts: torch.Tensor
+    fusions: dict[int, TokenFusion]
+    start_layer: int
+    num_layers: int
+    span: tuple[torch.Tensor, torch.Tensor] | None = None
+    trunk: torch.Tensor | None = None
+    position_shift: int = 0
+    batch_coupled: bool = False
+    trace: dict[int, FusionTrace] | None = None
+
+    def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
+        if wrapper.index < self.start_layer:
+            if self.trunk is not None:
+                return hidden  # never read: the trunk replaces it at start_layer
+            with torch.no_grad():
+                return wrapper.base_layer(hidden, *args, **kwargs)
+        hidden, position = self._with_prompts(wrapper.index, hidden)
+        kwargs = wrapper.bind(args, kwargs)
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = functional.extend_mask(
+                kwargs["attention_mask"], self.prompts.shape[0], position, self.spec.causal
+            )
+        output = wrapper.base_layer(hidden, **kwargs)
+        if wrapper.index < self.num_layers - 1:
+            return output
+        return functional.split_prompts(output, self.prompts.shape[0], position)[0]
+
+    def _with_prompts(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Hidden states with this layer's prompts, (B, L + n, D), and the index at which the prompts stand."""
+        count = self.prompts.shape[0]
+        if index == self.start_layer:
+            tokens = hidden if self.trunk is None else self.trunk
+            position = self._position(tokens.shape[1])
+            prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
+            return functional.insert_prompts(tokens, prompts, position), position
+        position = self._position(hidden.shape[1] - count)
+        if index in self.fusions:
+            tokens, prompts = functional.split_prompts(hidden, count, position)
+            hidden = functional.insert_prompts(tokens, self._fuse(index, prompts, tokens), position)
+        return hidden, position
+
+    def _position(self, length: int) -> int:
+        return length if self.spec.insert_at is None else self.spec.insert_at
+
+    def _fuse(self, index: int, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """prompts (B, n, D) and tokens (B, L, D) of this layer -> new prompts (B, n, D)."""
+        fusion = self.fusions[index]
+        positions = self._select(tokens)
+        chosen = functional.gather_tokens(tokens, positions)
+        if self.trace is not None:
+            self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen))
+        return fusion(prompts, chosen)
+
+    def _select(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Positions (B, K) of the tokens that represent each input."""
+        count = self.prompts.shape[0]
+        if self.span is None:
+            return functional.largest_tokens(tokens, count, self.batch_coupled)
+        first, last = self.span
+        if self.batch_coupled:  # the released code runs on into the padding
+            last = torch.full_like(last, tokens.shape[1] - 1)
+        return functional.following_tokens(torch.minimum(first + self.spec.insert_at, last), last, count)
+
+
+class FusionTrace(NamedTuple):
+    """What one fusion saw: positions (B, K) of the chosen tokens, attention weights (B, heads, n, K)."""
+
+    positions: torch.Tensor
+    weights: torch.Tensor
