@@ -10,6 +10,7 @@ from .classes import TaskClasses
 from .classifier import SEPClassifier, SEPClassifierOutput
 from .config import SEPConfig
 from .convert import convert_reference_checkpoint
+from .explain import Explanation, explain
 from .fusion import TokenFusion
 from .model import SEPModel
 from .version import __version__
@@ -17,6 +18,7 @@ from .version import __version__
 
 __all__ = [
     "AdapterMismatchError",
+    "Explanation",
     "SEPClassifier",
     "SEPClassifierOutput",
     "SEPConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "TokenFusion",
     "__version__",
     "convert_reference_checkpoint",
+    "explain",
     "losses",
 ]
 

@@ -23,6 +23,7 @@ class TowerSpec:
         positions: the position-embedding module whose indices move up behind the prompts, below the tower; None where
             prompts carry no position.
         entry_norm: the norm between embeddings and the first layer that prompts pass as well, below the tower.
+        leading_tokens: tokens before the first patch, such as CLS.
         pools_at_eos: the pooled token is EOS, so nothing behind EOS matters.
     """
 
@@ -34,6 +35,7 @@ class TowerSpec:
     causal: bool = False
     positions: str | None = None
     entry_norm: str | None = None
+    leading_tokens: int = 0
     pools_at_eos: bool = False
 
 
@@ -68,6 +70,7 @@ CLIP = Architecture(
         projection="visual_projection",
         inputs="pixel_values",
         entry_norm="pre_layrnorm",
+        leading_tokens=1,
     ),
 )
 

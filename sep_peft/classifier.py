@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from torch import nn
-from transformers.image_utils import load_image
 from transformers.utils import ModelOutput
 
 from .checkpoint import replace_files
@@ -24,6 +23,7 @@ from .compatibility import find_architecture
 from .functional import mix_embeddings, unit
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
+from .pictures import read_picture
 from .tower import SEPTower
 
 
@@ -363,18 +363,6 @@ class SEPClassifier(nn.Module):
             model = PeftModel.from_pretrained(model, path, adapter_name, **arguments)
         options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
         return cls(model, classes, processor=processor, **options).train(is_trainable)
-
-
-def read_picture(image: Any):
-    """A path, URL or `PIL.Image` as an RGB `PIL.Image`.
-
-    Raises:
-        ValueError: it cannot be read; the message names it.
-    """
-    try:
-        return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"The picture {image!r} cannot be read: {error}") from error
 
 
 def _load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> TaskClasses:

@@ -1,0 +1,544 @@
+"""What SEP costs in time, memory and bytes beside plain CLIP and beside LoRA, measured on this machine.
+
+The models have the sizes of CLIP ViT-B/16 and random weights, so nothing is downloaded: no cost depends on the values.
+Workloads that are compared run by turns, in a new order every round, and a ratio is the median of the ratios of the
+single rounds, so that a machine that other programs slow down now and then still gives usable numbers.
+
+    python examples/benchmark.py                     # a few minutes on two cores
+    python examples/benchmark.py --fast              # a tiny model, seconds: only to see that everything runs
+    python examples/benchmark.py --extended          # also torch.compile and bfloat16; compiling takes minutes
+
+The table goes to stdout and, with the spread over the rounds, into a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel
+
+from sep_peft import SEPClassifier, SEPConfig
+
+
+MIB = 2**20
+#: Bytes in one unit of `ru_maxrss`.
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: Token ids of CLIP.
+VOCABULARY, BOS, EOS = 49408, 49406, 49407
+
+Workload = Callable[[], object]
+
+
+# what is measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the model and of the task.
+
+    Args:
+        text, vision: options of the towers.
+        projection_dim: width of the joint space.
+        late_start: the `start_layer` that is compared with 0.
+        batch_size: images a batch.
+        num_classes: classes of the task.
+        many_classes: classes of the task with many classes, for memory.
+        rounds: repetitions of every timing.
+        threads: CPU threads of torch.
+        seed: of weights, images and texts.
+    """
+
+    text: dict
+    vision: dict
+    projection_dim: int
+    late_start: int
+    batch_size: int
+    num_classes: int
+    many_classes: int
+    rounds: int
+    threads: int = 0
+    seed: int = 0
+
+
+VIT_B_16 = Settings(
+    text={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
+    vision={
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    projection_dim=512,
+    late_start=9,
+    batch_size=8,
+    num_classes=50,
+    many_classes=1000,
+    rounds=5,
+)
+TINY = Settings(
+    text={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    vision={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+    projection_dim=32,
+    late_start=1,
+    batch_size=4,
+    num_classes=10,
+    many_classes=300,
+    rounds=2,
+)
+
+
+@dataclass
+class Row:
+    """One line of the table: what was measured in each round, and the most that it should be."""
+
+    name: str
+    unit: str
+    values: list[float]
+    goal: float | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.goal is None else self.median <= self.goal
+
+    def to_json(self) -> dict:
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "goal": self.goal,
+            "met": self.met,
+            "min": min(self.values),
+            "median": self.median,
+            "max": max(self.values),
+            "rounds": len(self.values),
+        }
+
+
+@dataclass
+class Task:
+    """A batch of images and the classes they belong to.
+
+    Args:
+        pixel_values: (B, 3, height, width).
+        labels: (B,).
+        names: tokenized class names, tensors (C, L), which SEP's prompted branch reads.
+        templates: tokenized "a photo of a ...", tensors (C, L), which SEP's frozen branch, CLIP and LoRA read.
+    """
+
+    pixel_values: torch.Tensor
+    labels: torch.Tensor
+    names: dict[str, torch.Tensor]
+    templates: dict[str, torch.Tensor]
+
+
+# models and data
+
+
+def make_clip(settings: Settings) -> CLIPModel:
+    """CLIP with random weights, in fp32."""
+    torch.manual_seed(settings.seed)
+    text = {**settings.text, "vocab_size": VOCABULARY, "max_position_embeddings": 77}
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=settings.vision, projection_dim=settings.projection_dim)
+    ).eval()
+
+
+def make_sep(settings: Settings, **options) -> PeftModel:
+    return get_peft_model(make_clip(settings), SEPConfig(**options))
+
+
+def compact_config() -> SEPConfig:
+    """SEP with the smallest adapter file: one low-rank fusion for all layers of a tower."""
+    return SEPConfig(fusion_rank=4, share_fusion=True, fusion_hidden_size=16)
+
+
+def lora_config() -> LoraConfig:
+    """LoRA on the attention of both towers."""
+    return LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+
+
+def make_lora(settings: Settings) -> PeftModel:
+    return get_peft_model(make_clip(settings), lora_config())
+
+
+def make_task(settings: Settings, num_classes: int) -> Task:
+    generator = torch.Generator().manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    names = [[rng.randrange(1000, BOS) for _ in range(rng.randint(2, 4))] for _ in range(num_classes)]
+    size = settings.vision["image_size"]
+    return Task(
+        pixel_values=torch.randn(settings.batch_size, 3, size, size, generator=generator),
+        labels=torch.randint(num_classes, (settings.batch_size,), generator=generator),
+        names=tokenize(names, before=[], after=[269]),  # "...."
+        templates=tokenize(names, before=[320, 1125, 539, 320], after=[269]),  # "a photo of a ...."
+    )
+
+
+def tokenize(names: list[list[int]], before: list[int], after: list[int]) -> dict[str, torch.Tensor]:
+    """What CLIP's tokenizer would return for the names between two pieces of text: ids and mask, each (C, L)."""
+    texts = [[BOS, *before, *name, *after, EOS] for name in names]
+    length = max(map(len, texts))
+    input_ids = torch.tensor([text + [EOS] * (length - len(text)) for text in texts])
+    attention_mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts])
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+# workloads: functions without arguments
+
+
+def image_encoding(model: nn.Module, task: Task) -> Workload:
+    return inference(model.get_image_features, task)
+
+
+def inference(function: Callable, task: Task) -> Workload:
+    """`function` of the images, without gradients."""
+    return torch.no_grad()(partial(function, pixel_values=task.pixel_values))
+
+
+def text_embeds(model: nn.Module, texts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """CLIP's text embeddings of unit length, (C, E)."""
+    return F.normalize(model.get_text_features(**texts).pooler_output, dim=-1)
+
+
+def clip_logits(model: nn.Module, text: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """CLIP's logits (B, C) for text embeddings (C, E)."""
+    image = F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+    return model.logit_scale.exp() * image @ text.T
+
+
+def clip_evaluation(model: CLIPModel, task: Task) -> Workload:
+    """Classification by CLIP, with the text embeddings at hand."""
+    with torch.no_grad():
+        text = text_embeds(model, task.templates)
+    return inference(partial(clip_logits, model, text), task)
+
+
+def sep_evaluation(model: PeftModel, task: Task) -> Workload:
+    """Classification by SEP; the classifier keeps the text embeddings from the first call on."""
+    return inference(SEPClassifier(model, task.names, task.templates).eval(), task)
+
+
+def training_step(module: nn.Module, compute_loss: Callable[[], torch.Tensor]) -> Workload:
+    """Forward, backward and AdamW on the trainable parameters of `module`."""
+    module.train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        compute_loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def lora_step(model: PeftModel, task: Task) -> Workload:
+    def compute_loss() -> torch.Tensor:
+        text = text_embeds(model, task.templates)
+        return F.cross_entropy(clip_logits(model, text, task.pixel_values), task.labels)
+
+    return training_step(model, compute_loss)
+
+
+def sep_full_step(model: PeftModel, task: Task, **loss_weights: float) -> Workload:
+    """A step on the published loss, or with other weights of its parts."""
+    classifier = SEPClassifier(model, task.names, task.templates, **loss_weights)
+    return training_step(classifier, lambda: classifier(task.pixel_values, task.labels).loss)
+
+
+def sep_step(model: PeftModel, task: Task) -> Workload:
+    """A step on the cross entropy alone, the loss that LoRA gets as well."""
+    return sep_full_step(model, task, text_weight=0, vision_weight=0, prototype_weight=0)
+
+
+# time
+
+PLAIN = "plain image encoding"
+PROMPTED = "prompted image forward"
+SEP = "SEP image encoding"
+SEP_LATE = "SEP image encoding, late start"
+PLAIN_EVALUATION = "plain evaluation"
+SEP_EVALUATION = "SEP evaluation"
+LORA_STEP = "LoRA step"
+SEP_STEP = "SEP step"
+SEP_FULL_STEP = "SEP step, full loss"
+
+
+def seconds(workload: Workload) -> float:
+    start = time.perf_counter()
+    workload()
+    return time.perf_counter() - start
+
+
+def time_by_turns(workloads: dict[str, Workload], settings: Settings, title: str) -> dict[str, list[float]]:
+    """Seconds of each workload in each round, after a round that does not count."""
+    names, rng = list(workloads), random.Random(settings.seed)
+    times = {name: [] for name in names}
+    with tqdm(total=(settings.rounds + 1) * len(names), desc=title) as progress:
+        for index in range(settings.rounds + 1):
+            rng.shuffle(names)
+            for name in names:
+                elapsed = seconds(workloads[name])
+                if index > 0:
+                    times[name].append(elapsed)
+                progress.update()
+    return times
+
+
+def ratio_row(times: dict[str, list[float]], name: str, base: str, goal: float | None = None) -> Row:
+    """How many times as long one workload takes as another, round by round."""
+    return Row(f"{name} / {base}", "×", [a / b for a, b in zip(times[name], times[base], strict=True)], goal)
+
+
+def measure_inference(settings: Settings) -> list[Row]:
+    task = make_task(settings, settings.num_classes)
+    plain, sep = make_clip(settings), make_sep(settings)
+    workloads = {
+        PLAIN: image_encoding(plain, task),
+        PROMPTED: inference(sep.base_model.towers["vision"].embed_prompted, task),
+        SEP: image_encoding(sep, task),
+        SEP_LATE: image_encoding(make_sep(settings, start_layer=settings.late_start), task),
+        PLAIN_EVALUATION: clip_evaluation(plain, task),
+        SEP_EVALUATION: sep_evaluation(sep, task),
+    }
+    times = time_by_turns(workloads, settings, "inference")
+    return [
+        Row(PLAIN, "s", times[PLAIN]),
+        ratio_row(times, PROMPTED, PLAIN, goal=1.10),
+        ratio_row(times, SEP, PLAIN, goal=2.15),
+        ratio_row(times, SEP_LATE, PLAIN),
+        *(Row(n, "images/s", [settings.batch_size / t for t in times[n]]) for n in (PLAIN_EVALUATION, SEP_EVALUATION)),
+        ratio_row(times, SEP_EVALUATION, PLAIN_EVALUATION),
+    ]
+
+
+def measure_training(settings: Settings) -> list[Row]:
+    task = make_task(settings, settings.num_classes)
+    steps = {
+        LORA_STEP: lora_step(make_lora(settings), task),
+        SEP_STEP: sep_step(make_sep(settings), task),
+        SEP_FULL_STEP: sep_full_step(make_sep(settings), task),
+    }
+    times = time_by_turns({PLAIN: image_encoding(make_clip(settings), task), **steps}, settings, "training")
+    return [
+        *(Row(name, "s", times[name]) for name in steps),
+        *(ratio_row(times, name, PLAIN) for name in steps),
+        ratio_row(times, SEP_STEP, LORA_STEP),
+        ratio_row(times, SEP_FULL_STEP, LORA_STEP),
+    ]
+
+
+def measure_extended(settings: Settings) -> list[Row]:
+    """Inference compiled, and under autocast to bfloat16; ratios are to plain CLIP in the same mode."""
+    task = make_task(settings, settings.num_classes)
+    plain, sep = make_clip(settings), make_sep(settings)
+    rows = []
+    for mode, wrap in {"compiled": torch.compile, "bf16 autocast": torch.autocast("cpu", torch.bfloat16)}.items():
+        base, mixed, prompted = (f"{name}, {mode}" for name in (PLAIN, SEP, PROMPTED))
+        workloads = {
+            base: wrap(image_encoding(plain, task)),
+            mixed: wrap(image_encoding(sep, task)),
+            prompted: wrap(inference(sep.base_model.towers["vision"].embed_prompted, task)),
+        }
+        times = time_by_turns(workloads, settings, mode)
+        rows += [Row(base, "s", times[base]), ratio_row(times, prompted, base), ratio_row(times, mixed, base)]
+    return rows
+
+
+# memory
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    make_model: Callable[[Settings], nn.Module]
+    make_workload: Callable[[nn.Module, Task], Workload]
+    many_classes: bool = False
+
+
+MEMORY_CASES = {
+    PLAIN: MemoryCase(make_clip, image_encoding),
+    SEP: MemoryCase(make_sep, image_encoding),
+    LORA_STEP: MemoryCase(make_lora, lora_step),
+    SEP_STEP: MemoryCase(make_sep, sep_step),
+    f"{SEP_STEP}, many classes": MemoryCase(make_sep, sep_step, many_classes=True),
+}
+
+
+def peak_memory(name: str, settings: Settings) -> tuple[int, int]:
+    """For a process of its own: bytes at the peak of a workload, and how many of them came on top of the model."""
+    torch.set_num_threads(settings.threads)
+    case = MEMORY_CASES[name]
+    model = case.make_model(settings)
+    loaded = psutil.Process().memory_info().rss
+    task = make_task(settings, settings.many_classes if case.many_classes else settings.num_classes)
+    workload = case.make_workload(model, task)
+    for _ in range(2):  # the optimizer's state is there from the second step on
+        workload()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+    return peak, peak - loaded
+
+
+def measure_memory(settings: Settings) -> list[Row]:
+    # A process that is started directly begins with the peak of its parent; one that a small server forks does not.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.models.clip.modeling_clip", "sep_peft"])
+    rows = []
+    for name in tqdm(MEMORY_CASES, desc="memory"):
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            peak, growth = pool.submit(peak_memory, name, settings).result()
+        rows.append(Row(f"peak memory: {name}", "MiB", [peak / MIB]))
+        rows.append(Row(f"peak memory above the model: {name}", "MiB", [growth / MIB]))
+    return rows
+
+
+# adapters
+
+
+def measure_adapters(settings: Settings) -> list[Row]:
+    configs = {"SEP adapter": SEPConfig(), "compact SEP adapter": compact_config(), "LoRA adapter": lora_config()}
+    rows = []
+    for name, config in tqdm(configs.items(), desc="adapters"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure_adapter(name, get_peft_model(make_clip(settings), config), folder, settings.rounds)
+    return rows
+
+
+def measure_adapter(name: str, model: PeftModel, folder: str, rounds: int) -> list[Row]:
+    """Bytes on disk, time to load from there (out of the file cache) and time to switch to a loaded one."""
+    model.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in Path(folder).glob("adapter_*"))
+    loads, switches = [], []
+    for _ in range(rounds + 1):
+        loads.append(1000 * seconds(partial(model.load_adapter, folder, "second")))
+        switches.append(1000 * seconds(partial(model.set_adapter, "second")))
+        model.set_adapter("default")
+        model.delete_adapter("second")
+    return [
+        Row(f"{name}: size", "MB", [size / 1e6]),
+        Row(f"{name}: load", "ms", loads[1:]),
+        Row(f"{name}: switch", "ms", switches[1:]),
+    ]
+
+
+# results
+
+
+def describe(settings: Settings, rows: list[Row]) -> dict:
+    """Everything that goes into the JSON file."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "sep_peft")},
+        },
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": settings.threads,
+            "system": platform.platform(),
+        },
+        "settings": asdict(settings),
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Written under another name first, so that a failure leaves what was there before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def format_table(rows: list[Row]) -> str:
+    cells = [("name", "value", "unit", "goal", "met"), *map(format_row, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {value:>{widths[1]}} {unit:<{widths[2]}}  {goal:<{widths[3]}}  {met}".rstrip()
+        for name, value, unit, goal, met in cells
+    )
+
+
+def format_row(row: Row) -> tuple[str, str, str, str, str]:
+    digits = max(0, 2 - math.floor(math.log10(row.median)))  # three significant ones, and all before the point
+    goal = "" if row.goal is None else f"≤ {row.goal:.2f}"
+    return row.name, f"{row.median:,.{digits}f}", row.unit, goal, {None: "", True: "yes", False: "no"}[row.met]
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--fast", action="store_true", help="a tiny model; its numbers mean nothing")
+    parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="JSON file for the results")
+    parser.add_argument("--rounds", type=positive, help=f"rounds of every timing (default: {VIT_B_16.rounds})")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--extended", action="store_true", help="also torch.compile and bfloat16")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings = TINY if arguments.fast else VIT_B_16
+    settings = replace(settings, threads=arguments.threads, rounds=arguments.rounds or settings.rounds)
+    torch.set_num_threads(settings.threads)
+    rows = [
+        *measure_memory(settings),
+        *measure_adapters(settings),
+        *measure_inference(settings),
+        *measure_training(settings),
+    ]
+    if arguments.extended:
+        rows += measure_extended(settings)
+    print(format_table(rows))
+    write_json(arguments.output, describe(settings, rows))
+
+
+if __name__ == "__main__":
+    main()
