@@ -101,7 +101,8 @@ class Explanation:
                 ha="center",
                 va="center",
                 fontsize=6,
-                color="yellow",
+                color="white",
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "black", "alpha": 0.6, "linewidth": 0},
             )
         axis.imshow(self.picture * shade)
         note = " + CLS" if None in layer.patches else ""
