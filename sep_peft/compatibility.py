@@ -82,7 +82,7 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
         found[tower] = {"hidden_size": module.config.hidden_size, "num_layers": len(layers)}
         if config.prompts_of(tower):
             _check_tower(config, tower, architecture.towers[tower], module, len(layers))
-    wanted = config.base_architecture
+    wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
             f"This adapter was made for another architecture: it needs {wanted}, but the model has {found}."

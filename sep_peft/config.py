@@ -86,6 +86,9 @@ class SEPConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type()
+        # What the adapter's file asks for. No field, so that it is neither saved nor compared, while base_architecture
+        # is filled in for each model.
+        self.made_for = self.base_architecture
         if self.task_type is not None:
             raise ValueError(
                 f"task_type must be None, but got {self.task_type!r}: SEP adapts both towers of a dual encoder, while "

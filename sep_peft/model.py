@@ -48,17 +48,18 @@ class SEPModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes."""
+        config = self.peft_config[adapter_name]
         try:
             check_adapter_name(adapter_name, model)
-            # A copy, because what is learned about this model is written into it, and one configuration may be used
-            # for several models.
-            config = copy.copy(self.peft_config[adapter_name])
-            architecture = find_architecture(model)
-            config.base_architecture = check_fit(config, architecture, model)
+            found = check_fit(config, find_architecture(model), model)
         except ValueError:
             del self.peft_config[adapter_name]
             raise
-        self.peft_config[adapter_name] = config
+        if config.base_architecture not in (None, found):
+            # A model of another architecture uses this very object and keeps it. Everywhere else PEFT's contract holds:
+            # the configuration of a model is the object that was passed.
+            config = self.peft_config[adapter_name] = copy.copy(config)
+        config.base_architecture = found
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SEPConfig, model_config: dict) -> SEPConfig:

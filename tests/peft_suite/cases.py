@@ -5,6 +5,8 @@ The tests and their assertions are PEFT's, untouched. `model(**inputs)[0]`, whic
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -35,7 +37,6 @@ METHODS = [
 TESTS = [
     ("model_attr", {}),
     ("adapter_name", {}),
-    ("prepare_for_training", {}),
     ("load_model_low_cpu_mem_usage", {}),
     ("save_pretrained", {"safe_serialization": True}),
     ("save_pretrained", {"safe_serialization": False}),
@@ -66,12 +67,13 @@ LEFT_OUT = {
     "merge_layers_multi": "merging",
     "merge_layers_nan": "merging",
     "safe_merge": "merging",
-    "lora_conversion": "for methods that add to weights; also reads hidden states that CLIPModel's output does not have",
+    "lora_conversion": "for methods that add to weights; it reads hidden_states, which CLIPModel does not return",
     "mixed_adapter_batches": "for LoRA and RoAd only, and calls generate()",
     "generate": "CLIPModel has no generate()",
     "generate_half_prec": "CLIPModel has no generate()",
     "generate_pos_args": "CLIPModel has no generate()",
     "generate_with_mixed_adapter_batches_and_beam_search": "CLIPModel has no generate()",
+    "prepare_for_training": "CLIPModel has no get_input_embeddings()",
     "passing_input_embeds_works": "CLIPModel takes no inputs_embeds",
     "training_layer_indexing": "for methods with layers_to_transform, which SEPConfig does not have",
     "training_prompt_learning_tasks": "for the prompt methods inside PeftModel, which have a prompt_encoder",
@@ -82,11 +84,11 @@ LEFT_OUT = {
 }
 
 
-class CLIPLogits(CLIPModel):
-    """A CLIP that returns nothing but the logits: `_test_disable_adapter` compares whole outputs as tensors."""
+class CLIPWithScores(CLIPModel):
+    """A CLIP for `_test_disable_adapter`, which compares the scores of generate(), as every `PeftModel` has one."""
 
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs).logits_per_image
+    def generate(self, return_dict_in_generate, output_scores, **inputs):
+        return SimpleNamespace(scores=[self(**inputs).logits_per_image])
 
 
 @pytest.fixture(scope="module")
@@ -140,5 +142,5 @@ class TestCLIP(PeftCommonTester):
         getattr(self, f"_test_{name}")(model_id, config_cls, config_kwargs.copy(), **options)
 
     def test_disable_adapter(self, model_id, config_cls, config_kwargs, monkeypatch):
-        monkeypatch.setattr(self, "transformers_class", CLIPLogits)
+        monkeypatch.setattr(self, "transformers_class", CLIPWithScores)
         self._test_disable_adapter(model_id, config_cls, config_kwargs.copy())

@@ -4,8 +4,8 @@
     python tests/peft_suite/run.py --source peft-0.21.2    # takes it from a folder
     python tests/peft_suite/run.py -- -k "training and sep"  # what follows -- goes to pytest
 
-PEFT does not install its tests; its source distribution has them. Only that one file is fetched, no dependency, no build
-tool, nothing from the Hub. The cases are in `cases.py` beside this file. The exit code is pytest's.
+PEFT does not install its tests; its source distribution has them. Only that one file is fetched: no dependency, no
+build tool, nothing from the Hub. The cases are in `cases.py` beside this file. The exit code is pytest's.
 """
 
 from __future__ import annotations
