@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny, and tests may run side by side
 
 BOS, EOS = 61, 62
 TEXT_POSITIONS = 20

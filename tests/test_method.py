@@ -155,8 +155,10 @@ def test_gradients_reach_every_adapter_parameter_and_nothing_else(name, images, 
     model(**texts, pixel_values=images).logits_per_image.pow(2).mean().backward()
     for key, parameter in model.named_parameters():
         if ".sep_" in key:
-            # keys shift all scores of a query alike, so their bias has no influence
-            assert parameter.grad is not None and (parameter.grad.abs().max() > 0 or "key" in key), key
+            assert parameter.grad is not None, key
+            # The bias of keys shifts all scores of a query alike, and over a single token every weight is 1.
+            idle = ".key." in key or (name == "one prompt" and ".query." in key)
+            assert idle or parameter.grad.abs().max() > 0, key
         else:
             assert parameter.grad is None and not parameter.requires_grad, key
 
