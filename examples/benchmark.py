@@ -347,10 +347,11 @@ def measure_inference(settings: Settings) -> list[Row]:
 
 def measure_training(settings: Settings) -> list[Row]:
     task = make_task(settings, settings.num_classes)
+    sep = make_sep(settings)
     steps = {
         LORA_STEP: lora_step(make_lora(settings), task),
-        SEP_STEP: sep_step(make_sep(settings), task),
-        SEP_FULL_STEP: sep_full_step(make_sep(settings), task),
+        SEP_STEP: sep_step(sep, task),
+        SEP_FULL_STEP: sep_full_step(sep, task),
     }
     times = time_by_turns({PLAIN: image_encoding(make_clip(settings), task), **steps}, settings, "training")
     return [

@@ -5,76 +5,101 @@ Measured against transformers 5.23.0. Paths are dotted and relative to what the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """One tower of a dual encoder.
+    """One tower of a model.
 
     Attributes:
-        path: the tower, below the model.
+        path: the tower, below the model; empty where the model is the tower.
         layers: the list of encoder layers, below the tower.
-        projection: what maps the pooled output into the joint space, below the model; None where the tower does.
-        inputs: name of the tower's main argument.
+        inputs: name of the tower's main argument. "input_ids" makes it a text tower.
+        projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
+            where there is no joint space. It must be affine: the mix happens before it (`functional.frozen_share`).
+        pooled: what the model pools from the tower's output: its "pooler_output", the "first_token" of
+            `last_hidden_state`, or the mean over its tokens behind `leading_tokens` ("mean_tokens").
         insert_at: index before which prompts stand; None appends them.
         causal: whether the masks that reach the layers contain causality.
         positions: the position-embedding module whose indices move up behind the prompts, below the tower; None where
-            prompts carry no position.
+            prompts carry no position because there is no room for more.
+        entry_embedding: a further embedding whose row 0 is added to entering prompts, below the tower.
         entry_norm: the norm between embeddings and the first layer that prompts pass as well, below the tower.
         leading_tokens: tokens before the first patch, such as CLS.
-        pools_at_eos: the pooled token is EOS, so nothing behind EOS matters.
+        text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, the
+            "highest" id, or None.
+        max_length_padding: texts are padded to the full length, and that padding counts.
+        renamed_inputs: name of an input as processors give it -> name as the tower takes it.
+        hidden_size: name of the tower's width in its configuration.
+        refused: why this tower takes no prompts; None where it does.
     """
 
     path: str
     layers: str
-    projection: str | None
     inputs: Literal["input_ids", "pixel_values"]
+    projection: str | None = None
+    pooled: Literal["pooler_output", "first_token", "mean_tokens"] = "pooler_output"
     insert_at: int | None = None
     causal: bool = False
     positions: str | None = None
+    entry_embedding: str | None = None
     entry_norm: str | None = None
     leading_tokens: int = 0
-    pools_at_eos: bool = False
+    text_end: Literal["eos", "highest"] | None = None
+    max_length_padding: bool = False
+    renamed_inputs: Mapping[str, str] = field(default_factory=dict)
+    hidden_size: str = "hidden_size"
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dual encoder: its towers, and where the scale of its logits is."""
+    """A model: its towers, and how its logits are scaled.
 
-    text: TowerSpec
-    vision: TowerSpec
-    logit_scale: str = "logit_scale"
+    Attributes:
+        text, vision: the towers; None where the model has none.
+        logit_scale: the scale's parameter, below the model; None without joint space.
+        scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
+        logit_bias: what is added to the logits, below the model; None for nothing.
+        variants: name of a model class -> its row, where classes of one model type differ.
+    """
+
+    text: TowerSpec | None = None
+    vision: TowerSpec | None = None
+    logit_scale: str | None = "logit_scale"
+    scale: Literal["exp", "divide", "multiply"] = "exp"
     logit_bias: str | None = None
+    variants: Mapping[str, Architecture] = field(default_factory=dict)
 
     @property
     def towers(self) -> dict[str, TowerSpec]:
-        return {"text": self.text, "vision": self.vision}
+        """ "text" and "vision" -> the towers that there are."""
+        return {name: spec for name, spec in (("text", self.text), ("vision", self.vision)) if spec is not None}
 
 
-CLIP = Architecture(
-    text=TowerSpec(
-        path="text_model",
-        layers="encoder.layers",
-        projection="text_projection",
-        inputs="input_ids",
-        insert_at=1,
-        causal=True,
-        positions="embeddings.position_embedding",
-        pools_at_eos=True,
-    ),
-    vision=TowerSpec(
-        path="vision_model",
-        layers="encoder.layers",
-        projection="visual_projection",
-        inputs="pixel_values",
-        entry_norm="pre_layrnorm",
-        leading_tokens=1,
-    ),
+CLIP_TEXT = TowerSpec(
+    path="text_model",
+    layers="encoder.layers",
+    inputs="input_ids",
+    projection="text_projection",
+    insert_at=1,
+    causal=True,
+    positions="embeddings.position_embedding",
+    text_end="eos",
+)
+CLIP_VISION = TowerSpec(
+    path="vision_model",
+    layers="encoder.layers",
+    inputs="pixel_values",
+    projection="visual_projection",
+    entry_norm="pre_layrnorm",
+    leading_tokens=1,
 )
 
 #: model_type -> row
 ARCHITECTURES: dict[str, Architecture] = {
-    "clip": CLIP,  # transformers/models/clip
+    "clip": Architecture(CLIP_TEXT, CLIP_VISION),  # transformers/models/clip
 }

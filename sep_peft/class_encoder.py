@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .classes import TaskClasses, TextInputs
+from . import texts
+from .classes import TaskClasses
 from .functional import mix_embeddings, unit
 from .model import find_towers
+from .texts import TextInputs
 from .tower import SEPTower
 
 
@@ -34,10 +36,10 @@ class ClassEncoder(nn.Module):
         self.chunk_size = chunk_size
         self._cache: dict[str, tuple] = {}
         device = next(model.parameters()).device
-        texts = [self.tower.trim_texts(inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
-        self.tower.check_texts(texts[0])
+        tokenized = [texts.trim(self.tower, inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
+        texts.check_fit(self.tower, tokenized[0])
         # buffers, so that the token ids follow the model to its device
-        for index, inputs in enumerate(texts):
+        for index, inputs in enumerate(tokenized):
             for key, value in inputs.items():
                 self.register_buffer(f"{index}_{key}", value.to(device), persistent=False)
 
@@ -94,18 +96,17 @@ class ClassEncoder(nn.Module):
         return {name.removeprefix(prefix): value for name, value in self._buffers.items() if name.startswith(prefix)}
 
     def _chunks(self, index: int) -> list[TextInputs]:
-        texts = self._texts(index)
+        inputs = self._texts(index)
         starts = range(0, len(self.classes), self.chunk_size)
-        return [{key: value[i : i + self.chunk_size] for key, value in texts.items()} for i in starts]
+        return [{key: value[i : i + self.chunk_size] for key, value in inputs.items()} for i in starts]
 
     def _coupled_texts(self, tower: SEPTower) -> TextInputs:
         """Class names as the released code tokenizes them: padded with 0, without a mask.
 
         Its selection runs past the end of short names, so padding of the right id must be there to be selected.
         """
-        texts = self._texts(0)
-        input_ids = tower.pad_behind_text(texts, tower.spec.insert_at + tower.active_settings.num_prompts)
-        return {"input_ids": input_ids}
+        length = tower.spec.insert_at + tower.active_settings.num_prompts
+        return {"input_ids": texts.pad_with_zeros(tower, self._texts(0), length)}
 
     def _cached(self, name: str, key: tuple, compute) -> torch.Tensor:
         """The value for `key`; one that was made for another key is dropped."""

@@ -15,8 +15,6 @@ CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
 
-TextInputs = dict[str, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class TaskClasses:
@@ -33,8 +31,8 @@ class TaskClasses:
         ValueError: no classes, two of one name, or tensors whose first dimensions differ.
     """
 
-    class_inputs: TextInputs
-    template_inputs: tuple[TextInputs, ...] = ()
+    class_inputs: dict[str, torch.Tensor]
+    template_inputs: tuple[dict[str, torch.Tensor], ...] = ()
     names: tuple[str, ...] = ()
     templates: tuple[str, ...] = field(default=())
 
@@ -75,7 +73,7 @@ class TaskClasses:
                 raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {text!r}.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 
-        def tokenize(text: str) -> TextInputs:
+        def tokenize(text: str) -> dict[str, torch.Tensor]:
             spoken = [text.format(name.replace("_", " ")) for name in names]
             encoded = tokenizer(spoken, padding=True, return_tensors="pt")
             return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
@@ -124,9 +122,9 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError(f"Class names must differ, but these occur more than once: {', '.join(duplicates)}.")
 
 
-def _to_lists(inputs: TextInputs) -> dict[str, list]:
+def _to_lists(inputs: dict[str, torch.Tensor]) -> dict[str, list]:
     return {key: value.tolist() for key, value in inputs.items()}
 
 
-def _to_tensors(lists: Mapping[str, list]) -> TextInputs:
+def _to_tensors(lists: Mapping[str, list]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor(value, dtype=torch.long) for key, value in lists.items()}

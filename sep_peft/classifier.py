@@ -18,12 +18,13 @@ from transformers.utils import ModelOutput
 
 from .checkpoint import replace_files
 from .class_encoder import ClassEncoder
-from .classes import TEMPLATE, TaskClasses, TextInputs
-from .compatibility import find_architecture
+from .classes import TEMPLATE, TaskClasses
 from .functional import mix_embeddings, unit
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .pictures import read_picture
+from .resolve import find_architecture
+from .texts import TextInputs
 from .tower import SEPTower
 
 

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 from torch import nn
 
-from .architectures import ARCHITECTURES, Architecture, TowerSpec
+from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
+from .layer import count_positions
 from .registration import PREFIX
-from .tower import SEPTower
-
-
-def find_architecture(model: nn.Module) -> Architecture:
-    """The row of a model.
-
-    Raises:
-        ValueError: its model type has none.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"SEP does not know the towers of {type(model).__name__} (model type {model_type!r}); it knows "
-            f"{', '.join(sorted(ARCHITECTURES))}."
-        )
-    return ARCHITECTURES[model_type]
+from .tower import ROOT_CHILD, SEPTower
 
 
 def target_towers(config: SEPConfig, architecture: Architecture) -> dict[str, str]:
-    """Path of each tower to adapt -> "text" or "vision"."""
+    """Path of each tower to adapt -> "text" or "vision"; a model that is a tower itself has it at `ROOT_CHILD`."""
     towers = {spec.path: tower for tower, spec in architecture.towers.items()}
-    if config.target_modules is None:
-        return towers
-    return {path: tower for path, tower in towers.items() if path in config.target_modules}
+    if config.target_modules is not None:
+        towers = {path: tower for path, tower in towers.items() if path in config.target_modules}
+    return {path or ROOT_CHILD: tower for path, tower in towers.items()}
+
+
+def base_tower(model: nn.Module, spec: TowerSpec) -> nn.Module:
+    """The tower of a model without SEP's wrapper."""
+    module = model.get_submodule(spec.path)
+    return module.base_layer if isinstance(module, SEPTower) else module
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
@@ -74,14 +66,16 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
         if path not in known:
             raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
     found = {"model_type": model.config.model_type}
-    for path, tower in target_towers(config, architecture).items():
-        module = model.get_submodule(path)
-        while isinstance(module, SEPTower):
-            module = module.base_layer
-        layers = module.get_submodule(architecture.towers[tower].layers)
-        found[tower] = {"hidden_size": module.config.hidden_size, "num_layers": len(layers)}
+    for tower in target_towers(config, architecture).values():
+        spec = architecture.towers[tower]
+        if spec.refused is not None:
+            _check_refused(config, tower, spec)
+            continue
+        module = base_tower(model, spec)
+        num_layers = len(module.get_submodule(spec.layers))
+        found[tower] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
         if config.prompts_of(tower):
-            _check_tower(config, tower, architecture.towers[tower], module, len(layers))
+            _check_tower(config, tower, spec, module, num_layers)
     wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
@@ -93,6 +87,11 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
             f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
         )
     return found
+
+
+def _check_refused(config: SEPConfig, tower: str, spec: TowerSpec) -> None:
+    if config.prompts_of(tower):
+        raise ValueError(f"num_{tower}_prompts must be 0 for this model, because {spec.refused}.")
 
 
 def _check_tower(config: SEPConfig, tower: str, spec: TowerSpec, module: nn.Module, num_layers: int) -> None:
@@ -109,7 +108,7 @@ def _check_tower(config: SEPConfig, tower: str, spec: TowerSpec, module: nn.Modu
             )
     count = config.prompts_of(tower)
     if spec.positions is not None and config.start_layer == 0:
-        positions = module.get_submodule(spec.positions).weight.shape[0]
+        positions = count_positions(module.get_submodule(spec.positions))
         room = positions - 2  # BOS and EOS stay
         if count > room:
             raise ValueError(

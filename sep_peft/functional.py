@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 
 
-def largest_tokens(hidden: torch.Tensor, count: int, batch_coupled: bool = False) -> torch.Tensor:
+def largest_tokens(
+    hidden: torch.Tensor, count: int, batch_coupled: bool = False, visible: torch.Tensor | None = None
+) -> torch.Tensor:
     """Positions of the `count` tokens with the largest mean square over channels, strongest first.
 
     Args:
         hidden: (B, L, D).
         count: K, at most L.
         batch_coupled: average the score over the batch and take the same positions for every input.
+        visible: (B, L), False for padding, which comes last; None where every token is real.
 
     Returns:
         (B, K) int64.
@@ -30,6 +33,8 @@ def largest_tokens(hidden: torch.Tensor, count: int, batch_coupled: bool = False
             "Use fewer prompts (num_vision_prompts) or a larger picture."
         )
     energy = hidden.float().pow(2).mean(dim=-1)  # (B, L); fp16 squares would overflow
+    if visible is not None:
+        energy = energy.masked_fill(~visible, -1.0)  # below every energy
     if batch_coupled:
         energy = energy.mean(dim=0, keepdim=True)  # (1, L)
     return energy.topk(count, dim=1).indices.expand(hidden.shape[0], -1)
@@ -86,12 +91,16 @@ def text_span(
     return first, last
 
 
+#: The "EOS" of configurations whose text tower pools at the highest id of a text; old CLIP configurations say so by 2.
+HIGHEST_ID = 2
+
+
 def eos_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     """Position of EOS in each row of input_ids (B, L), -1 where there is none. -> (B,) int64.
 
-    ``eos_token_id=2`` marks the old CLIP configurations whose text tower pools at the highest id instead.
+    With `HIGHEST_ID` it is the position of the highest id instead.
     """
-    if eos_token_id == 2:
+    if eos_token_id == HIGHEST_ID:
         return input_ids.argmax(dim=-1)
     found = input_ids.eq(eos_token_id)
     return torch.where(found.any(dim=-1), found.long().argmax(dim=-1), -1)

@@ -57,6 +57,19 @@ class SEPPositionEmbedding(SEPLayer):
     def __init__(self, base_layer: nn.Module, insert_at: int):
         super().__init__(base_layer)
         self.insert_at = insert_at
+        # RoBERTa numbers positions from behind its padding index, at which all padding stands
+        self.padding_idx = getattr(base_layer, "padding_idx", None)
+        self.first = 0 if self.padding_idx is None else self.padding_idx + 1
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that tokens can have."""
+        return count_positions(self.base_layer)
+
+    def of_prompts(self, count: int, device: torch.device) -> torch.Tensor:
+        """Embeddings of the positions that `count` prompts take, (count, D)."""
+        start = self.first + self.insert_at
+        return self.base_layer(torch.arange(start, start + count, device=device)[None])[0]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Nothing is kept here; the tower passes the new active adapter on."""
@@ -66,5 +79,13 @@ class SEPPositionEmbedding(SEPLayer):
         if current is None or current.position_shift == 0:
             return self.base_layer(position_ids)
         # Positions past the table belong to padding: the tower has checked that the text itself fits.
-        moved = (position_ids + current.position_shift).clamp(max=self.base_layer.weight.shape[0] - 1)
+        moved = (position_ids + current.position_shift).clamp(max=self.first + self.num_positions - 1)
+        if self.padding_idx is not None:
+            moved = torch.where(position_ids == self.padding_idx, position_ids, moved)
         return self.base_layer(torch.cat([position_ids[..., : self.insert_at], moved[..., self.insert_at :]], dim=-1))
+
+
+def count_positions(embedding: nn.Module) -> int:
+    """Positions that tokens can have in a position embedding."""
+    padding_idx = getattr(embedding, "padding_idx", None)
+    return embedding.weight.shape[0] - (0 if padding_idx is None else padding_idx + 1)

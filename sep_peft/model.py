@@ -11,11 +11,12 @@ from torch import nn
 
 from .architectures import Architecture
 from .checkpoint import check_keys
-from .compatibility import check_adapter_name, check_fit, find_architecture, target_towers
+from .compatibility import check_adapter_name, check_fit, target_towers
 from .config import SEPConfig
 from .layer import SEPLayer
 from .registration import PREFIX
-from .tower import SEPTower
+from .resolve import find_architecture
+from .tower import ROOT_CHILD, SEPTower
 
 
 class SEPModel(BaseTuner):
@@ -65,8 +66,16 @@ class SEPModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SEPConfig, model_config: dict) -> SEPConfig:
         return peft_config
 
+    def _prepare_model(self, peft_config: SEPConfig, model: nn.Module) -> None:
+        """A model that is a tower itself gets its `SEPTower` as a child, since PEFT cannot replace the model."""
+        for tower, spec in find_architecture(model).towers.items():
+            if spec.path == "" and not hasattr(model, ROOT_CHILD):
+                setattr(model, ROOT_CHILD, SEPTower(model, tower, spec, model))
+
     def _check_target_module_exists(self, peft_config: SEPConfig, key: str) -> bool:
-        return key in target_towers(peft_config, find_architecture(self.model))
+        architecture = find_architecture(self.model)
+        tower = target_towers(peft_config, architecture).get(key)
+        return tower is not None and architecture.towers[tower].refused is None
 
     def _create_and_replace(
         self,
@@ -79,14 +88,17 @@ class SEPModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, SEPTower):
-            tower = target_towers(peft_config, find_architecture(self.model))[current_key]
-            spec = find_architecture(self.model).towers[tower]
-            target = SEPTower(target, tower, spec, self.model)
+            architecture = find_architecture(self.model)
+            tower = target_towers(peft_config, architecture)[current_key]
+            target = SEPTower(target, tower, architecture.towers[tower], self.model)
             self._replace_module(parent, target_name, target, target.base_layer)
         target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        if new_module is parent:  # unloading a model that is a tower itself
+            delattr(parent, child_name)
+        else:
+            setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are made in fp32, to train in; `autocast_adapter_dtype=False` takes the model's dtype instead."""

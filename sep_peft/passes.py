@@ -62,11 +62,14 @@ class FrozenPass:
     def __init__(self, start_layer: int):
         self.start_layer = start_layer
         self.trunk: torch.Tensor | None = None
+        self.returns_tuple = False
 
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
         if wrapper.index == self.start_layer:
             self.trunk = hidden
-        return wrapper.base_layer(hidden, *args, **kwargs)
+        output = wrapper.base_layer(hidden, *args, **kwargs)
+        self.returns_tuple = isinstance(output, tuple)
+        return output
 
 
 @dataclass
@@ -80,7 +83,8 @@ class PromptedPass:
         start_layer: index of the first prompted layer.
         num_layers: of the tower.
         span: first and last position of each text, both (B,); None for images.
-        trunk: (B, L, D), hidden states before `start_layer` where the frozen pass has computed them already.
+        visible: (B, L), False for tokens of an image that are padding; None where all are real.
+        frozen: the frozen pass, where it has computed everything below `start_layer` already.
         position_shift: how far positions behind `spec.insert_at` move up.
         batch_coupled: select as the released code does.
         trace: collects what every fusion saw where somebody wants to look at it.
@@ -92,15 +96,16 @@ class PromptedPass:
     start_layer: int
     num_layers: int
     span: tuple[torch.Tensor, torch.Tensor] | None = None
-    trunk: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    frozen: FrozenPass | None = None
     position_shift: int = 0
     batch_coupled: bool = False
     trace: dict[int, FusionTrace] | None = None
 
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
         if wrapper.index < self.start_layer:
-            if self.trunk is not None:
-                return hidden  # never read: the trunk replaces it at start_layer
+            if self.frozen is not None:  # the result is never read: the trunk replaces it at start_layer
+                return (hidden,) if self.frozen.returns_tuple else hidden
             with torch.no_grad():
                 return wrapper.base_layer(hidden, *args, **kwargs)
         hidden, position = self._with_prompts(wrapper.index, hidden)
@@ -112,13 +117,15 @@ class PromptedPass:
         output = wrapper.base_layer(hidden, **kwargs)
         if wrapper.index < self.num_layers - 1:
             return output
+        if isinstance(output, tuple):
+            return (functional.split_prompts(output[0], self.prompts.shape[0], position)[0], *output[1:])
         return functional.split_prompts(output, self.prompts.shape[0], position)[0]
 
     def _with_prompts(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Hidden states with this layer's prompts, (B, L + n, D), and the index at which the prompts stand."""
         count = self.prompts.shape[0]
         if index == self.start_layer:
-            tokens = hidden if self.trunk is None else self.trunk
+            tokens = hidden if self.frozen is None else self.frozen.trunk
             position = self._position(tokens.shape[1])
             prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
             return functional.insert_prompts(tokens, prompts, position), position
@@ -144,7 +151,7 @@ class PromptedPass:
         """Positions (B, K) of the tokens that represent each input."""
         count = self.prompts.shape[0]
         if self.span is None:
-            return functional.largest_tokens(tokens, count, self.batch_coupled)
+            return functional.largest_tokens(tokens, count, self.batch_coupled, self.visible)
         first, last = self.span
         if self.batch_coupled:  # the released code runs on into the padding
             last = torch.full_like(last, tokens.shape[1] - 1)

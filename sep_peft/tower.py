@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional
+from . import functional, texts
 from .architectures import TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
@@ -25,6 +25,8 @@ from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
 
 #: Standard deviation of fresh prompts.
 PROMPT_STD = 0.02
+#: Name of the `SEPTower` inside a model that is a tower itself.
+ROOT_CHILD = "prompted"
 #: Key of the one fusion module that all layers use with `share_fusion=True`.
 SHARED = "shared"
 
@@ -75,7 +77,8 @@ class SEPTower(SEPLayer):
         base_layer: the tower.
         tower: "text" or "vision".
         spec: row of the tower.
-        model: the model that owns the tower and its projection.
+        model: the model that owns the tower and its projection. Where it is the tower itself, this module becomes its
+            child `ROOT_CHILD` and takes over its forward.
     """
 
     adapter_layer_names = ("sep_prompts", "sep_fusion")
@@ -85,18 +88,24 @@ class SEPTower(SEPLayer):
         super().__init__(base_layer)
         self.tower = tower
         self.spec = spec
+        self.is_root = base_layer is model
+        if self.is_root:  # a child cannot own its parent; the attribute stays, out of the registry of modules
+            del self._modules["base_layer"]
+            self.__dict__["base_layer"] = base_layer
         self._owner = (model,)  # in a tuple, so that the model does not become a child of its own tower
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)
         self._inner: tuple[SEPLayer, ...] = ()  # wrappers inside the tower, for bookkeeping
         self.sep_prompts = nn.ParameterDict()
         self.sep_fusion = nn.ModuleDict()
         self.sep_settings: dict[str, TowerSettings] = {}
+        if self.is_root:
+            base_layer.forward = self.forward
 
     # adapters
 
     @property
     def hidden_size(self) -> int:
-        return self.base_layer.config.hidden_size
+        return getattr(self.base_layer.config, self.spec.hidden_size)
 
     @property
     def num_layers(self) -> int:
@@ -187,6 +196,8 @@ class SEPTower(SEPLayer):
             if self.spec.positions is not None:
                 self._set_positions(self.base_layer.get_submodule(self.spec.positions).base_layer)
             self._inner = ()
+        if self.is_root:
+            del self.base_layer.forward
         return self.base_layer
 
     # forward
@@ -194,17 +205,21 @@ class SEPTower(SEPLayer):
     def forward(self, *args, **kwargs):
         adapter = self._prompting_adapter()
         if adapter is None:
-            return self.base_layer(*args, **kwargs)
+            return self._call_base(*args, **kwargs)
         inputs = self._bind(args, kwargs)
         return_dict = inputs.pop("return_dict", None)
         if return_dict is None:
             return_dict = getattr(self.base_layer.config, "return_dict", True)
         prompted, frozen = self._run(adapter, inputs)
         if frozen is not None:
-            prompted.pooler_output = self._mix_pooled(
-                prompted.pooler_output, frozen.pooler_output, self.sep_settings[adapter].frozen_weight
-            )
+            self._mix_outputs(prompted, frozen, self.sep_settings[adapter].frozen_weight)
         return prompted if return_dict else prompted.to_tuple()
+
+    def _call_base(self, *args, **kwargs):
+        """The tower as it is."""
+        if self.is_root:
+            return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
+        return self.base_layer(*args, **kwargs)
 
     def embed(self, *args, trace: dict[int, FusionTrace] | None = None, **kwargs) -> Branches:
         """Both branches of the active adapter, projected, not normalized, not mixed.
@@ -218,12 +233,12 @@ class SEPTower(SEPLayer):
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
         prompted, frozen = self._run(adapter, inputs, trace, need_frozen=True)
-        return Branches(self.project(prompted.pooler_output), self.project(frozen.pooler_output))
+        return Branches(self.project(self._pooled(prompted)), self.project(self._pooled(frozen)))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
         with torch.no_grad():
-            return self.project(self.base_layer(**self._bind(args, kwargs)).pooler_output)
+            return self.project(self._pooled(self._call_base(**self._bind(args, kwargs), return_dict=True)))
 
     def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized."""
@@ -231,7 +246,7 @@ class SEPTower(SEPLayer):
         adapter = self._prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
-        return self.project(self._run_prompted(adapter, inputs, None, None).pooler_output)
+        return self.project(self._pooled(self._run_prompted(adapter, inputs, None, None)))
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The model's own projection into the joint space, (B, D) -> (B, E)."""
@@ -268,6 +283,10 @@ class SEPTower(SEPLayer):
         adapter = self._prompting_adapter()
         return None if adapter is None else self.sep_settings[adapter]
 
+    def position_shift(self, settings: TowerSettings) -> int:
+        """How far tokens behind the prompts move up."""
+        return settings.num_prompts if settings.start_layer == 0 and self.spec.positions is not None else 0
+
     def _prompting_adapter(self) -> str | None:
         if self.disable_adapters:
             return None
@@ -277,45 +296,45 @@ class SEPTower(SEPLayer):
         return None
 
     def _bind(self, args: tuple, kwargs: dict) -> dict:
-        return dict(zip(self._argument_names, args, strict=False)) | kwargs
+        inputs = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        return {self.spec.renamed_inputs.get(name, name): value for name, value in inputs.items()}
 
     def _run(self, adapter: str, inputs: dict, trace: dict | None = None, need_frozen: bool = False):
         """Outputs of the prompted pass and of the frozen pass, or None in its place where the mix does not need it."""
         settings = self.sep_settings[adapter]
-        frozen, trunk = None, None
+        frozen, frozen_pass = None, None
         if settings.frozen_weight > 0 or need_frozen:
             frozen_pass = FrozenPass(settings.start_layer) if settings.start_layer else None
             with torch.no_grad(), current_pass.set(frozen_pass):
-                frozen = self.base_layer(**inputs, return_dict=True)
-            trunk = frozen_pass.trunk if frozen_pass is not None else None
-        prompted = self._run_prompted(adapter, inputs, trunk, trace)
-        if trunk is not None:
+                frozen = self._call_base(**inputs, return_dict=True)
+        prompted = self._run_prompted(adapter, inputs, frozen_pass, trace)
+        if frozen_pass is not None:
             for name in ("hidden_states", "attentions"):
                 if prompted.get(name) is not None:
                     prompted[name] = tuple(frozen[name][: settings.start_layer]) + tuple(prompted[name])
         return prompted, frozen
 
-    def _run_prompted(self, adapter: str, inputs: dict, trunk: torch.Tensor | None, trace: dict | None):
+    def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):
         settings = self.sep_settings[adapter]
         count, start = settings.num_prompts, settings.start_layer
-        span = self._span(inputs)
-        shift = count if start == 0 and self.spec.positions is not None else 0
-        if shift:
-            self._check_fit(inputs, span[1], count)
+        is_text, mask = self.spec.inputs == "input_ids", inputs.get("attention_mask")
+        if is_text:
+            texts.check_fit(self, inputs)
         prompted_pass = PromptedPass(
             spec=self.spec,
             prompts=self._entering_prompts(adapter),
             fusions=self._fusions(adapter),
             start_layer=start,
             num_layers=self.num_layers,
-            span=span,
-            trunk=trunk,
-            position_shift=shift,
+            span=texts.span(self, inputs) if is_text else None,
+            visible=None if is_text or mask is None else mask.bool(),
+            frozen=frozen,
+            position_shift=self.position_shift(settings),
             batch_coupled=settings.batch_coupled,
             trace=trace,
         )
         with current_pass.set(prompted_pass):
-            output = self.base_layer(**inputs, return_dict=True)
+            output = self._call_base(**inputs, return_dict=True)
         if output.get("hidden_states") is not None:
             length = output.last_hidden_state.shape[1]
             output["hidden_states"] = tuple(self._strip(state, count, length) for state in output["hidden_states"])
@@ -335,8 +354,10 @@ class SEPTower(SEPLayer):
         if settings.start_layer > 0:
             return prompts
         if self.spec.positions is not None:
-            table = self.base_layer.get_submodule(self.spec.positions).weight
-            prompts = prompts + table[self.spec.insert_at : self.spec.insert_at + settings.num_prompts]
+            positions = self.base_layer.get_submodule(self.spec.positions)
+            prompts = prompts + positions.of_prompts(settings.num_prompts, prompts.device)
+        if self.spec.entry_embedding is not None:
+            prompts = prompts + self.base_layer.get_submodule(self.spec.entry_embedding).weight[0]
         if self.spec.entry_norm is not None:
             norm = self.base_layer.get_submodule(self.spec.entry_norm)
             prompts = norm(prompts.to(norm.weight.dtype))
@@ -348,56 +369,32 @@ class SEPTower(SEPLayer):
         fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
 
-    def _span(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """First and last position of every text; None for images."""
-        if self.spec.inputs != "input_ids":
-            return None
-        input_ids = inputs["input_ids"].flatten(0, -2)  # (..., L) -> (B, L)
-        eos = None
-        if self.spec.pools_at_eos:
-            eos = functional.eos_positions(input_ids, self.base_layer.config.eos_token_id)
-        return functional.text_span(input_ids.shape, inputs.get("attention_mask"), eos, input_ids.device)
+    def _pooled(self, output) -> torch.Tensor:
+        """What the model pools from the tower's output, (B, D)."""
+        if self.spec.pooled == "pooler_output":
+            return output.pooler_output
+        if self.spec.pooled == "first_token":
+            return output.last_hidden_state[:, 0]
+        return output.last_hidden_state[:, self.spec.leading_tokens :].mean(dim=1)
 
-    def trim_texts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tokenized texts (C, L) without the columns behind the longest one; no result depends on them."""
-        length = int(self._span(inputs)[1].max()) + 1
-        return {key: value[:, :length] for key, value in inputs.items()}
+    def _mix_outputs(self, prompted, frozen, frozen_weight: float) -> None:
+        """Put into the prompted output what the model pools SEP's embedding from.
 
-    def pad_behind_text(self, inputs: dict[str, torch.Tensor], length: int) -> torch.Tensor:
-        """input_ids (C, L) with 0 behind every text, and at least `length` columns."""
-        input_ids, last = inputs["input_ids"], self._span(inputs)[1]
-        missing = max(0, length - input_ids.shape[1])
-        input_ids = nn.functional.pad(input_ids, (0, missing))
-        behind = torch.arange(input_ids.shape[1], device=input_ids.device) > last[:, None]  # (C, L)
-        return input_ids.masked_fill(behind, 0)
-
-    def check_texts(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Make sure that tokenized texts (C, L) fit beside the prompts of the active adapter.
-
-        Raises:
-            ValueError: says how many tokens are left.
+        With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
+        where their mean is pooled.
         """
-        settings = self.active_settings
-        if settings is not None and settings.start_layer == 0 and self.spec.positions is not None:
-            self._check_fit(inputs, self._span(inputs)[1], settings.num_prompts)
+        a, b = self._pooled(prompted), self._pooled(frozen)
+        share = functional.frozen_share(self.project(a), self.project(b), frozen_weight)  # (B, 1)
 
-    def _check_fit(self, inputs: dict, last: torch.Tensor, count: int) -> None:
-        positions = self.base_layer.get_submodule(self.spec.positions).weight.shape[0]
-        if inputs["input_ids"].shape[-1] + count <= positions:
-            return
-        fits = last.max() + 1 + count <= positions
-        if torch.compiler.is_compiling():
-            # A branch on data would break the graph; the assertion is checked where the graph runs.
-            torch._assert_async(fits, f"a text has more than the {positions - count} tokens left beside the prompts")
-            return
-        if not fits:
-            raise ValueError(
-                f"A text of {int(last.max()) + 1} tokens does not fit: the text tower has {positions} positions and "
-                f"{count} are taken by prompts, so {positions - count} tokens are left (BOS and EOS included). Shorten "
-                "the text or use fewer prompts (num_text_prompts)."
-            )
+        def mixed(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+            return (share * b + (1 - share) * a).to(a.dtype)
 
-    def _mix_pooled(self, prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float) -> torch.Tensor:
-        """Pooled outputs (B, D) of both passes -> the (B, D) that the projection maps onto SEP's embedding."""
-        share = functional.frozen_share(self.project(prompted), self.project(frozen), frozen_weight)
-        return (share * frozen + (1 - share) * prompted).to(prompted.dtype)
+        if self.spec.pooled == "pooler_output":
+            prompted.pooler_output = mixed(a, b, share)
+            return
+        states, frozen_states = prompted.last_hidden_state, frozen.last_hidden_state
+        if self.spec.pooled == "mean_tokens":
+            prompted.last_hidden_state = mixed(states, frozen_states, share[:, None])
+        else:
+            first = mixed(a, b, share)[:, None]  # (B, 1, D)
+            prompted.last_hidden_state = torch.cat([first, states[:, 1:]], dim=1)

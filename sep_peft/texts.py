@@ -1,0 +1,68 @@
+"""Tokenized texts as a text tower reads them: where they begin and end, whether they fit, what may be cut off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from . import functional
+
+
+if TYPE_CHECKING:
+    from .tower import SEPTower
+
+TextInputs = dict[str, torch.Tensor]
+
+
+def span(tower: SEPTower, inputs: TextInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last position of every text, inclusive, two (B,) int64 tensors; inputs are tensors (..., L)."""
+    input_ids = inputs["input_ids"].flatten(0, -2)  # (..., L) -> (B, L)
+    eos = None
+    if tower.spec.text_end is not None:
+        config = tower.base_layer.config
+        token = config.eos_token_id if tower.spec.text_end == "eos" else functional.HIGHEST_ID
+        eos = functional.eos_positions(input_ids, token)
+    return functional.text_span(input_ids.shape, inputs.get("attention_mask"), eos, input_ids.device)
+
+
+def trim(tower: SEPTower, inputs: TextInputs) -> TextInputs:
+    """Texts (C, L) without the columns behind the longest one, where no result depends on these."""
+    if tower.spec.max_length_padding:
+        return inputs
+    length = int(span(tower, inputs)[1].max()) + 1
+    return {key: value[:, :length] for key, value in inputs.items()}
+
+
+def pad_with_zeros(tower: SEPTower, inputs: TextInputs, length: int) -> torch.Tensor:
+    """input_ids (C, L) with 0 behind every text, and at least `length` columns."""
+    input_ids, last = inputs["input_ids"], span(tower, inputs)[1]
+    input_ids = F.pad(input_ids, (0, max(0, length - input_ids.shape[1])))
+    behind = torch.arange(input_ids.shape[1], device=input_ids.device) > last[:, None]  # (C, L)
+    return input_ids.masked_fill(behind, 0)
+
+
+def check_fit(tower: SEPTower, inputs: TextInputs) -> None:
+    """Make sure that texts (..., L) fit into the tower's positions beside the prompts of the active adapter.
+
+    Raises:
+        ValueError: says how many tokens are left.
+    """
+    settings = tower.active_settings
+    if settings is None or not tower.position_shift(settings):
+        return
+    positions = tower.base_layer.get_submodule(tower.spec.positions).num_positions
+    left = positions - settings.num_prompts
+    if inputs["input_ids"].shape[-1] <= left:
+        return
+    length = span(tower, inputs)[1].max() + 1
+    if torch.compiler.is_compiling():
+        # A branch on data would break the graph; the assertion is checked where the graph runs.
+        torch._assert_async(length <= left, f"a text has more than the {left} tokens left beside the prompts")
+    elif length > left:
+        raise ValueError(
+            f"A text of {int(length)} tokens does not fit: the text tower has {positions} positions and "
+            f"{settings.num_prompts} are taken by prompts, so {left} tokens are left (BOS and EOS included). Shorten "
+            "the text or use fewer prompts (num_text_prompts)."
+        )

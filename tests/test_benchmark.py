@@ -1,0 +1,56 @@
+"""The benchmark runs to its end and writes every figure; what the figures are depends on the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+
+BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark.py"
+ADAPTERS = ("SEP adapter", "compact SEP adapter", "LoRA adapter")
+MEMORY = ("plain image encoding", "SEP image encoding", "LoRA step", "SEP step", "SEP step, many classes")
+ROWS = {
+    "plain image encoding",
+    "prompted image forward / plain image encoding",
+    "SEP image encoding / plain image encoding",
+    "SEP image encoding, late start / plain image encoding",
+    "plain evaluation",
+    "SEP evaluation",
+    "SEP evaluation / plain evaluation",
+    "LoRA step",
+    "SEP step",
+    "SEP step, full loss",
+    "LoRA step / plain image encoding",
+    "SEP step / plain image encoding",
+    "SEP step, full loss / plain image encoding",
+    "SEP step / LoRA step",
+    "SEP step, full loss / LoRA step",
+    *(f"{adapter}: {quantity}" for adapter in ADAPTERS for quantity in ("size", "load", "switch")),
+    *(f"{peak}: {workload}" for peak in ("peak memory", "peak memory above the model") for workload in MEMORY),
+}
+
+
+def test_every_figure_is_written(tmp_path):
+    output = tmp_path / "benchmark.json"
+    command = [sys.executable, str(BENCHMARK), "--fast", "--threads", "1", "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert set(report["versions"]) == {"python", "torch", "transformers", "peft", "sep_peft"}
+    assert set(report["machine"]) == {"system", "cpu", "cores", "threads"}
+    assert report["machine"]["threads"] == 1
+    assert report["settings"]["text"]["num_hidden_layers"] == 2
+
+    rows = {row["name"]: row for row in report["rows"]}
+    assert len(rows) == len(report["rows"])
+    assert set(rows) == ROWS
+    for name, row in rows.items():
+        assert set(row) == {"name", "unit", "min", "median", "max", "rounds", "goal", "met"}
+        assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("min", "median", "max")), name
+        assert row["min"] <= row["median"] <= row["max"]
+        assert name in result.stdout
