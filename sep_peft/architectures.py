@@ -1,6 +1,6 @@
-"""Where the towers of a model are and how they behave: data, one row per `config.model_type`, no logic.
+"""What is known of an architecture: where its towers are and how they behave. The rows are in `families`.
 
-Measured against transformers 5.23.0. Paths are dotted and relative to what the field says.
+Paths are dotted and relative to what the field says.
 """
 
 from __future__ import annotations
@@ -78,28 +78,3 @@ class Architecture:
     def towers(self) -> dict[str, TowerSpec]:
         """ "text" and "vision" -> the towers that there are."""
         return {name: spec for name, spec in (("text", self.text), ("vision", self.vision)) if spec is not None}
-
-
-CLIP_TEXT = TowerSpec(
-    path="text_model",
-    layers="encoder.layers",
-    inputs="input_ids",
-    projection="text_projection",
-    insert_at=1,
-    causal=True,
-    positions="embeddings.position_embedding",
-    text_end="eos",
-)
-CLIP_VISION = TowerSpec(
-    path="vision_model",
-    layers="encoder.layers",
-    inputs="pixel_values",
-    projection="visual_projection",
-    entry_norm="pre_layrnorm",
-    leading_tokens=1,
-)
-
-#: model_type -> row
-ARCHITECTURES: dict[str, Architecture] = {
-    "clip": Architecture(CLIP_TEXT, CLIP_VISION),  # transformers/models/clip
-}

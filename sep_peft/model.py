@@ -67,10 +67,10 @@ class SEPModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SEPConfig, model: nn.Module) -> None:
-        """A model that is a tower itself gets its `SEPTower` as a child, since PEFT cannot replace the model."""
-        for tower, spec in find_architecture(model).towers.items():
-            if spec.path == "" and not hasattr(model, ROOT_CHILD):
-                setattr(model, ROOT_CHILD, SEPTower(model, tower, spec, model))
+        """PEFT cannot replace the model itself, so one that is a tower gets a child for PEFT to replace."""
+        is_tower = any(spec.path == "" for spec in find_architecture(model).towers.values())
+        if is_tower and not hasattr(model, ROOT_CHILD):
+            setattr(model, ROOT_CHILD, nn.Identity())
 
     def _check_target_module_exists(self, peft_config: SEPConfig, key: str) -> bool:
         architecture = find_architecture(self.model)
@@ -90,8 +90,9 @@ class SEPModel(BaseTuner):
         if not isinstance(target, SEPTower):
             architecture = find_architecture(self.model)
             tower = target_towers(peft_config, architecture)[current_key]
-            target = SEPTower(target, tower, architecture.towers[tower], self.model)
-            self._replace_module(parent, target_name, target, target.base_layer)
+            base = self.model if current_key == ROOT_CHILD else target
+            target = SEPTower(base, tower, architecture.towers[tower], self.model)
+            setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -191,10 +191,11 @@ class SEPTower(SEPLayer):
         """The tower as it was, without any wrapper."""
         if self._inner:
             layers = self.base_layer.get_submodule(self.spec.layers)
-            for index in range(len(layers)):
-                layers[index] = layers[index].base_layer
-            if self.spec.positions is not None:
-                self._set_positions(self.base_layer.get_submodule(self.spec.positions).base_layer)
+            for wrapper in self._inner:
+                if isinstance(wrapper, SEPEncoderLayer):
+                    layers[wrapper.index] = wrapper.base_layer
+                else:
+                    self._set_positions(wrapper.base_layer)
             self._inner = ()
         if self.is_root:
             del self.base_layer.forward

@@ -21,6 +21,7 @@ ORDER = [
     "architectures",
     "functional",
     "fusion",
+    "families",
     "resolve",
     "pictures",
     "losses",
@@ -44,6 +45,7 @@ WITHOUT = {
     "functional": {"peft", "transformers"},
     "losses": {"peft", "transformers"},
     "architectures": {"peft", "transformers", "torch"},
+    "families": {"peft", "transformers", "torch"},
 }
 
 

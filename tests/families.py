@@ -1,0 +1,156 @@
+"""One tiny model per family: the table that drives `test_families.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import transformers as hf
+
+
+WIDTH, LAYERS, VOCABULARY = 32, 3, 60
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny model.
+
+    Attributes:
+        config: makes the configuration.
+        model: class of the model.
+        text: makes the inputs of the text tower for texts of given lengths, padded to `total`; None without text tower.
+        image: makes the inputs of the image tower for a number of images; None without image tower.
+        attentions: attention implementations that the family has.
+        shifts: prompts of the text tower move positions, so longer native texts can be compared.
+        masks: the image tower's layers take an attention mask.
+        compiled: whether `torch.compile(fullgraph=True)` is tested.
+    """
+
+    config: Callable[[], hf.PretrainedConfig]
+    model: type
+    text: Callable[..., Inputs] | None = None
+    image: Callable[[int], Inputs] | None = None
+    attentions: tuple[str, ...] = ("eager", "sdpa")
+    shifts: bool = True
+    compiled: bool = False
+    options: dict = field(default_factory=dict)
+
+    def build(self, attention: str = "sdpa") -> torch.nn.Module:
+        """The model with seeded weights, norms and biases away from zero and one."""
+        torch.manual_seed(0)
+        config = self.config()
+        model = self.model._from_config(config, attn_implementation=attention).eval()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        return model
+
+
+def words(bos: int | None, eos: int | None, pad: int) -> Callable[..., Inputs]:
+    """Texts with the special tokens of a family; `mask` False leaves the attention mask out."""
+
+    def make(
+        lengths: list[int], total: int | None = None, mask: bool = True, left: bool = False, seed: int = 3
+    ) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        total = total or max(lengths)
+        input_ids, attention_mask = torch.full((len(lengths), total), pad), torch.zeros(len(lengths), total).long()
+        for row, length in enumerate(lengths):
+            ids = torch.randint(5, 50, (length,), generator=generator)
+            if bos is not None:
+                ids[0] = bos
+            if eos is not None:
+                ids[-1] = eos
+            part = slice(total - length, total) if left else slice(0, length)
+            input_ids[row, part], attention_mask[row, part] = ids, 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask} if mask else {"input_ids": input_ids}
+
+    return make
+
+
+def pictures(size: int = 24) -> Callable[[int], Inputs]:
+    """Random pictures (count, 3, size, size)."""
+
+    def make(count: int, seed: int = 4) -> Inputs:
+        return {"pixel_values": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))}
+
+    return make
+
+
+def text_size(**changes) -> dict:
+    """Sizes of a text tower, in the names that most configurations have."""
+    size = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 40,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 24,
+        "bos_token_id": 57,
+        "eos_token_id": 58,
+        "pad_token_id": 1,
+        "projection_dim": 20,
+    }
+    return size | changes
+
+
+def vision_size(**changes) -> dict:
+    """Sizes of an image tower, in the names that most configurations have."""
+    size = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 40,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 8,
+        "projection_dim": 20,
+    }
+    return size | changes
+
+
+CLIP_WORDS = words(bos=57, eos=58, pad=1)
+
+CASES: dict[str, Case] = {
+    "clip": Case(
+        config=lambda: hf.CLIPConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
+        model=hf.CLIPModel,
+        text=CLIP_WORDS,
+        image=pictures(),
+        compiled=True,
+    ),
+    "clip text with projection": Case(
+        config=lambda: hf.CLIPTextConfig(**text_size()), model=hf.CLIPTextModelWithProjection, text=CLIP_WORDS
+    ),
+    "clip vision with projection": Case(
+        config=lambda: hf.CLIPVisionConfig(**vision_size()), model=hf.CLIPVisionModelWithProjection, image=pictures()
+    ),
+    "clip text": Case(config=lambda: hf.CLIPTextConfig(**text_size()), model=hf.CLIPTextModel, text=CLIP_WORDS),
+    "clip vision": Case(
+        config=lambda: hf.CLIPVisionConfig(**vision_size()), model=hf.CLIPVisionModel, image=pictures()
+    ),
+    "clip image classification": Case(
+        config=lambda: hf.CLIPConfig(
+            text_config=text_size(), vision_config=vision_size(), projection_dim=20, num_labels=3
+        ),
+        model=hf.CLIPForImageClassification,
+        image=pictures(),
+    ),
+    "siglip": Case(
+        config=lambda: hf.SiglipConfig(text_config=text_size(projection_size=WIDTH), vision_config=vision_size()),
+        model=hf.SiglipModel,
+        text=words(bos=None, eos=58, pad=1),
+        image=pictures(),
+        shifts=False,
+        compiled=True,
+    ),
+    "bert and vit": Case(
+        config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(
+            hf.ViTConfig(**vision_size()), hf.BertConfig(**text_size()), projection_dim=20
+        ),
+        model=hf.VisionTextDualEncoderModel,
+        text=words(bos=2, eos=3, pad=0),
+        image=pictures(),
+    ),
+}
