@@ -5,6 +5,7 @@ Importing this package registers the method, so that `peft.get_peft_model(model,
 """
 
 from . import losses, registration
+from .architectures import Architecture, TowerSpec
 from .checkpoint import AdapterMismatchError
 from .classes import TaskClasses
 from .classifier import SEPClassifier, SEPClassifierOutput
@@ -18,6 +19,7 @@ from .version import __version__
 
 __all__ = [
     "AdapterMismatchError",
+    "Architecture",
     "Explanation",
     "SEPClassifier",
     "SEPClassifierOutput",
@@ -25,6 +27,7 @@ __all__ = [
     "SEPModel",
     "TaskClasses",
     "TokenFusion",
+    "TowerSpec",
     "__version__",
     "convert_reference_checkpoint",
     "explain",

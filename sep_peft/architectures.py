@@ -6,8 +6,8 @@ Paths are dotted and relative to what the field says.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,34 @@ class Architecture:
     logit_bias: str | None = None
     variants: Mapping[str, Architecture] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON without variants, to be saved with an adapter."""
+        return {key: value for key, value in asdict(self).items() if key != "variants"}
+
+    @classmethod
+    def from_dict(cls, row: Architecture | Mapping[str, Any]) -> Architecture:
+        """The inverse of `to_dict`; takes an `Architecture` as it is.
+
+        Raises:
+            ValueError: the row names something that does not exist, or lacks something; the message says what is known.
+        """
+        if isinstance(row, cls):
+            return row
+        towers = {name: _build(TowerSpec, name, row[name]) for name in ("text", "vision") if row.get(name) is not None}
+        return _build(cls, "architecture", dict(row) | towers)
+
     @property
     def towers(self) -> dict[str, TowerSpec]:
         """ "text" and "vision" -> the towers that there are."""
         return {name: spec for name, spec in (("text", self.text), ("vision", self.vision)) if spec is not None}
+
+
+def _build(cls: type, name: str, values: Mapping[str, Any]):
+    """An instance from a dict, or an error that says what the dict may hold."""
+    known = [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{name} has no field {', '.join(unknown)}; it knows {', '.join(known)}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{name} lacks a field: {error}.") from error

@@ -54,13 +54,16 @@ class TaskClasses:
         return len(self.names)
 
     @classmethod
-    def from_names(cls, names: Sequence[str], tokenizer, template: str | Sequence[str] = TEMPLATE) -> TaskClasses:
+    def from_names(
+        cls, names: Sequence[str], tokenizer, template: str | Sequence[str] = TEMPLATE, **padding
+    ) -> TaskClasses:
         """Tokenize class names for both branches; underscores in names are read as spaces.
 
         Args:
             names: C class names.
             tokenizer: a tokenizer of transformers, or a processor that has one.
             template: text for the frozen branch with ``{}`` in place of the name, or several to average.
+            padding: how the tokenizer pads; to the longest text unless told otherwise.
 
         Raises:
             ValueError: no names, a name twice, or a template without ``{}``.
@@ -75,7 +78,7 @@ class TaskClasses:
 
         def tokenize(text: str) -> dict[str, torch.Tensor]:
             spoken = [text.format(name.replace("_", " ")) for name in names]
-            encoded = tokenizer(spoken, padding=True, return_tensors="pt")
+            encoded = tokenizer(spoken, return_tensors="pt", **({"padding": True} | padding))
             return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
 
         return cls(tokenize(CLASS_TEMPLATE), tuple(map(tokenize, templates)), tuple(names), tuple(templates))

@@ -23,7 +23,6 @@ from .functional import mix_embeddings, unit
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .pictures import read_picture
-from .resolve import find_architecture
 from .texts import TextInputs
 from .tower import SEPTower
 
@@ -131,7 +130,8 @@ class SEPClassifier(nn.Module):
             class_names: C names; underscores are read as spaces.
             template: text for the frozen branch with ``{}`` in place of the name; several are averaged.
         """
-        return cls(model, TaskClasses.from_names(class_names, processor, template), processor=processor, **options)
+        classes = TaskClasses.from_names(class_names, processor, template, **padding_of(model))
+        return cls(model, classes, processor=processor, **options)
 
     # classes
 
@@ -158,7 +158,8 @@ class SEPClassifier(nn.Module):
         """
         if not isinstance(classes, TaskClasses):
             tokenizer = self._need("tokenizer", "to read class names")
-            classes = TaskClasses.from_names(classes, tokenizer, template or self.classes.templates or TEMPLATE)
+            template = template or self.classes.templates or TEMPLATE
+            classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
         self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
         if self.prototypes is not None:
             self.reset_prototypes()
@@ -229,10 +230,14 @@ class SEPClassifier(nn.Module):
 
     def _logits(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """(B, E) and (C, E) -> (B, C), in fp32 or wider."""
-        base = self.vision_tower.owner
-        row = find_architecture(base)
-        logits = getattr(base, row.logit_scale).exp().float() * image.float() @ text.float().T
-        return logits if row.logit_bias is None else logits + getattr(base, row.logit_bias).float()
+        tower = self.vision_tower
+        row, model = tower.architecture, tower.owner
+        cosines = image @ text.T
+        if row.logit_scale is None:
+            return cosines
+        scale = getattr(model, row.logit_scale).float()
+        logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[row.scale]
+        return logits if row.logit_bias is None else logits + getattr(model, row.logit_bias).float()
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -364,6 +369,14 @@ class SEPClassifier(nn.Module):
             model = PeftModel.from_pretrained(model, path, adapter_name, **arguments)
         options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
         return cls(model, classes, processor=processor, **options).train(is_trainable)
+
+
+def padding_of(model: nn.Module) -> dict[str, Any]:
+    """How a tokenizer has to pad for the model's text tower."""
+    tower = find_towers(model).get("text")
+    if tower is None or not tower.spec.max_length_padding:
+        return {"padding": True}
+    return {"padding": "max_length", "max_length": tower.base_layer.config.max_position_embeddings}
 
 
 def _load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> TaskClasses:

@@ -65,12 +65,13 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
     for path in config.target_modules or ():
         if path not in known:
             raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
-    found = {"model_type": model.config.model_type}
+    found = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
     for tower in target_towers(config, architecture).values():
         spec = architecture.towers[tower]
         if spec.refused is not None:
             _check_refused(config, tower, spec)
             continue
+        _check_paths(model, tower, spec)
         module = base_tower(model, spec)
         num_layers = len(module.get_submodule(spec.layers))
         found[tower] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
@@ -87,6 +88,25 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
             f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
         )
     return found
+
+
+def _check_paths(model: nn.Module, tower: str, spec: TowerSpec) -> None:
+    """Every path of a row must lead somewhere."""
+    named = [("path", spec.path, model), ("projection", spec.projection, model)]
+    for field, path, module in named:
+        _check_path(tower, field, path, module)
+    inside = base_tower(model, spec)
+    for field in ("layers", "positions", "entry_embedding", "entry_norm"):
+        _check_path(tower, field, getattr(spec, field), inside)
+
+
+def _check_path(tower: str, field: str, path: str | None, module: nn.Module) -> None:
+    try:
+        module.get_submodule(path or "")
+    except AttributeError:
+        raise ValueError(
+            f"The row of the {tower} tower names {path} as {field}, but {type(module).__name__} has no such module."
+        ) from None
 
 
 def _check_refused(config: SEPConfig, tower: str, spec: TowerSpec) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, Optional
 
 from peft.config import PeftConfig
 
+from .architectures import Architecture
 from .checkpoint import check_folder
 from .registration import peft_type
 
@@ -41,6 +42,8 @@ class SEPConfig(PeftConfig):
             across the tokens of one input, and selects one set of image tokens for the batch. The price: an embedding
             then depends on what else is in its batch, a single image gets no fusion, and the text tower must be given
             all classes at once. Default False.
+        architecture (`Architecture` or `dict`, *optional*): the row of a model that the package does not know; see
+            `sep_peft.Architecture`. None: found by the model's type.
         target_modules (`list[str]`, *optional*): paths of the towers to adapt; None for all towers of the model type.
         modules_to_save (`list[str]`, *optional*): further modules to train in full and to save with the adapter.
         base_architecture (`dict`, *optional*): the towers this adapter fits, filled in when it is created and checked
@@ -72,6 +75,9 @@ class SEPConfig(PeftConfig):
     )
     batch_coupled: bool = field(
         default=False, metadata={"help": "Couple the inputs of a batch as the released code does."}
+    )
+    architecture: Optional[dict] = field(
+        default=None, metadata={"help": "Row of a model that the package does not know; None: by model type."}
     )
     target_modules: Optional[list[str]] = field(
         default=None, metadata={"help": "Paths of the towers to adapt; None for all towers of the model type."}
@@ -112,6 +118,9 @@ class SEPConfig(PeftConfig):
             self._check_layers(name)
         for name in ("target_modules", "modules_to_save"):
             self._check_names(name)
+        if self.architecture is not None:
+            # read and written back: a row with a mistake is found here, and what is saved is plain JSON
+            self.architecture = Architecture.from_dict(self.architecture).to_dict()
         if self.fusion == "none":
             self._check_unused_fusion_options()
 

@@ -52,7 +52,7 @@ class SEPModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             check_adapter_name(adapter_name, model)
-            found = check_fit(config, find_architecture(model), model)
+            found = check_fit(config, find_architecture(model, config.architecture), model)
         except ValueError:
             del self.peft_config[adapter_name]
             raise
@@ -68,12 +68,15 @@ class SEPModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SEPConfig, model: nn.Module) -> None:
         """PEFT cannot replace the model itself, so one that is a tower gets a child for PEFT to replace."""
-        is_tower = any(spec.path == "" for spec in find_architecture(model).towers.values())
+        is_tower = any(spec.path == "" for spec in self._row(peft_config).towers.values())
         if is_tower and not hasattr(model, ROOT_CHILD):
             setattr(model, ROOT_CHILD, nn.Identity())
 
+    def _row(self, config: SEPConfig) -> Architecture:
+        return find_architecture(self.model, config.architecture)
+
     def _check_target_module_exists(self, peft_config: SEPConfig, key: str) -> bool:
-        architecture = find_architecture(self.model)
+        architecture = self._row(peft_config)
         tower = target_towers(peft_config, architecture).get(key)
         return tower is not None and architecture.towers[tower].refused is None
 
@@ -88,10 +91,10 @@ class SEPModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, SEPTower):
-            architecture = find_architecture(self.model)
+            architecture = self._row(peft_config)
             tower = target_towers(peft_config, architecture)[current_key]
             base = self.model if current_key == ROOT_CHILD else target
-            target = SEPTower(base, tower, architecture.towers[tower], self.model)
+            target = SEPTower(base, tower, architecture, self.model)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
@@ -117,11 +120,6 @@ class SEPModel(BaseTuner):
     def towers(self) -> dict[str, SEPTower]:
         """ "text" and "vision" -> the wrapped tower."""
         return find_towers(self.model)
-
-    @property
-    def architecture(self) -> Architecture:
-        """The row of the wrapped model."""
-        return find_architecture(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active.

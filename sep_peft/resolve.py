@@ -12,12 +12,18 @@ from .families import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
 DUAL_ENCODER = "vision-text-dual-encoder"
 
 
-def find_architecture(model: nn.Module) -> Architecture:
+def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture:
     """The row of a model.
 
+    Args:
+        model: of transformers, or one's own.
+        row: a row handed in by the configuration; it is taken as it is.
+
     Raises:
-        ValueError: its model type has none.
+        ValueError: there is no row for the model's type.
     """
+    if row is not None:
+        return Architecture.from_dict(row)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type == DUAL_ENCODER:
@@ -28,7 +34,8 @@ def find_architecture(model: nn.Module) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"SEP does not know the towers of {type(model).__name__} (model type {model_type!r}); it knows "
-            f"{', '.join(sorted([*ARCHITECTURES, DUAL_ENCODER]))}."
+            f"{', '.join(sorted([*ARCHITECTURES, DUAL_ENCODER]))}. Describe your own with "
+            "SEPConfig(architecture=sep_peft.Architecture(...))."
         )
     row = ARCHITECTURES[model_type]
     return row.variants.get(type(model).__name__, row)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import functional, texts
-from .architectures import TowerSpec
+from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
 from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding
@@ -76,7 +76,7 @@ class SEPTower(SEPLayer):
     Args:
         base_layer: the tower.
         tower: "text" or "vision".
-        spec: row of the tower.
+        architecture: row of the model.
         model: the model that owns the tower and its projection. Where it is the tower itself, this module becomes its
             child `ROOT_CHILD` and takes over its forward.
     """
@@ -84,10 +84,10 @@ class SEPTower(SEPLayer):
     adapter_layer_names = ("sep_prompts", "sep_fusion")
     other_param_names = ("sep_settings",)
 
-    def __init__(self, base_layer: nn.Module, tower: str, spec: TowerSpec, model: nn.Module):
+    def __init__(self, base_layer: nn.Module, tower: str, architecture: Architecture, model: nn.Module):
         super().__init__(base_layer)
         self.tower = tower
-        self.spec = spec
+        self.architecture = architecture
         self.is_root = base_layer is model
         if self.is_root:  # a child cannot own its parent; the attribute stays, out of the registry of modules
             del self._modules["base_layer"]
@@ -100,6 +100,11 @@ class SEPTower(SEPLayer):
         self.sep_settings: dict[str, TowerSettings] = {}
         if self.is_root:
             base_layer.forward = self.forward
+
+    @property
+    def spec(self) -> TowerSpec:
+        """Row of the tower."""
+        return self.architecture.towers[self.tower]
 
     # adapters
 

@@ -302,16 +302,33 @@ def test_limits_of_the_model_are_allowed():
 
 
 def test_one_configuration_serves_several_models():
+    """Of other architectures too; each model keeps what was found out about itself."""
     config = SEPConfig(**SMALL)
-    first = get_peft_model(make_clip(), config)
-    second = get_peft_model(make_clip(text_layers=2, vision_layers=2), config)
-    assert config.base_architecture is None
-    found = [model.peft_config["default"].base_architecture for model in (first, second)]
-    assert [entry["text"]["num_layers"] for entry in found] == [3, 2]
-    assert [entry["vision"]["num_layers"] for entry in found] == [4, 2]
-    first.add_adapter("other", config)
-    for model in (first, second):
+    models = [
+        get_peft_model(make_clip(), config),
+        get_peft_model(make_clip(text_layers=2, vision_layers=2), config),
+        get_peft_model(make_clip(), config),
+    ]
+    models[1].add_adapter("other", config)
+    found = [entry.base_architecture for model in models for entry in model.peft_config.values()]
+    assert [(entry["text"]["num_layers"], entry["vision"]["num_layers"]) for entry in found] == [
+        (3, 4),
+        (2, 2),
+        (2, 2),
+        (3, 4),
+    ]
+    for model in models:
         assert model(pixel_values=make_images(2), **make_texts([3, 4])).logits_per_image.isfinite().all()
+
+
+def test_a_stored_configuration_fits_only_its_architecture(tmp_path):
+    config = SEPConfig(**SMALL)
+    get_peft_model(make_clip(), config)
+    config.save_pretrained(tmp_path)
+    loaded = SEPConfig.from_pretrained(tmp_path)
+    get_peft_model(make_clip(), loaded)
+    with pytest.raises(ValueError, match=r"^This adapter was made for another architecture: it needs "):
+        get_peft_model(make_clip(vision_layers=2), loaded)
 
 
 def test_a_further_adapter_must_be_of_the_same_name_only_once():

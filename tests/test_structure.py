@@ -17,8 +17,8 @@ PACKAGE = Path(sep_peft.__file__).parent
 ORDER = [
     "version",
     "registration",
-    "checkpoint",
     "architectures",
+    "checkpoint",
     "functional",
     "fusion",
     "families",
