@@ -1,0 +1,89 @@
+"""README's support matrix, made from the rows of `sep_peft.families` and the cases of `families`.
+
+python tests/support_matrix.py     # writes it into README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from families import CASES
+
+from sep_peft.architectures import TowerSpec
+from sep_peft.families import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
+from sep_peft.resolve import DUAL_ENCODER
+
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->"
+
+
+def tested() -> dict[tuple[str, str], set[str]]:
+    """(model type, tower) -> attention implementations in the test table; towers of dual encoders by their own type."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for case in CASES.values():
+        config = case.config()
+        for tower, make in (("text", case.text), ("vision", case.image)):
+            if make is None:
+                continue
+            model_type = config.model_type
+            if model_type == DUAL_ENCODER:
+                model_type = f"{DUAL_ENCODER}: {getattr(config, f'{tower}_config').model_type}"
+            found.setdefault((model_type, tower), set()).update(case.attentions)
+    return found
+
+
+def rows() -> list[tuple[str, str, TowerSpec]]:
+    """Model type, tower, row; what a class of a model type has beyond the common row counts with it."""
+    found = []
+    for model_type, architecture in sorted(ARCHITECTURES.items()):
+        towers = {}
+        for one in (*architecture.variants.values(), architecture):
+            towers |= one.towers
+        found += [(model_type, tower, spec) for tower, spec in towers.items()]
+    for tower, table in (("text", DUAL_ENCODER_TEXT), ("vision", DUAL_ENCODER_VISION)):
+        found += [(f"{DUAL_ENCODER}: {model_type}", tower, spec) for model_type, spec in sorted(table.items())]
+    return found
+
+
+def describe_prompts(spec: TowerSpec) -> str:
+    if spec.insert_at is None:
+        return "behind all patches"
+    where = "in front" if spec.insert_at == 0 else "behind the first token"
+    if spec.inputs != "input_ids":
+        return where
+    return f"{where}, {'text moves up' if spec.positions else 'no position of their own'}"
+
+
+def describe_mix(spec: TowerSpec) -> str:
+    if spec.projection is None:
+        return "in the tower's output"
+    return "behind the projection" if getattr(spec, "mixes_behind_projection", False) else "before the projection"
+
+
+def render() -> str:
+    """The matrix as Markdown."""
+    tests = tested()
+    lines = ["| model type | tower | prompts stand | mixed | tested with |", "|---|---|---|---|---|"]
+    refusals = []
+    for model_type, tower, spec in rows():
+        if spec.refused is not None:
+            refusals.append(f"- `{model_type}`, {tower} tower: {spec.refused}.")
+            continue
+        attentions = ", ".join(sorted(tests[model_type, tower]))  # a row without a case is an error
+        lines.append(f"| `{model_type}` | {tower} | {describe_prompts(spec)} | {describe_mix(spec)} | {attentions} |")
+    if refusals:
+        lines += ["", "Refused, before the model is touched:", "", *refusals]
+    return "\n".join(lines) + "\n"
+
+
+def replace_in(text: str) -> str:
+    """README with the present matrix."""
+    head, rest = text.split(START)
+    return head + START + render() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(replace_in(README.read_text()))
+    sys.exit(0)
