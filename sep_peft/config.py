@@ -169,7 +169,8 @@ class SEPConfig(PeftConfig):
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        is_list = isinstance(value, (list, tuple, set))
+        if not is_list or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{name} must be None or a list of module names, but got {value!r}.")
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
