@@ -43,18 +43,26 @@ SIGLIP_TEXT = TowerSpec(
 )
 SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
 
+BERT_TEXT = TowerSpec(
+    path="text_model",
+    layers="encoder.layer",
+    inputs="input_ids",
+    projection="text_projection",
+    insert_at=1,
+    positions="embeddings.position_embeddings",
+    entry_embedding="embeddings.token_type_embeddings",
+    entry_norm="embeddings.LayerNorm",
+)
+
+#: Why towers take no prompts.
+CONVOLUTIONAL = "its vision tower is convolutional and has no sequence of tokens that prompts could join"
+WINDOWED = "its {} tower folds its tokens into a grid, where prompts have no place"
+#: ClapModel's other tower hears: it stands in the place of the one that sees.
+CLAP_AUDIO = TowerSpec("audio_model", "", "pixel_values", "audio_projection", refused=WINDOWED.format("audio"))
+
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
-    "bert": TowerSpec(
-        path="text_model",
-        layers="encoder.layer",
-        inputs="input_ids",
-        projection="text_projection",
-        insert_at=1,
-        positions="embeddings.position_embeddings",
-        entry_embedding="embeddings.token_type_embeddings",
-        entry_norm="embeddings.LayerNorm",
-    ),
+    "bert": BERT_TEXT,
 }
 DUAL_ENCODER_VISION: dict[str, TowerSpec] = {
     "clip_vision_model": CLIP_VISION,
@@ -75,6 +83,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=CLIP_VISION_ALONE,
         logit_scale=None,
         variants={"CLIPVisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
+    ),
+    "align": Architecture(
+        text=replace(BERT_TEXT, pooled="first_token"),
+        vision=TowerSpec("vision_model", "", "pixel_values", refused=CONVOLUTIONAL),
+        logit_scale="temperature",
+        scale="divide",
+    ),
+    # the scale of the logits per audio; those per text have one of their own
+    "clap": Architecture(replace(BERT_TEXT, mixes_behind_projection=True), CLAP_AUDIO, logit_scale="logit_scale_a"),
+    "clap_text_model": Architecture(
+        text=replace(BERT_TEXT, path="", projection=None),
+        logit_scale=None,
+        variants={
+            "ClapTextModelWithProjection": Architecture(
+                text=replace(BERT_TEXT, mixes_behind_projection=True), logit_scale=None
+            )
+        },
     ),
     "siglip": Architecture(SIGLIP_TEXT, SIGLIP_VISION, logit_bias="logit_bias"),
 }
