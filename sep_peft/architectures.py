@@ -36,6 +36,7 @@ class TowerSpec:
         renamed_inputs: name of an input as processors give it -> name as the tower takes it.
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
+        refused_options: option of the tower's configuration that may not be set -> why it takes no prompts then.
         mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
     """
 
@@ -55,6 +56,7 @@ class TowerSpec:
     renamed_inputs: Mapping[str, str] = field(default_factory=dict)
     hidden_size: str = "hidden_size"
     refused: str | None = None
+    refused_options: Mapping[str, str] = field(default_factory=dict)
     mixes_behind_projection: bool = False
 
 

@@ -54,21 +54,41 @@ BERT_TEXT = TowerSpec(
     entry_norm="embeddings.LayerNorm",
 )
 
+VIT_VISION = TowerSpec(
+    path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
+)
+
 #: Why towers take no prompts.
 CONVOLUTIONAL = "its vision tower is convolutional and has no sequence of tokens that prompts could join"
 WINDOWED = "its {} tower folds its tokens into a grid, where prompts have no place"
+CONVOLUTIONAL_VISION = TowerSpec("vision_model", "", "pixel_values", "visual_projection", refused=CONVOLUTIONAL)
+WINDOWED_VISION = replace(CONVOLUTIONAL_VISION, refused=WINDOWED.format("vision"))
 #: ClapModel's other tower hears: it stands in the place of the one that sees.
 CLAP_AUDIO = TowerSpec("audio_model", "", "pixel_values", "audio_projection", refused=WINDOWED.format("audio"))
 
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
     "bert": BERT_TEXT,
+    "roberta": BERT_TEXT,
 }
 DUAL_ENCODER_VISION: dict[str, TowerSpec] = {
-    "clip_vision_model": CLIP_VISION,
-    "vit": TowerSpec(
-        path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
+    "beit": replace(
+        VIT_VISION,
+        refused_options=dict.fromkeys(
+            ("use_relative_position_bias", "use_shared_relative_position_bias"),
+            "its relative position bias is a table of patches by patches, where prompts have no place",
+        ),
     ),
+    "clip_vision_model": CLIP_VISION,
+    "deit": replace(VIT_VISION, leading_tokens=2),  # CLS and the distillation token
+    "dinov2": replace(VIT_VISION, layers="encoder.layer"),
+    "dinov2_with_registers": replace(VIT_VISION, layers="encoder.layer"),
+    # Rotary positions belong to its last tokens, so prompts stand behind CLS.
+    "dinov3_vit": replace(VIT_VISION, layers="model.layer", insert_at=1),
+    "siglip_vision_model": replace(SIGLIP_VISION, projection="visual_projection"),
+    "vit": VIT_VISION,
+    **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet"), CONVOLUTIONAL_VISION),
+    **dict.fromkeys(("pvt", "swin", "swinv2"), WINDOWED_VISION),
 }
 
 #: model_type -> row
@@ -86,7 +106,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "align": Architecture(
         text=replace(BERT_TEXT, pooled="first_token"),
-        vision=TowerSpec("vision_model", "", "pixel_values", refused=CONVOLUTIONAL),
+        vision=replace(CONVOLUTIONAL_VISION, projection=None),
         logit_scale="temperature",
         scale="divide",
     ),

@@ -123,6 +123,21 @@ CLIP_WORDS = words(bos=57, eos=58, pad=1)
 BERT_WORDS = words(bos=2, eos=3, pad=0)
 ROBERTA_WORDS = words(bos=0, eos=2, pad=1)
 
+
+def dual_encoder(
+    vision: Callable[[], hf.PretrainedConfig],
+    text: Callable[[], hf.PretrainedConfig] = lambda: hf.BertConfig(**text_size(pad_token_id=0)),
+    tokens: Callable[..., Inputs] = BERT_WORDS,
+) -> Case:
+    """A `VisionTextDualEncoderModel` of any two towers."""
+    return Case(
+        config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision(), text(), projection_dim=20),
+        model=hf.VisionTextDualEncoderModel,
+        text=tokens,
+        image=pictures(),
+    )
+
+
 CASES: dict[str, Case] = {
     "clip": Case(
         config=lambda: hf.CLIPConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
@@ -156,13 +171,20 @@ CASES: dict[str, Case] = {
         shifts=False,
         compiled=True,
     ),
-    "bert and vit": Case(
-        config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(
-            hf.ViTConfig(**vision_size()), hf.BertConfig(**text_size()), projection_dim=20
-        ),
-        model=hf.VisionTextDualEncoderModel,
-        text=BERT_WORDS,
-        image=pictures(),
+    "bert and vit": dual_encoder(lambda: hf.ViTConfig(**vision_size())),
+    "bert and clip": dual_encoder(lambda: hf.CLIPVisionConfig(**vision_size())),
+    "bert and deit": dual_encoder(lambda: hf.DeiTConfig(**vision_size())),
+    "bert and dinov2": dual_encoder(lambda: hf.Dinov2Config(**vision_size())),
+    "bert and dinov2 with registers": dual_encoder(
+        lambda: hf.Dinov2WithRegistersConfig(**vision_size(num_register_tokens=2))
+    ),
+    "bert and dinov3": dual_encoder(lambda: hf.DINOv3ViTConfig(**vision_size(num_register_tokens=2))),
+    "bert and siglip": dual_encoder(lambda: hf.SiglipVisionConfig(**vision_size())),
+    "bert and beit": dual_encoder(lambda: hf.BeitConfig(**vision_size(use_absolute_position_embeddings=True))),
+    "roberta and vit": dual_encoder(
+        lambda: hf.ViTConfig(**vision_size()),
+        text=lambda: hf.RobertaConfig(**text_size(pad_token_id=1)),
+        tokens=ROBERTA_WORDS,
     ),
     "align": Case(
         config=lambda: hf.AlignConfig(
