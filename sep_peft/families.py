@@ -43,24 +43,52 @@ SIGLIP_TEXT = TowerSpec(
 )
 SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
 
+BERT_TEXT = TowerSpec(
+    path="text_model",
+    layers="encoder.layer",
+    inputs="input_ids",
+    projection="text_projection",
+    insert_at=1,
+    positions="embeddings.position_embeddings",
+    entry_embedding="embeddings.token_type_embeddings",
+    entry_norm="embeddings.LayerNorm",
+)
+
+VIT_VISION = TowerSpec(
+    path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
+)
+
+#: Why towers take no prompts.
+CONVOLUTIONAL = "its vision tower is convolutional and has no sequence of tokens that prompts could join"
+WINDOWED = "its {} tower folds its tokens into a grid, where prompts have no place"
+CONVOLUTIONAL_VISION = TowerSpec("vision_model", "", "pixel_values", "visual_projection", refused=CONVOLUTIONAL)
+WINDOWED_VISION = replace(CONVOLUTIONAL_VISION, refused=WINDOWED.format("vision"))
+#: ClapModel's other tower hears: it stands in the place of the one that sees.
+CLAP_AUDIO = TowerSpec("audio_model", "", "pixel_values", "audio_projection", refused=WINDOWED.format("audio"))
+
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
-    "bert": TowerSpec(
-        path="text_model",
-        layers="encoder.layer",
-        inputs="input_ids",
-        projection="text_projection",
-        insert_at=1,
-        positions="embeddings.position_embeddings",
-        entry_embedding="embeddings.token_type_embeddings",
-        entry_norm="embeddings.LayerNorm",
-    ),
+    "bert": BERT_TEXT,
+    "roberta": BERT_TEXT,
 }
 DUAL_ENCODER_VISION: dict[str, TowerSpec] = {
-    "clip_vision_model": CLIP_VISION,
-    "vit": TowerSpec(
-        path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
+    "beit": replace(
+        VIT_VISION,
+        refused_options=dict.fromkeys(
+            ("use_relative_position_bias", "use_shared_relative_position_bias"),
+            "its relative position bias is a table of patches by patches, where prompts have no place",
+        ),
     ),
+    "clip_vision_model": CLIP_VISION,
+    "deit": replace(VIT_VISION, leading_tokens=2),  # CLS and the distillation token
+    "dinov2": replace(VIT_VISION, layers="encoder.layer"),
+    "dinov2_with_registers": replace(VIT_VISION, layers="encoder.layer"),
+    # Rotary positions belong to its last tokens, so prompts stand behind CLS.
+    "dinov3_vit": replace(VIT_VISION, layers="model.layer", insert_at=1),
+    "siglip_vision_model": replace(SIGLIP_VISION, projection="visual_projection"),
+    "vit": VIT_VISION,
+    **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet"), CONVOLUTIONAL_VISION),
+    **dict.fromkeys(("pvt", "swin", "swinv2"), WINDOWED_VISION),
 }
 
 #: model_type -> row
@@ -75,6 +103,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=CLIP_VISION_ALONE,
         logit_scale=None,
         variants={"CLIPVisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
+    ),
+    "align": Architecture(
+        text=replace(BERT_TEXT, pooled="first_token"),
+        vision=replace(CONVOLUTIONAL_VISION, projection=None),
+        logit_scale="temperature",
+        scale="divide",
+    ),
+    # the scale of the logits per audio; those per text have one of their own
+    "clap": Architecture(replace(BERT_TEXT, mixes_behind_projection=True), CLAP_AUDIO, logit_scale="logit_scale_a"),
+    "clap_text_model": Architecture(
+        text=replace(BERT_TEXT, path="", projection=None),
+        logit_scale=None,
+        variants={
+            "ClapTextModelWithProjection": Architecture(
+                text=replace(BERT_TEXT, mixes_behind_projection=True), logit_scale=None
+            )
+        },
     ),
     "siglip": Architecture(SIGLIP_TEXT, SIGLIP_VISION, logit_bias="logit_bias"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from .architectures import Architecture, TowerSpec
@@ -28,8 +30,8 @@ def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture
     model_type = getattr(config, "model_type", None)
     if model_type == DUAL_ENCODER:
         return Architecture(
-            text=_find_tower(config.text_config.model_type, DUAL_ENCODER_TEXT),
-            vision=_find_tower(config.vision_config.model_type, DUAL_ENCODER_VISION),
+            text=_find_tower(config.text_config, DUAL_ENCODER_TEXT),
+            vision=_find_tower(config.vision_config, DUAL_ENCODER_VISION),
         )
     if model_type not in ARCHITECTURES:
         raise ValueError(
@@ -41,10 +43,16 @@ def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture
     return row.variants.get(type(model).__name__, row)
 
 
-def _find_tower(model_type: str, rows: dict[str, TowerSpec]) -> TowerSpec:
-    if model_type not in rows:
+def _find_tower(config, rows: dict[str, TowerSpec]) -> TowerSpec:
+    """The row of a tower that is a model of its own, by its configuration."""
+    if config.model_type not in rows:
+        known = sorted(name for name, row in rows.items() if row.refused is None)
         raise ValueError(
-            f"SEP does not know a tower of model type {model_type!r} inside a VisionTextDualEncoderModel; it knows "
-            f"{', '.join(sorted(rows))}."
+            f"SEP does not know a tower of model type {config.model_type!r} inside a VisionTextDualEncoderModel; it "
+            f"knows {', '.join(known)}."
         )
-    return rows[model_type]
+    row = rows[config.model_type]
+    for option, reason in row.refused_options.items():
+        if getattr(config, option):
+            return replace(row, refused=reason)
+    return replace(row, leading_tokens=row.leading_tokens + getattr(config, "num_register_tokens", 0))

@@ -22,10 +22,12 @@ class Case:
         model: class of the model.
         text: makes the inputs of the text tower for texts of given lengths, padded to `total`; None without text tower.
         image: makes the inputs of the image tower for a number of images; None without image tower.
-        attentions: attention implementations that the family has.
+        attentions: attention implementations that the family has, the usual one last.
         shifts: prompts of the text tower move positions, so longer native texts can be compared.
         masks: the image tower's layers take an attention mask.
         compiled: whether `torch.compile(fullgraph=True)` is tested.
+        options: of the adapter.
+        whole: makes the inputs of the whole model for three texts and images; None where they are those of its towers.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -36,16 +38,23 @@ class Case:
     shifts: bool = True
     compiled: bool = False
     options: dict = field(default_factory=dict)
+    whole: Callable[[], dict] | None = None
 
-    def build(self, attention: str = "sdpa") -> torch.nn.Module:
+    def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
         torch.manual_seed(0)
         config = self.config()
-        model = self.model._from_config(config, attn_implementation=attention).eval()
+        model = self.model._from_config(config, attn_implementation=attention or self.attentions[-1]).eval()
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         return model
+
+    def inputs(self) -> dict:
+        """Inputs of the whole model, for three texts and images."""
+        if self.whole is not None:
+            return self.whole()
+        return (self.text([5, 4, 7]) if self.text else {}) | (self.image(3) if self.image else {})
 
 
 def words(bos: int | None, eos: int | None, pad: int) -> Callable[..., Inputs]:
@@ -111,6 +120,23 @@ def vision_size(**changes) -> dict:
 
 
 CLIP_WORDS = words(bos=57, eos=58, pad=1)
+BERT_WORDS = words(bos=2, eos=3, pad=0)
+ROBERTA_WORDS = words(bos=0, eos=2, pad=1)
+
+
+def dual_encoder(
+    vision: Callable[[], hf.PretrainedConfig],
+    text: Callable[[], hf.PretrainedConfig] = lambda: hf.BertConfig(**text_size(pad_token_id=0)),
+    tokens: Callable[..., Inputs] = BERT_WORDS,
+) -> Case:
+    """A `VisionTextDualEncoderModel` of any two towers."""
+    return Case(
+        config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision(), text(), projection_dim=20),
+        model=hf.VisionTextDualEncoderModel,
+        text=tokens,
+        image=pictures(),
+    )
+
 
 CASES: dict[str, Case] = {
     "clip": Case(
@@ -145,12 +171,74 @@ CASES: dict[str, Case] = {
         shifts=False,
         compiled=True,
     ),
-    "bert and vit": Case(
-        config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(
-            hf.ViTConfig(**vision_size()), hf.BertConfig(**text_size()), projection_dim=20
+    "bert and vit": dual_encoder(lambda: hf.ViTConfig(**vision_size())),
+    "bert and clip": dual_encoder(lambda: hf.CLIPVisionConfig(**vision_size())),
+    "bert and deit": dual_encoder(lambda: hf.DeiTConfig(**vision_size())),
+    "bert and dinov2": dual_encoder(lambda: hf.Dinov2Config(**vision_size())),
+    "bert and dinov2 with registers": dual_encoder(
+        lambda: hf.Dinov2WithRegistersConfig(**vision_size(num_register_tokens=2))
+    ),
+    "bert and dinov3": dual_encoder(lambda: hf.DINOv3ViTConfig(**vision_size(num_register_tokens=2))),
+    "bert and siglip": dual_encoder(lambda: hf.SiglipVisionConfig(**vision_size())),
+    "bert and beit": dual_encoder(lambda: hf.BeitConfig(**vision_size(use_absolute_position_embeddings=True))),
+    "roberta and vit": dual_encoder(
+        lambda: hf.ViTConfig(**vision_size()),
+        text=lambda: hf.RobertaConfig(**text_size(pad_token_id=1)),
+        tokens=ROBERTA_WORDS,
+    ),
+    "align": Case(
+        config=lambda: hf.AlignConfig(
+            text_config=text_size(pad_token_id=0),
+            vision_config={
+                "image_size": 32,
+                "width_coefficient": 0.25,
+                "depth_coefficient": 0.1,
+                "kernel_sizes": [3, 3],
+                "in_channels": [32, 16],
+                "out_channels": [16, 24],
+                "strides": [1, 2],
+                "num_block_repeats": [1, 1],
+                "expand_ratios": [1, 2],
+                "hidden_dim": 20,
+            },
+            projection_dim=8,
         ),
-        model=hf.VisionTextDualEncoderModel,
-        text=words(bos=2, eos=3, pad=0),
-        image=pictures(),
+        model=hf.AlignModel,
+        text=BERT_WORDS,
+        attentions=("eager",),
+        options={"num_vision_prompts": 0},
+        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures(32)(3),
+    ),
+    "clap": Case(
+        config=lambda: hf.ClapConfig(
+            text_config=text_size(pad_token_id=1),
+            audio_config={
+                "window_size": 4,
+                "num_mel_bins": 16,
+                "spec_size": 64,
+                "patch_size": 2,
+                "patch_stride": [2, 2],
+                "hidden_size": 32,
+                "patch_embeds_hidden_size": 16,
+                "depths": [1, 1],
+                "num_attention_heads": [2, 2],
+                "num_hidden_layers": 2,
+            },
+            projection_dim=20,
+        ),
+        model=hf.ClapModel,
+        text=ROBERTA_WORDS,
+        attentions=("eager",),
+        options={"num_vision_prompts": 0},
+        whole=lambda: (
+            ROBERTA_WORDS([5, 4, 7])
+            | {"input_features": torch.randn(3, 1, 32, 16, generator=torch.Generator().manual_seed(5))}
+        ),
+    ),
+    "clap text with projection": Case(
+        config=lambda: hf.ClapTextConfig(**text_size(pad_token_id=1)),
+        model=hf.ClapTextModelWithProjection,
+        text=ROBERTA_WORDS,
+        attentions=("eager",),
     ),
 }
