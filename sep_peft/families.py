@@ -58,6 +58,30 @@ VIT_VISION = TowerSpec(
     path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
 )
 
+BLIP_TEXT = replace(BERT_TEXT, entry_embedding=None)
+BLIP_VISION = replace(CLIP_VISION, entry_norm=None)
+#: Its features come from the first token through biased projections.
+BLIP_RETRIEVAL = Architecture(
+    text=replace(BLIP_TEXT, path="text_encoder", projection="text_proj", pooled="first_token"),
+    vision=replace(BLIP_VISION, projection="vision_proj", pooled="first_token"),
+    logit_scale=None,
+)
+
+FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
+FLAVA_VISION = TowerSpec(
+    path="image_model",
+    layers="encoder.layer",
+    inputs="pixel_values",
+    projection="image_projection",
+    pooled="first_token",
+    leading_tokens=1,
+)
+FLAVA_PRETRAINING = Architecture(
+    text=replace(FLAVA_TEXT, path="flava.text_model", projection="flava.text_projection"),
+    vision=replace(FLAVA_VISION, path="flava.image_model", projection="flava.image_projection"),
+    logit_scale="flava.logit_scale",
+)
+
 #: Why towers take no prompts.
 CONVOLUTIONAL = "its vision tower is convolutional and has no sequence of tokens that prompts could join"
 WINDOWED = "its {} tower folds its tokens into a grid, where prompts have no place"
@@ -110,6 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_scale="temperature",
         scale="divide",
     ),
+    "blip": Architecture(BLIP_TEXT, BLIP_VISION, variants={"BlipForImageTextRetrieval": BLIP_RETRIEVAL}),
     # the scale of the logits per audio; those per text have one of their own
     "clap": Architecture(replace(BERT_TEXT, mixes_behind_projection=True), CLAP_AUDIO, logit_scale="logit_scale_a"),
     "clap_text_model": Architecture(
@@ -121,5 +146,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             )
         },
     ),
+    "flava": Architecture(FLAVA_TEXT, FLAVA_VISION, variants={"FlavaForPreTraining": FLAVA_PRETRAINING}),
     "siglip": Architecture(SIGLIP_TEXT, SIGLIP_VISION, logit_bias="logit_bias"),
+    # Prompts and the mix concern each frame of a video alone: the model relates frames behind its projection.
+    "xclip": Architecture(replace(CLIP_TEXT, text_end="highest"), replace(CLIP_VISION, entry_norm="pre_layernorm")),
 }

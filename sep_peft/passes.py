@@ -62,14 +62,18 @@ class FrozenPass:
     def __init__(self, start_layer: int):
         self.start_layer = start_layer
         self.trunk: torch.Tensor | None = None
-        self.returns_tuple = False
+        self.num_outputs: int | None = None  # of layers that return tuples
 
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
         if wrapper.index == self.start_layer:
             self.trunk = hidden
         output = wrapper.base_layer(hidden, *args, **kwargs)
-        self.returns_tuple = isinstance(output, tuple)
+        self.num_outputs = len(output) if isinstance(output, tuple) else None
         return output
+
+    def stand_in(self, hidden: torch.Tensor):
+        """What a layer returns that the prompted pass leaves out: nothing of it is read, but its form has to fit."""
+        return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
 
 
 @dataclass
@@ -105,7 +109,7 @@ class PromptedPass:
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
         if wrapper.index < self.start_layer:
             if self.frozen is not None:  # the result is never read: the trunk replaces it at start_layer
-                return (hidden,) if self.frozen.returns_tuple else hidden
+                return self.frozen.stand_in(hidden)
             with torch.no_grad():
                 return wrapper.base_layer(hidden, *args, **kwargs)
         hidden, position = self._with_prompts(wrapper.index, hidden)

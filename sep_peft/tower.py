@@ -320,8 +320,9 @@ class SEPTower(SEPLayer):
         prompted = self._run_prompted(adapter, inputs, frozen_pass, trace)
         if frozen_pass is not None:
             for name in ("hidden_states", "attentions"):
-                if prompted.get(name) is not None:
-                    prompted[name] = tuple(frozen[name][: settings.start_layer]) + tuple(prompted[name])
+                if prompted.get(name) is not None:  # some families record the layers that were left out, others do not
+                    shared, own = tuple(frozen[name]), tuple(prompted[name])
+                    prompted[name] = shared[: settings.start_layer] + own[settings.start_layer - len(shared) :]
         return prompted, frozen
 
     def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):

@@ -28,6 +28,10 @@ class Case:
         compiled: whether `torch.compile(fullgraph=True)` is tested.
         options: of the adapter.
         whole: makes the inputs of the whole model for three texts and images; None where they are those of its towers.
+        features: reads a tower's embeddings off the whole model's output, by "text" or "vision"; None where they have
+            their usual names.
+        frames: pictures that belong together; `image` makes as many per input.
+        messages: tokens that an image layer adds to its keys by itself.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -39,6 +43,9 @@ class Case:
     compiled: bool = False
     options: dict = field(default_factory=dict)
     whole: Callable[[], dict] | None = None
+    features: Callable[[torch.nn.Module, dict, str], torch.Tensor] | None = None
+    frames: int = 1
+    messages: int = 0
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -136,6 +143,49 @@ def dual_encoder(
         text=tokens,
         image=pictures(),
     )
+
+
+def blip_text_size() -> dict:
+    return text_size(pad_token_id=0, bos_token_id=2, eos_token_id=3, encoder_hidden_size=WIDTH)
+
+
+def blip_retrieval_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """What the model's own similarity is made of."""
+    image = model.vision_proj(output["last_hidden_state"][:, 0])
+    text = model.text_proj(output["question_embeds"][:, 0])
+    score = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+    torch.testing.assert_close(score, output["itm_score"], rtol=1e-4, atol=2e-5)
+    return text if tower == "text" else image
+
+
+def flava_config() -> hf.FlavaConfig:
+    return hf.FlavaConfig(
+        text_config=text_size(pad_token_id=0),
+        image_config=vision_size(vocab_size=VOCABULARY),
+        multimodal_config={"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2},
+        hidden_size=WIDTH,
+        projection_dim=20,
+        init_codebook=False,
+        return_loss=False,
+        tie_word_embeddings=False,  # PEFT looks for tied embeddings where FlavaForPreTraining has none
+    )
+
+
+def flava_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """The first token through the projection, as the contrastive head takes it."""
+    if tower == "text":
+        return model.text_projection(output["text_embeddings"][:, 0])
+    return model.image_projection(output["image_embeddings"][:, 0])
+
+
+def xclip_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """Embeddings before the model relates frames to each other and texts to videos."""
+    if tower == "text":
+        return model.text_projection(output["text_model_output"].pooler_output)
+    frames = model.visual_projection(output["vision_model_output"].pooler_output)
+    video = model.mit(frames.unflatten(0, (-1, 2))).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(video, dim=-1), output["video_embeds"])
+    return frames
 
 
 CASES: dict[str, Case] = {
@@ -240,5 +290,61 @@ CASES: dict[str, Case] = {
         model=hf.ClapTextModelWithProjection,
         text=ROBERTA_WORDS,
         attentions=("eager",),
+    ),
+    "blip": Case(
+        config=lambda: hf.BlipConfig(text_config=blip_text_size(), vision_config=vision_size(), projection_dim=20),
+        model=hf.BlipModel,
+        text=BERT_WORDS,
+        image=pictures(),
+        attentions=("eager",),
+    ),
+    "blip retrieval": Case(
+        config=lambda: hf.BlipConfig(
+            text_config=blip_text_size(), vision_config=vision_size(), image_text_hidden_size=20
+        ),
+        model=hf.BlipForImageTextRetrieval,
+        text=BERT_WORDS,
+        image=pictures(),
+        attentions=("eager",),
+        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3) | {"use_itm_head": False},
+        features=blip_retrieval_features,
+    ),
+    "flava": Case(
+        config=flava_config,
+        model=hf.FlavaModel,
+        text=BERT_WORDS,
+        image=pictures(),
+        attentions=("eager",),
+        features=lambda model, output, tower: flava_features(model, output, tower),
+    ),
+    "flava pretraining": Case(
+        config=flava_config,
+        model=hf.FlavaForPreTraining,
+        text=BERT_WORDS,
+        image=pictures(),
+        attentions=("eager",),
+        features=lambda model, output, tower: flava_features(model.flava, output, tower),
+    ),
+    "xclip": Case(
+        config=lambda: hf.XCLIPConfig(
+            text_config=text_size(),
+            vision_config=vision_size(
+                num_frames=2,
+                mit_hidden_size=20,
+                mit_intermediate_size=24,
+                mit_num_hidden_layers=1,
+                mit_num_attention_heads=2,
+            ),
+            projection_dim=20,
+            prompt_layers=1,
+            prompt_num_attention_heads=2,
+        ),
+        model=hf.XCLIPModel,
+        text=CLIP_WORDS,
+        image=lambda count: pictures()(2 * count),
+        whole=lambda: CLIP_WORDS([5, 4, 7]) | {"pixel_values": pictures()(6)["pixel_values"].unflatten(0, (3, 2))},
+        features=xclip_features,
+        frames=2,
+        messages=1,
     ),
 }

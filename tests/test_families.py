@@ -88,6 +88,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
         kwargs = wrapper.bind(args, kwargs)
         if kwargs.get("attention_mask") is None:
             length = hidden.shape[1] - (self.prompts.shape[0] if wrapper.index > self.start_layer else 0)
+            length += case.messages if tower == "vision" else 0
             visible = torch.ones(length, length, dtype=torch.bool)
             mask = (visible.tril() if spec.causal else visible).expand(len(hidden), 1, -1, -1)
             lowest = torch.finfo(torch.float32).min
@@ -106,7 +107,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
 
 
 #: Families whose image layers take no mask, so that prompts cannot be hidden; copies of all tokens test them instead.
-MASKLESS: set[str] = set()
+MASKLESS = {"blip", "blip retrieval"}
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
@@ -118,8 +119,8 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     layer = tower_of(model, tower)
     if layer.spec.causal:
         return  # tested against longer native texts
-    if tower == "vision" and name in ROTATED:
-        return
+    if tower == "vision" and (name in ROTATED or case.messages):
+        return  # a message is not among the tokens that are copied
     inputs = tower_inputs(case, tower, count=1)
     frozen_pass = passes.FrozenPass(1)
     with passes.current_pass.set(frozen_pass):
@@ -250,9 +251,10 @@ def test_results_do_not_depend_on_the_batch(name):
     for tower in model.base_model.towers:
         inputs = tower_inputs(case, tower)
         together = run(model, tower, inputs)
-        for i in range(len(together)):
-            alone = run(model, tower, {key: value[i : i + 1] for key, value in inputs.items()})
-            torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=2e-5)
+        size = case.frames if tower == "vision" else 1
+        for i in range(0, len(together), size):
+            alone = run(model, tower, {key: value[i : i + size] for key, value in inputs.items()})
+            torch.testing.assert_close(alone, together[i : i + size], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -279,8 +281,11 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
     found = []
     getter = getattr(model.get_base_model(), "get_text_features" if tower == "text" else "get_image_features", None)
     if getter is not None:
-        found.append(getter(**inputs).pooler_output)
+        features = getter(**inputs).pooler_output
+        found.append(features if features.ndim == 2 else features[:, 0])  # FLAVA projects every token
     output = model(**case.inputs())
+    if case.features is not None:
+        return [*found, case.features(model.get_base_model(), output, tower)]
     for key in ("text_embeds",) if tower == "text" else ("image_embeds",):
         if output.get(key) is not None:
             found.append(output[key])
@@ -304,6 +309,10 @@ def test_hidden_states_have_the_length_and_count_of_the_base_model(name, tower, 
         found = layer(**layer._bind((), inputs), output_hidden_states=True)
         assert [x.shape for x in found.hidden_states] == [x.shape for x in plain.hidden_states]
         assert len(found.hidden_states) == LAYERS + 1
+        if attention == "eager":
+            plain = layer._call_base(**layer._bind((), inputs), output_attentions=True).attentions
+            found = layer(**layer._bind((), inputs), output_attentions=True).attentions
+            assert len(found or ()) == len(plain or ())
         as_tuple = layer(**layer._bind((), inputs), return_dict=False)
         assert torch.equal(as_tuple[0], layer(**layer._bind((), inputs))[0])
 
