@@ -29,12 +29,14 @@ class TowerSpec:
         entry_embedding: a further embedding whose row 0 is added to entering prompts, below the tower.
         entry_norm: the norm between embeddings and the first layer that prompts pass as well, below the tower.
         leading_tokens: tokens before the first patch, such as CLS.
-        text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, the
+        text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, where
+            an EOS of 2 stands for the highest id as in old CLIP configurations, the "first_eos" whatever its id, the
             "highest" id, or None.
         max_length_padding: texts are padded to the full length, and that padding counts.
         renamed_inputs: name of an input as processors give it -> name as the tower takes it.
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
+        pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
     """
 
     path: str
@@ -48,11 +50,12 @@ class TowerSpec:
     entry_embedding: str | None = None
     entry_norm: str | None = None
     leading_tokens: int = 0
-    text_end: Literal["eos", "highest"] | None = None
+    text_end: Literal["eos", "first_eos", "highest"] | None = None
     max_length_padding: bool = False
     renamed_inputs: Mapping[str, str] = field(default_factory=dict)
     hidden_size: str = "hidden_size"
     refused: str | None = None
+    pooler_repeats: bool = False
 
 
 @dataclass(frozen=True)

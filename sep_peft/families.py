@@ -43,6 +43,46 @@ SIGLIP_TEXT = TowerSpec(
 )
 SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
 
+#: It pools at the first EOS, also where that is 2 as in the released weights.
+METACLIP_2_TEXT = replace(CLIP_TEXT, text_end="first_eos")
+
+#: BERT as a tower; its own pooler is not used.
+CHINESE_CLIP_TEXT = TowerSpec(
+    path="text_model",
+    layers="encoder.layer",
+    inputs="input_ids",
+    projection="text_projection",
+    pooled="first_token",
+    insert_at=1,
+    positions="embeddings.position_embeddings",
+    entry_embedding="embeddings.token_type_embeddings",
+    entry_norm="embeddings.LayerNorm",
+)
+#: XLM-RoBERTa inside a tower that maps all its tokens.
+ALTCLIP_TEXT = TowerSpec(
+    path="text_model",
+    layers="roberta.encoder.layers",
+    inputs="input_ids",
+    projection="text_projection",
+    pooled="first_token",  # by get_text_features, while forward takes the pooler_output
+    pooler_repeats=True,
+    insert_at=1,
+    positions="roberta.embeddings.position_embeddings",
+    entry_embedding="roberta.embeddings.token_type_embeddings",
+    entry_norm="roberta.embeddings.LayerNorm",
+)
+
+_NO_GRADIENTS = "the model runs its towers without gradients"
+CLIPSEG_SEGMENTATION = Architecture(
+    text=replace(CLIP_TEXT, path="clip.text_model", refused=_NO_GRADIENTS),
+    vision=replace(CLIP_VISION, path="clip.vision_model", refused=_NO_GRADIENTS),
+    logit_scale=None,
+)
+
+#: 16 positions are too few to move the text up.
+OWL_TEXT = replace(CLIP_TEXT, positions=None, text_end="highest")
+OWL_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm")
+
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
     "bert": TowerSpec(
@@ -77,4 +117,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         variants={"CLIPVisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
     ),
     "siglip": Architecture(SIGLIP_TEXT, SIGLIP_VISION, logit_bias="logit_bias"),
+    "metaclip_2": Architecture(
+        METACLIP_2_TEXT, CLIP_VISION, variants={"MetaClip2ForImageClassification": CLIP_CLASSIFICATION}
+    ),
+    "metaclip_2_text_model": Architecture(
+        text=replace(METACLIP_2_TEXT, path="", projection=None),
+        logit_scale=None,
+        variants={"MetaClip2TextModelWithProjection": Architecture(text=METACLIP_2_TEXT, logit_scale=None)},
+    ),
+    "metaclip_2_vision_model": Architecture(
+        vision=CLIP_VISION_ALONE,
+        logit_scale=None,
+        variants={"MetaClip2VisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
+    ),
+    "chinese_clip": Architecture(CHINESE_CLIP_TEXT, CLIP_VISION),
+    "altclip": Architecture(ALTCLIP_TEXT, CLIP_VISION),
+    "clipseg": Architecture(CLIP_TEXT, CLIP_VISION, variants={"CLIPSegForImageSegmentation": CLIPSEG_SEGMENTATION}),
+    "owlvit": Architecture(OWL_TEXT, OWL_VISION),
+    "owlv2": Architecture(OWL_TEXT, OWL_VISION),
 }

@@ -102,7 +102,12 @@ def eos_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     """
     if eos_token_id == HIGHEST_ID:
         return input_ids.argmax(dim=-1)
-    found = input_ids.eq(eos_token_id)
+    return first_positions(input_ids, eos_token_id)
+
+
+def first_positions(input_ids: torch.Tensor, token_id: int) -> torch.Tensor:
+    """Position of the first `token_id` in each row of input_ids (B, L), -1 where there is none. -> (B,) int64."""
+    found = input_ids.eq(token_id)
     return torch.where(found.any(dim=-1), found.long().argmax(dim=-1), -1)
 
 

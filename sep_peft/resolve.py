@@ -16,7 +16,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     """The row of a model.
 
     Raises:
-        ValueError: its model type has none.
+        ValueError: its model type has none, or its class keeps its towers elsewhere.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -31,7 +31,13 @@ def find_architecture(model: nn.Module) -> Architecture:
             f"{', '.join(sorted([*ARCHITECTURES, DUAL_ENCODER]))}."
         )
     row = ARCHITECTURES[model_type]
-    return row.variants.get(type(model).__name__, row)
+    row = row.variants.get(type(model).__name__, row)
+    for spec in row.towers.values():
+        if spec.path and not hasattr(model, spec.path.split(".")[0]):
+            raise ValueError(
+                f"SEP knows models of type {model_type!r} with a {spec.path!r}, but {type(model).__name__} has none."
+            )
+    return row
 
 
 def _find_tower(model_type: str, rows: dict[str, TowerSpec]) -> TowerSpec:

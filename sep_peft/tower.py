@@ -399,3 +399,5 @@ class SEPTower(SEPLayer):
         else:
             first = mixed(a, b, share)[:, None]  # (B, 1, D)
             prompted.last_hidden_state = torch.cat([first, states[:, 1:]], dim=1)
+            if self.spec.pooler_repeats:
+                prompted.pooler_output = first[:, 0]

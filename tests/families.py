@@ -22,10 +22,13 @@ class Case:
         model: class of the model.
         text: makes the inputs of the text tower for texts of given lengths, padded to `total`; None without text tower.
         image: makes the inputs of the image tower for a number of images; None without image tower.
-        attentions: attention implementations that the family has.
-        shifts: prompts of the text tower move positions, so longer native texts can be compared.
+        attentions: attention implementations that the family has; the last one runs the tests of the whole model.
+        shifts: prompts of the text tower move positions; elsewhere longer native texts are given their positions.
         masks: the image tower's layers take an attention mask.
         compiled: whether `torch.compile(fullgraph=True)` is tested.
+        options: of the configuration of SEP.
+        left: texts are padded on the left as well.
+        more_images: further kinds of inputs of the image tower.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -36,12 +39,14 @@ class Case:
     shifts: bool = True
     compiled: bool = False
     options: dict = field(default_factory=dict)
+    left: bool = False
+    more_images: tuple[Callable[[int], Inputs], ...] = ()
 
-    def build(self, attention: str = "sdpa") -> torch.nn.Module:
+    def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
         torch.manual_seed(0)
         config = self.config()
-        model = self.model._from_config(config, attn_implementation=attention).eval()
+        model = self.model._from_config(config, attn_implementation=attention or self.attentions[-1]).eval()
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -144,6 +149,81 @@ CASES: dict[str, Case] = {
         image=pictures(),
         shifts=False,
         compiled=True,
+    ),
+    "metaclip_2": Case(
+        config=lambda: hf.MetaClip2Config(
+            text_config=text_size(eos_token_id=2), vision_config=vision_size(), projection_dim=20
+        ),
+        model=hf.MetaClip2Model,
+        text=words(bos=0, eos=2, pad=1),
+        image=pictures(),
+    ),
+    "metaclip_2 text": Case(
+        config=lambda: hf.MetaClip2TextConfig(**text_size(eos_token_id=2)),
+        model=hf.MetaClip2TextModel,
+        text=words(bos=0, eos=2, pad=1),
+    ),
+    "metaclip_2 text with projection": Case(
+        config=lambda: hf.MetaClip2TextConfig(**text_size(eos_token_id=2)),
+        model=hf.MetaClip2TextModelWithProjection,
+        text=words(bos=0, eos=2, pad=1),
+    ),
+    "metaclip_2 vision": Case(
+        config=lambda: hf.MetaClip2VisionConfig(**vision_size()), model=hf.MetaClip2VisionModel, image=pictures()
+    ),
+    "metaclip_2 vision with projection": Case(
+        config=lambda: hf.MetaClip2VisionConfig(**vision_size()),
+        model=hf.MetaClip2VisionModelWithProjection,
+        image=pictures(),
+    ),
+    "metaclip_2 image classification": Case(
+        config=lambda: hf.MetaClip2Config(text_config=text_size(), vision_config=vision_size(), num_labels=3),
+        model=hf.MetaClip2ForImageClassification,
+        image=pictures(),
+    ),
+    "chinese_clip": Case(
+        config=lambda: hf.ChineseCLIPConfig(
+            text_config=text_size(pad_token_id=0), vision_config=vision_size(), projection_dim=20
+        ),
+        model=hf.ChineseCLIPModel,
+        text=words(bos=2, eos=3, pad=0),
+        image=pictures(),
+    ),
+    "altclip": Case(
+        config=lambda: hf.AltCLIPConfig(
+            text_config=text_size(project_dim=28), vision_config=vision_size(), projection_dim=20
+        ),
+        model=hf.AltCLIPModel,
+        text=words(bos=0, eos=2, pad=1),
+        image=pictures(),
+    ),
+    "clipseg": Case(
+        config=lambda: hf.CLIPSegConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
+        model=hf.CLIPSegModel,
+        text=CLIP_WORDS,
+        image=pictures(),
+    ),
+    "owlvit": Case(
+        config=lambda: hf.OwlViTConfig(
+            text_config=text_size(max_position_embeddings=16, pad_token_id=0),
+            vision_config=vision_size(),
+            projection_dim=20,
+        ),
+        model=hf.OwlViTModel,
+        text=words(bos=57, eos=58, pad=0),
+        image=pictures(),
+        shifts=False,
+    ),
+    "owlv2": Case(
+        config=lambda: hf.Owlv2Config(
+            text_config=text_size(max_position_embeddings=16, pad_token_id=0),
+            vision_config=vision_size(),
+            projection_dim=20,
+        ),
+        model=hf.Owlv2Model,
+        text=words(bos=57, eos=58, pad=0),
+        image=pictures(),
+        shifts=False,
     ),
     "bert and vit": Case(
         config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(

@@ -8,11 +8,12 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from conftest import perturb
 from families import CASES, LAYERS, Case
 from peft import PeftModel, get_peft_model
 
-from sep_peft import SEPConfig, functional, passes
+from sep_peft import SEPConfig, functional, passes, texts
 
 
 TOWERS = [
@@ -26,7 +27,7 @@ FIRST = [pytest.param(name, id=name) for name in CASES]
 PROMPTS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
-def adapt(case: Case, attention: str = "sdpa", perturbed: bool = True, **options) -> PeftModel:
+def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **options) -> PeftModel:
     model = get_peft_model(case.build(attention), SEPConfig(**(PROMPTS | case.options | options)))
     if perturbed:
         perturb(model)
@@ -57,9 +58,10 @@ def base_features(case: Case, attention: str, tower: str, inputs: dict) -> torch
 def variants_of_inputs(case: Case, tower: str) -> list[dict]:
     """No mask, an all-ones mask, a padded mask."""
     if tower == "vision":
-        return [case.image(2)]
+        return [make(2) for make in (case.image, *case.more_images)]
     full = case.text([6, 6])
-    return [case.text([6, 6], mask=False), full, case.text([6, 4])]
+    inputs = [case.text([6, 6], mask=False), full, case.text([6, 4])]
+    return [*inputs, case.text([6, 4], left=True)] if case.left else inputs
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
@@ -133,27 +135,44 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
 @pytest.mark.parametrize(("name", "tower", "attention"), [p for p in TOWERS if p.values[1] == "text"])
 @torch.no_grad()
 def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
-    """Prompts that are embeddings of words give what the same words give in the text, where positions move."""
+    """Prompts that are embeddings of words give what the same words give in the text."""
     case = CASES[name]
-    if not case.shifts:
-        return
     model = adapt(case, attention, fusion="none", frozen_weight=0.0)
     layer = tower_of(model, tower)
     extra = torch.tensor([11, 12, 13])
-    embedding = find_word_embedding(layer.base_layer)
-    layer.sep_prompts["default"].data.copy_(embedding.weight[extra])
+    prompts = find_embedding(layer.base_layer, "token_embedding", "word_embeddings").weight[extra]
+    places = torch.tensor(
+        [9, 10, 11]
+    )  # where positions do not move, the words of the prompts come from behind the text
+    if not case.shifts:
+        assert layer.spec.positions is None
+        prompts = prompts + find_embedding(layer.base_layer, "position_embedding").weight[places]
+    layer.sep_prompts["default"].data.copy_(prompts)
     for inputs in variants_of_inputs(case, tower):
         at = layer.spec.insert_at
         longer = {}
         for key, value in inputs.items():
             middle = extra.expand(len(value), -1) if key == "input_ids" else torch.ones(len(value), len(extra)).long()
             longer[key] = torch.cat([value[:, :at], middle, value[:, at:]], dim=1)
+        if not case.shifts:
+            own = torch.arange(inputs["input_ids"].shape[1])
+            longer["position_ids"] = torch.cat([own[:at], places, own[at:]])[None]
         expected = base_features(case, attention, tower, longer)
         torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
 
-def find_word_embedding(tower: torch.nn.Module) -> torch.nn.Embedding:
-    return next(m for key, m in tower.named_modules() if key.endswith(("token_embedding", "word_embeddings")))
+def find_embedding(tower: torch.nn.Module, *names: str) -> torch.nn.Embedding:
+    return next(m for key, m in tower.named_modules() if key.endswith(names))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text])
+def test_texts_end_where_the_family_says(name):
+    """Padding without a mask is behind the end of a text wherever the family tells it from the ids."""
+    case = CASES[name]
+    layer = tower_of(adapt(case), "text")
+    expected = [8, 8, 8] if layer.spec.text_end is None else [4, 3, 6]
+    assert texts.span(layer, case.text([5, 4, 7], total=9, mask=False))[1].tolist() == expected
+    assert texts.span(layer, case.text([5, 4, 7], total=9))[1].tolist() == [4, 3, 6]
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -280,3 +299,15 @@ def test_compiles_without_graph_breaks(name):
     inputs = case.text([5, 4, 7]) | case.image(3)
     torch.testing.assert_close(compiled(**inputs).logits_per_image, model(**inputs).logits_per_image)
     torch._dynamo.reset()
+
+
+def test_segmentation_without_gradients_is_refused():
+    config = CASES["clipseg"].config()
+    with pytest.raises(ValueError, match="num_text_prompts must be 0 for this model, because the model runs"):
+        get_peft_model(hf.CLIPSegForImageSegmentation(config), SEPConfig(**PROMPTS))
+
+
+def test_a_class_with_its_towers_elsewhere_is_refused():
+    model = hf.OwlViTForObjectDetection(CASES["owlvit"].config())
+    with pytest.raises(ValueError, match="with a 'text_model', but OwlViTForObjectDetection has none"):
+        get_peft_model(model, SEPConfig(**PROMPTS))
