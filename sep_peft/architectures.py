@@ -21,7 +21,7 @@ class TowerSpec:
         projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
             where there is no joint space. It must be affine: the mix happens before it (`functional.frozen_share`).
         pooled: what the model pools from the tower's output: its "pooler_output", the "first_token" of
-            `last_hidden_state`, or the mean over its tokens behind `leading_tokens` ("mean_tokens").
+            `last_hidden_state`, or the mean over its tokens behind `leading_tokens`, padding left out ("mean_tokens").
         insert_at: index before which prompts stand; None appends them.
         causal: whether the masks that reach the layers contain causality.
         positions: the position-embedding module whose indices move up behind the prompts, below the tower; None where
@@ -37,6 +37,7 @@ class TowerSpec:
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
         pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
+        mask_input: name of the input that tells tokens (1) from padding (0).
     """
 
     path: str
@@ -56,6 +57,7 @@ class TowerSpec:
     hidden_size: str = "hidden_size"
     refused: str | None = None
     pooler_repeats: bool = False
+    mask_input: str = "attention_mask"
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ SIGLIP_TEXT = TowerSpec(
 )
 SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
 
+#: A classification head over the mean of all patches; the tower's own pooling is not used.
+SIGLIP_CLASSIFICATION = Architecture(vision=replace(SIGLIP_VISION, pooled="mean_tokens"), logit_scale=None)
+
+#: Pictures of any shape, padded to one number of patches.
+SIGLIP_2_VISION = replace(SIGLIP_VISION, mask_input="pixel_attention_mask")
+SIGLIP_2_CLASSIFICATION = Architecture(vision=replace(SIGLIP_2_VISION, pooled="mean_tokens"), logit_scale=None)
+
 #: It pools at the first EOS, also where that is 2 as in the released weights.
 METACLIP_2_TEXT = replace(CLIP_TEXT, text_end="first_eos")
 
@@ -116,7 +123,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_scale=None,
         variants={"CLIPVisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
     ),
-    "siglip": Architecture(SIGLIP_TEXT, SIGLIP_VISION, logit_bias="logit_bias"),
+    "siglip": Architecture(
+        SIGLIP_TEXT,
+        SIGLIP_VISION,
+        logit_bias="logit_bias",
+        variants={"SiglipForImageClassification": SIGLIP_CLASSIFICATION},
+    ),
+    "siglip_text_model": Architecture(text=replace(SIGLIP_TEXT, path=""), logit_scale=None),
+    "siglip_vision_model": Architecture(vision=replace(SIGLIP_VISION, path=""), logit_scale=None),
+    "siglip2": Architecture(
+        SIGLIP_TEXT,
+        SIGLIP_2_VISION,
+        logit_bias="logit_bias",
+        variants={"Siglip2ForImageClassification": SIGLIP_2_CLASSIFICATION},
+    ),
+    "siglip2_text_model": Architecture(text=replace(SIGLIP_TEXT, path=""), logit_scale=None),
+    "siglip2_vision_model": Architecture(vision=replace(SIGLIP_2_VISION, path=""), logit_scale=None),
     "metaclip_2": Architecture(
         METACLIP_2_TEXT, CLIP_VISION, variants={"MetaClip2ForImageClassification": CLIP_CLASSIFICATION}
     ),

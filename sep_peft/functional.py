@@ -19,7 +19,8 @@ def largest_tokens(
         hidden: (B, L, D).
         count: K, at most L.
         batch_coupled: average the score over the batch and take the same positions for every input.
-        visible: (B, L), False for padding, which comes last; None where every token is real.
+        visible: (B, L), False for padding, which is never chosen: an input of fewer tokens repeats its strongest one;
+            None where every token is real.
 
     Returns:
         (B, K) int64.
@@ -37,7 +38,11 @@ def largest_tokens(
         energy = energy.masked_fill(~visible, -1.0)  # below every energy
     if batch_coupled:
         energy = energy.mean(dim=0, keepdim=True)  # (1, L)
-    return energy.topk(count, dim=1).indices.expand(hidden.shape[0], -1)
+    strongest = energy.topk(count, dim=1)
+    positions = strongest.indices
+    if visible is not None:
+        positions = torch.where(strongest.values < 0, positions[:, :1], positions)
+    return positions.expand(hidden.shape[0], -1)
 
 
 def following_tokens(start: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:

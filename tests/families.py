@@ -84,6 +84,27 @@ def pictures(size: int = 24) -> Callable[[int], Inputs]:
     return make
 
 
+def patches(shapes: list[tuple[int, int]], total: int, mask: bool = True) -> Callable[[int], Inputs]:
+    """Pictures as `total` patches of 8 x 8, of which height times width are real; `mask` False leaves the mask out."""
+
+    def make(count: int, seed: int = 4) -> Inputs:
+        sizes = torch.tensor(shapes[:count])
+        generator = torch.Generator().manual_seed(seed)
+        real = torch.arange(total) < sizes.prod(dim=1)[:, None]  # (B, L)
+        return {
+            "pixel_values": torch.randn(len(sizes), total, 3 * 8 * 8, generator=generator) * real[..., None],
+            "pixel_attention_mask": real.long() if mask else None,
+            "spatial_shapes": sizes,
+        }
+
+    return make
+
+
+PADDED_PATCHES = patches([(2, 4), (3, 3), (1, 5)], total=11)
+FULL_PATCHES = patches([(2, 4), (4, 2), (1, 8)], total=8)
+UNMASKED_PATCHES = patches([(2, 4), (4, 2), (1, 8)], total=8, mask=False)
+
+
 def text_size(**changes) -> dict:
     """Sizes of a text tower, in the names that most configurations have."""
     size = {
@@ -149,6 +170,53 @@ CASES: dict[str, Case] = {
         image=pictures(),
         shifts=False,
         compiled=True,
+    ),
+    "siglip text": Case(
+        config=lambda: hf.SiglipTextConfig(**text_size(projection_size=20)),
+        model=hf.SiglipTextModel,
+        text=words(bos=None, eos=58, pad=1),
+        shifts=False,
+    ),
+    "siglip vision": Case(
+        config=lambda: hf.SiglipVisionConfig(**vision_size()), model=hf.SiglipVisionModel, image=pictures()
+    ),
+    "siglip image classification": Case(
+        config=lambda: hf.SiglipConfig(text_config=text_size(), vision_config=vision_size(), num_labels=3),
+        model=hf.SiglipForImageClassification,
+        image=pictures(),
+    ),
+    "siglip2": Case(
+        config=lambda: hf.Siglip2Config(
+            text_config=text_size(projection_size=WIDTH), vision_config=vision_size(num_patches=16)
+        ),
+        model=hf.Siglip2Model,
+        text=words(bos=None, eos=58, pad=0),
+        image=PADDED_PATCHES,
+        shifts=False,
+        compiled=True,
+        left=True,
+        more_images=(FULL_PATCHES, UNMASKED_PATCHES),
+    ),
+    "siglip2 text": Case(
+        config=lambda: hf.Siglip2TextConfig(**text_size(projection_size=20)),
+        model=hf.Siglip2TextModel,
+        text=words(bos=None, eos=58, pad=0),
+        shifts=False,
+        left=True,
+    ),
+    "siglip2 vision": Case(
+        config=lambda: hf.Siglip2VisionConfig(**vision_size(num_patches=16)),
+        model=hf.Siglip2VisionModel,
+        image=PADDED_PATCHES,
+        more_images=(FULL_PATCHES, UNMASKED_PATCHES),
+    ),
+    "siglip2 image classification": Case(
+        config=lambda: hf.Siglip2Config(
+            text_config=text_size(), vision_config=vision_size(num_patches=16), num_labels=3
+        ),
+        model=hf.Siglip2ForImageClassification,
+        image=PADDED_PATCHES,
+        more_images=(FULL_PATCHES, UNMASKED_PATCHES),
     ),
     "metaclip_2": Case(
         config=lambda: hf.MetaClip2Config(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from conftest import perturb
-from families import CASES, LAYERS, Case
+from families import CASES, LAYERS, Case, patches
 from peft import PeftModel, get_peft_model
 
 from sep_peft import SEPConfig, functional, passes, texts
@@ -124,10 +124,11 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     frozen_pass = passes.FrozenPass(1)
     with passes.current_pass.set(frozen_pass):
         layer._call_base(**layer._bind((), inputs), return_dict=True)
-    layer.sep_prompts["default"] = torch.nn.Parameter(frozen_pass.trunk[0].clone())
-    layer.sep_settings["default"] = dataclasses.replace(
-        layer.sep_settings["default"], num_prompts=frozen_pass.trunk.shape[1]
-    )
+    tokens = frozen_pass.trunk[0]
+    if inputs.get(layer.spec.mask_input) is not None:
+        tokens = tokens[inputs[layer.spec.mask_input][0].bool()]
+    layer.sep_prompts["default"] = torch.nn.Parameter(tokens.clone())
+    layer.sep_settings["default"] = dataclasses.replace(layer.sep_settings["default"], num_prompts=len(tokens))
     expected = base_features(case, attention, tower, inputs)
     torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
@@ -268,10 +269,27 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
             found.append(output[key])
     if not found and output.get("pooler_output") is not None:
         found.append(output.pooler_output)  # a model that is a tower
-    if not found:  # a classification head over mean tokens
-        states = model.base_model.towers[tower](**inputs).last_hidden_state
-        found.append(states[:, model.base_model.towers[tower].spec.leading_tokens :].mean(dim=1))
+    if not found:  # what a classification head gets
+        with model.get_base_model().classifier.register_forward_pre_hook(lambda _, args: found.append(args[0])):
+            model(**both)
     return found
+
+
+@torch.no_grad()
+def test_padded_patches_are_never_selected():
+    """Nor do they matter in any other way, also where a picture has fewer patches than there are prompts."""
+    case = CASES["siglip2"]
+    layer = tower_of(adapt(case), "vision")
+    inputs = patches([(2, 4), (1, 1)], total=11)(2)
+    padding = inputs["pixel_attention_mask"] == 0
+    loud = inputs | {"pixel_values": inputs["pixel_values"].masked_fill(padding[..., None], 100.0)}
+    trace = {}
+    found = layer.embed(**loud, trace=trace)
+    for first, second in zip(found, layer.embed(**inputs), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=2e-5)
+    for seen in trace.values():
+        assert not padding.gather(1, seen.positions).any()
+        assert seen.positions[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
