@@ -70,6 +70,7 @@ class Architecture:
         scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
         logit_bias: what is added to the logits, below the model; None for nothing.
         variants: name of a model class -> its row, where classes of one model type differ.
+        max_scale: attribute of the model; the scale's parameter counts between 0 and it. None where it counts as it is.
     """
 
     text: TowerSpec | None = None
@@ -78,6 +79,7 @@ class Architecture:
     scale: Literal["exp", "divide", "multiply"] = "exp"
     logit_bias: str | None = None
     variants: Mapping[str, Architecture] = field(default_factory=dict)
+    max_scale: str | None = None
 
     @property
     def towers(self) -> dict[str, TowerSpec]:

@@ -231,7 +231,11 @@ class SEPClassifier(nn.Module):
         """(B, E) and (C, E) -> (B, C), in fp32 or wider."""
         base = self.vision_tower.owner
         row = find_architecture(base)
-        logits = getattr(base, row.logit_scale).exp().float() * image.float() @ text.float().T
+        scale = getattr(base, row.logit_scale)
+        if row.max_scale is not None:
+            scale = scale.clamp(0.0, getattr(base, row.max_scale))
+        factor = {"exp": torch.exp, "divide": torch.reciprocal, "multiply": torch.clone}[row.scale](scale)
+        logits = factor.float() * image.float() @ text.float().T
         return logits if row.logit_bias is None else logits + getattr(base, row.logit_bias).float()
 
     def _check_labels(self, labels: torch.Tensor) -> None:

@@ -90,6 +90,24 @@ CLIPSEG_SEGMENTATION = Architecture(
 OWL_TEXT = replace(CLIP_TEXT, positions=None, text_end="highest")
 OWL_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm")
 
+#: Padding is masked and left out of the mean that the tower pools, so the text may move up.
+TIPS_2_TEXT = TowerSpec(
+    path="text_model",
+    layers="encoder.layers",
+    inputs="input_ids",
+    insert_at=0,  # there is no BOS
+    positions="embeddings.position_embedding",
+)
+#: CLS and one register.
+TIPS_2_VISION = TowerSpec(path="vision_model", layers="encoder.layer", inputs="pixel_values", leading_tokens=2)
+
+#: Attention is causal where a mask reaches the layers and looks both ways where none does; with sdpa none does when
+#: nothing is padded. So padding decides, and must not be cut off.
+AIM_2_TEXT = replace(CLIP_TEXT, text_end="first_eos", max_length_padding=True)
+AIM_2_VISION = TowerSpec(
+    path="vision_model", layers="encoder.layers", inputs="pixel_values", projection="visual_projection"
+)
+
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
     "bert": TowerSpec(
@@ -157,4 +175,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "clipseg": Architecture(CLIP_TEXT, CLIP_VISION, variants={"CLIPSegForImageSegmentation": CLIPSEG_SEGMENTATION}),
     "owlvit": Architecture(OWL_TEXT, OWL_VISION),
     "owlv2": Architecture(OWL_TEXT, OWL_VISION),
+    "tipsv2": Architecture(TIPS_2_TEXT, TIPS_2_VISION, logit_scale="temperature", scale="divide"),
+    "aimv2": Architecture(AIM_2_TEXT, AIM_2_VISION, max_scale="max_log_logit_scale"),
 }

@@ -88,4 +88,5 @@ class SEPPositionEmbedding(SEPLayer):
 def count_positions(embedding: nn.Module) -> int:
     """Positions that tokens can have in a position embedding."""
     padding_idx = getattr(embedding, "padding_idx", None)
-    return embedding.weight.shape[0] - (0 if padding_idx is None else padding_idx + 1)
+    table = embedding.weight if hasattr(embedding, "weight") else embedding.weights  # learned, or sinusoidal
+    return table.shape[0] - (0 if padding_idx is None else padding_idx + 1)

@@ -29,6 +29,8 @@ class Case:
         options: of the configuration of SEP.
         left: texts are padded on the left as well.
         more_images: further kinds of inputs of the image tower.
+        causal_without_mask: where no mask reaches the layers of a causal text tower, attention is causal all the same.
+        pools_all: the text tower pools all its tokens, so states of a longer native text are compared, not its pooling.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -41,6 +43,8 @@ class Case:
     options: dict = field(default_factory=dict)
     left: bool = False
     more_images: tuple[Callable[[int], Inputs], ...] = ()
+    causal_without_mask: bool = True
+    pools_all: bool = False
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -292,6 +296,26 @@ CASES: dict[str, Case] = {
         text=words(bos=57, eos=58, pad=0),
         image=pictures(),
         shifts=False,
+    ),
+    "tipsv2": Case(
+        config=lambda: hf.Tipsv2Config(
+            text_config=text_size(bos_token_id=None, eos_token_id=None, pad_token_id=0),
+            vision_config=vision_size(layerscale_value=0.9),
+        ),
+        model=hf.Tipsv2Model,
+        text=words(bos=None, eos=None, pad=0),
+        image=pictures(),
+        pools_all=True,
+    ),
+    "aimv2": Case(
+        config=lambda: hf.Aimv2Config(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
+        model=hf.Aimv2Model,
+        text=CLIP_WORDS,
+        image=pictures(),
+        # With sdpa the model itself is causal for texts of unequal lengths and looks both ways for equal ones, so its
+        # own results depend on the batch; with eager attention they do not.
+        attentions=("sdpa", "eager"),
+        causal_without_mask=False,
     ),
     "bert and vit": Case(
         config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(

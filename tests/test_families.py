@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import perturb
 from families import CASES, LAYERS, Case, patches
 from peft import PeftModel, get_peft_model
 
-from sep_peft import SEPConfig, functional, passes, texts
+from sep_peft import SEPClassifier, SEPConfig, functional, passes, texts
 
 
 TOWERS = [
@@ -91,7 +92,8 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
         if kwargs.get("attention_mask") is None:
             length = hidden.shape[1] - (self.prompts.shape[0] if wrapper.index > self.start_layer else 0)
             visible = torch.ones(length, length, dtype=torch.bool)
-            mask = (visible.tril() if spec.causal else visible).expand(len(hidden), 1, -1, -1)
+            causal = spec.causal and case.causal_without_mask
+            mask = (visible.tril() if causal else visible).expand(len(hidden), 1, -1, -1)
             lowest = torch.finfo(torch.float32).min
             kwargs["attention_mask"] = torch.where(mask, 0.0, lowest) if attention == "eager" else mask
         return run_layer(self, wrapper, hidden, (), kwargs)
@@ -142,6 +144,7 @@ def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
     layer = tower_of(model, tower)
     extra = torch.tensor([11, 12, 13])
     prompts = find_embedding(layer.base_layer, "token_embedding", "word_embeddings").weight[extra]
+    prompts = prompts * next((m.embed_scale for m in layer.base_layer.modules() if hasattr(m, "embed_scale")), 1.0)
     places = torch.tensor(
         [9, 10, 11]
     )  # where positions do not move, the words of the prompts come from behind the text
@@ -158,6 +161,13 @@ def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
         if not case.shifts:
             own = torch.arange(inputs["input_ids"].shape[1])
             longer["position_ids"] = torch.cat([own[:at], places, own[at:]])[None]
+        if case.pools_all:
+            states = layer(**inputs).last_hidden_state
+            native = layer._call_base(**longer, return_dict=True).last_hidden_state
+            native = torch.cat([native[:, :at], native[:, at + len(extra) :]], dim=1)
+            real = inputs.get("attention_mask", torch.ones(states.shape[:2])).bool()
+            torch.testing.assert_close(states[real], native[real], rtol=1e-4, atol=2e-5)
+            continue
         expected = base_features(case, attention, tower, longer)
         torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
@@ -250,6 +260,28 @@ def test_the_model_mixes_as_published(name):
         assert found[tower], f"nothing to compare for the {tower} tower"
         for features in found[tower]:
             torch.testing.assert_close(F.normalize(features, dim=-1), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text and case.image])
+@pytest.mark.parametrize("value", [None, 9.0])
+@torch.no_grad()
+def test_logits_are_scaled_as_the_model_scales_them(name, value):
+    """Scale, its limit and bias of the row give the model's own logits."""
+    case = CASES[name]
+    model = adapt(case)
+    row, base = model.base_model.architecture, model.get_base_model()
+    if value is not None:
+        getattr(base, row.logit_scale).fill_(value)
+    if row.logit_bias is not None:
+        getattr(base, row.logit_bias).fill_(-2.5)
+    embeds = {}
+    for tower, layer in model.base_model.towers.items():
+        embeds[tower] = functional.mix_embeddings(*layer.embed(**tower_inputs(case, tower)), 0.5)
+    found = SEPClassifier._logits(
+        SimpleNamespace(vision_tower=tower_of(model, "vision")), embeds["vision"], embeds["text"]
+    )
+    expected = model(**(case.text([5, 4, 7]) | case.image(3))).logits_per_image
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor]:
