@@ -135,6 +135,40 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.image])
+@torch.no_grad()
+def test_image_prompts_enter_as_patches_do(name):
+    """Copies of all tokens as the embeddings leave them meet the same norm, if any, on the way to the first layer."""
+    case = CASES[name]
+    model = adapt(case, fusion="none", frozen_weight=0.0)
+    layer = tower_of(model, "vision")
+    inputs, seen = tower_inputs(case, "vision", count=1), []
+    with layer.base_layer.embeddings.register_forward_hook(lambda module, args, output: seen.append(output)):
+        expected = layer.embed_frozen(**inputs)
+    tokens = seen[0][0]
+    if inputs.get(layer.spec.mask_input) is not None:
+        tokens = tokens[inputs[layer.spec.mask_input][0].bool()]
+    layer.sep_prompts["default"] = torch.nn.Parameter(tokens.clone())
+    layer.sep_settings["default"] = dataclasses.replace(layer.sep_settings["default"], num_prompts=len(tokens))
+    torch.testing.assert_close(run(model, "vision", inputs), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text])
+@torch.no_grad()
+def test_masked_padding_changes_nothing(name):
+    """Texts padded to the full length, where moved positions end at the last one, are the texts themselves."""
+    case = CASES[name]
+    layer = tower_of(adapt(case), "text")
+    if layer.spec.max_length_padding:
+        return  # padding counts
+    positions = layer.spec.positions
+    total = 16 if positions is None else layer.base_layer.get_submodule(positions).num_positions
+    for found, expected in zip(
+        layer.embed(**case.text([5, 5], total=total)), layer.embed(**case.text([5, 5])), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(("name", "tower", "attention"), [p for p in TOWERS if p.values[1] == "text"])
 @torch.no_grad()
 def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
