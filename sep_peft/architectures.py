@@ -22,7 +22,7 @@ class TowerSpec:
             where there is no joint space. It must be affine, because the mix happens before it
             (`functional.frozen_share`), unless `mixes_behind_projection`.
         pooled: what the model pools from the tower's output: its "pooler_output", the "first_token" of
-            `last_hidden_state`, or the mean over its tokens behind `leading_tokens` ("mean_tokens").
+            `last_hidden_state`, or the mean over its tokens behind `leading_tokens`, padding left out ("mean_tokens").
         insert_at: index before which prompts stand; None appends them.
         causal: whether the masks that reach the layers contain causality.
         positions: the position-embedding module whose indices move up behind the prompts, below the tower; None where
@@ -30,7 +30,8 @@ class TowerSpec:
         entry_embedding: a further embedding whose row 0 is added to entering prompts, below the tower.
         entry_norm: the norm between embeddings and the first layer that prompts pass as well, below the tower.
         leading_tokens: tokens before the first patch, such as CLS.
-        text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, the
+        text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, where
+            an EOS of 2 stands for the highest id as in old CLIP configurations, the "first_eos" whatever its id, the
             "highest" id, or None.
         max_length_padding: texts are padded to the full length, and that padding counts.
         renamed_inputs: name of an input as processors give it -> name as the tower takes it.
@@ -38,6 +39,8 @@ class TowerSpec:
         refused: why this tower takes no prompts; None where it does.
         refused_options: option of the tower's configuration that may not be set -> why it takes no prompts then.
         mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
+        pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
+        mask_input: name of the input that tells tokens (1) from padding (0).
     """
 
     path: str
@@ -51,13 +54,15 @@ class TowerSpec:
     entry_embedding: str | None = None
     entry_norm: str | None = None
     leading_tokens: int = 0
-    text_end: Literal["eos", "highest"] | None = None
+    text_end: Literal["eos", "first_eos", "highest"] | None = None
     max_length_padding: bool = False
     renamed_inputs: Mapping[str, str] = field(default_factory=dict)
     hidden_size: str = "hidden_size"
     refused: str | None = None
     refused_options: Mapping[str, str] = field(default_factory=dict)
     mixes_behind_projection: bool = False
+    pooler_repeats: bool = False
+    mask_input: str = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Architecture:
         scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
         logit_bias: what is added to the logits, below the model; None for nothing.
         variants: name of a model class -> its row, where classes of one model type differ.
+        max_scale: attribute of the model; the scale's parameter counts between 0 and it. None where it counts as it is.
     """
 
     text: TowerSpec | None = None
@@ -78,6 +84,7 @@ class Architecture:
     scale: Literal["exp", "divide", "multiply"] = "exp"
     logit_bias: str | None = None
     variants: Mapping[str, Architecture] = field(default_factory=dict)
+    max_scale: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON without variants, to be saved with an adapter."""

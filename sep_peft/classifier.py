@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -235,9 +236,11 @@ class SEPClassifier(nn.Module):
         cosines = image @ text.T
         if row.logit_scale is None:
             return cosines
-        scale = getattr(model, row.logit_scale).float()
+        scale = attrgetter(row.logit_scale)(model).float()
+        if row.max_scale is not None:
+            scale = scale.clamp(0.0, attrgetter(row.max_scale)(model))
         logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[row.scale]
-        return logits if row.logit_bias is None else logits + getattr(model, row.logit_bias).float()
+        return logits if row.logit_bias is None else logits + attrgetter(row.logit_bias)(model).float()
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         if torch.compiler.is_compiling():

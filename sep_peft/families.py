@@ -43,6 +43,16 @@ SIGLIP_TEXT = TowerSpec(
 )
 SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
 
+#: A classification head over the mean of all patches; the tower's own pooling is not used.
+SIGLIP_CLASSIFICATION = Architecture(vision=replace(SIGLIP_VISION, pooled="mean_tokens"), logit_scale=None)
+
+#: Pictures of any shape, padded to one number of patches.
+SIGLIP_2_VISION = replace(SIGLIP_VISION, mask_input="pixel_attention_mask")
+SIGLIP_2_CLASSIFICATION = Architecture(vision=replace(SIGLIP_2_VISION, pooled="mean_tokens"), logit_scale=None)
+
+#: It pools at the first EOS, also where that is 2 as in the released weights.
+METACLIP_2_TEXT = replace(CLIP_TEXT, text_end="first_eos")
+
 BERT_TEXT = TowerSpec(
     path="text_model",
     layers="encoder.layer",
@@ -53,6 +63,8 @@ BERT_TEXT = TowerSpec(
     entry_embedding="embeddings.token_type_embeddings",
     entry_norm="embeddings.LayerNorm",
 )
+#: BERT as a tower; its own pooler is not used.
+CHINESE_CLIP_TEXT = replace(BERT_TEXT, pooled="first_token")
 
 VIT_VISION = TowerSpec(
     path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
@@ -89,6 +101,49 @@ CONVOLUTIONAL_VISION = TowerSpec("vision_model", "", "pixel_values", "visual_pro
 WINDOWED_VISION = replace(CONVOLUTIONAL_VISION, refused=WINDOWED.format("vision"))
 #: ClapModel's other tower hears: it stands in the place of the one that sees.
 CLAP_AUDIO = TowerSpec("audio_model", "", "pixel_values", "audio_projection", refused=WINDOWED.format("audio"))
+
+#: XLM-RoBERTa inside a tower that maps all its tokens.
+ALTCLIP_TEXT = TowerSpec(
+    path="text_model",
+    layers="roberta.encoder.layers",
+    inputs="input_ids",
+    projection="text_projection",
+    pooled="first_token",  # by get_text_features, while forward takes the pooler_output
+    pooler_repeats=True,
+    insert_at=1,
+    positions="roberta.embeddings.position_embeddings",
+    entry_embedding="roberta.embeddings.token_type_embeddings",
+    entry_norm="roberta.embeddings.LayerNorm",
+)
+
+_NO_GRADIENTS = "the model runs its towers without gradients"
+CLIPSEG_SEGMENTATION = Architecture(
+    text=replace(CLIP_TEXT, path="clip.text_model", refused=_NO_GRADIENTS),
+    vision=replace(CLIP_VISION, path="clip.vision_model", refused=_NO_GRADIENTS),
+    logit_scale=None,
+)
+
+#: 16 positions are too few to move the text up.
+OWL_TEXT = replace(CLIP_TEXT, positions=None, text_end="highest")
+OWL_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm")
+
+#: Padding is masked and left out of the mean that the tower pools, so the text may move up.
+TIPS_2_TEXT = TowerSpec(
+    path="text_model",
+    layers="encoder.layers",
+    inputs="input_ids",
+    insert_at=0,  # there is no BOS
+    positions="embeddings.position_embedding",
+)
+#: CLS and one register.
+TIPS_2_VISION = TowerSpec(path="vision_model", layers="encoder.layer", inputs="pixel_values", leading_tokens=2)
+
+#: Attention is causal where a mask reaches the layers and looks both ways where none does; with sdpa none does when
+#: nothing is padded. So padding decides, and must not be cut off.
+AIM_2_TEXT = replace(CLIP_TEXT, text_end="first_eos", max_length_padding=True)
+AIM_2_VISION = TowerSpec(
+    path="vision_model", layers="encoder.layers", inputs="pixel_values", projection="visual_projection"
+)
 
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
@@ -147,7 +202,42 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "flava": Architecture(FLAVA_TEXT, FLAVA_VISION, variants={"FlavaForPreTraining": FLAVA_PRETRAINING}),
-    "siglip": Architecture(SIGLIP_TEXT, SIGLIP_VISION, logit_bias="logit_bias"),
     # Prompts and the mix concern each frame of a video alone: the model relates frames behind its projection.
     "xclip": Architecture(replace(CLIP_TEXT, text_end="highest"), replace(CLIP_VISION, entry_norm="pre_layernorm")),
+    "siglip": Architecture(
+        SIGLIP_TEXT,
+        SIGLIP_VISION,
+        logit_bias="logit_bias",
+        variants={"SiglipForImageClassification": SIGLIP_CLASSIFICATION},
+    ),
+    "siglip_text_model": Architecture(text=replace(SIGLIP_TEXT, path=""), logit_scale=None),
+    "siglip_vision_model": Architecture(vision=replace(SIGLIP_VISION, path=""), logit_scale=None),
+    "siglip2": Architecture(
+        SIGLIP_TEXT,
+        SIGLIP_2_VISION,
+        logit_bias="logit_bias",
+        variants={"Siglip2ForImageClassification": SIGLIP_2_CLASSIFICATION},
+    ),
+    "siglip2_text_model": Architecture(text=replace(SIGLIP_TEXT, path=""), logit_scale=None),
+    "siglip2_vision_model": Architecture(vision=replace(SIGLIP_2_VISION, path=""), logit_scale=None),
+    "metaclip_2": Architecture(
+        METACLIP_2_TEXT, CLIP_VISION, variants={"MetaClip2ForImageClassification": CLIP_CLASSIFICATION}
+    ),
+    "metaclip_2_text_model": Architecture(
+        text=replace(METACLIP_2_TEXT, path="", projection=None),
+        logit_scale=None,
+        variants={"MetaClip2TextModelWithProjection": Architecture(text=METACLIP_2_TEXT, logit_scale=None)},
+    ),
+    "metaclip_2_vision_model": Architecture(
+        vision=CLIP_VISION_ALONE,
+        logit_scale=None,
+        variants={"MetaClip2VisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
+    ),
+    "chinese_clip": Architecture(CHINESE_CLIP_TEXT, CLIP_VISION),
+    "altclip": Architecture(ALTCLIP_TEXT, CLIP_VISION),
+    "clipseg": Architecture(CLIP_TEXT, CLIP_VISION, variants={"CLIPSegForImageSegmentation": CLIPSEG_SEGMENTATION}),
+    "owlvit": Architecture(OWL_TEXT, OWL_VISION),
+    "owlv2": Architecture(OWL_TEXT, OWL_VISION),
+    "tipsv2": Architecture(TIPS_2_TEXT, TIPS_2_VISION, logit_scale="temperature", scale="divide"),
+    "aimv2": Architecture(AIM_2_TEXT, AIM_2_VISION, max_scale="max_log_logit_scale"),
 }

@@ -19,7 +19,8 @@ def largest_tokens(
         hidden: (B, L, D).
         count: K, at most L.
         batch_coupled: average the score over the batch and take the same positions for every input.
-        visible: (B, L), False for padding, which comes last; None where every token is real.
+        visible: (B, L), False for padding, which is never chosen: an input of fewer tokens repeats its strongest one;
+            None where every token is real.
 
     Returns:
         (B, K) int64.
@@ -37,7 +38,11 @@ def largest_tokens(
         energy = energy.masked_fill(~visible, -1.0)  # below every energy
     if batch_coupled:
         energy = energy.mean(dim=0, keepdim=True)  # (1, L)
-    return energy.topk(count, dim=1).indices.expand(hidden.shape[0], -1)
+    strongest = energy.topk(count, dim=1)
+    positions = strongest.indices
+    if visible is not None:
+        positions = torch.where(strongest.values < 0, positions[:, :1], positions)
+    return positions.expand(hidden.shape[0], -1)
 
 
 def following_tokens(start: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
@@ -102,7 +107,12 @@ def eos_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     """
     if eos_token_id == HIGHEST_ID:
         return input_ids.argmax(dim=-1)
-    found = input_ids.eq(eos_token_id)
+    return first_positions(input_ids, eos_token_id)
+
+
+def first_positions(input_ids: torch.Tensor, token_id: int) -> torch.Tensor:
+    """Position of the first `token_id` in each row of input_ids (B, L), -1 where there is none. -> (B,) int64."""
+    found = input_ids.eq(token_id)
     return torch.where(found.any(dim=-1), found.long().argmax(dim=-1), -1)
 
 

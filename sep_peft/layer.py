@@ -118,4 +118,5 @@ class SEPProjection(Wrapper):
 def count_positions(embedding: nn.Module) -> int:
     """Positions that tokens can have in a position embedding."""
     padding_idx = getattr(embedding, "padding_idx", None)
-    return embedding.weight.shape[0] - (0 if padding_idx is None else padding_idx + 1)
+    table = embedding.weight if hasattr(embedding, "weight") else embedding.weights  # learned, or sinusoidal
+    return table.shape[0] - (0 if padding_idx is None else padding_idx + 1)

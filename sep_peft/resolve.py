@@ -22,7 +22,7 @@ def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture
         row: a row handed in by the configuration; it is taken as it is.
 
     Raises:
-        ValueError: there is no row for the model's type.
+        ValueError: there is no row for the model's type, or its class keeps its towers elsewhere.
     """
     if row is not None:
         return Architecture.from_dict(row)
@@ -40,7 +40,13 @@ def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture
             "SEPConfig(architecture=sep_peft.Architecture(...))."
         )
     row = ARCHITECTURES[model_type]
-    return row.variants.get(type(model).__name__, row)
+    row = row.variants.get(type(model).__name__, row)
+    for spec in row.towers.values():
+        if spec.path and not hasattr(model, spec.path.split(".")[0]):
+            raise ValueError(
+                f"SEP knows models of type {model_type!r} with a {spec.path!r}, but {type(model).__name__} has none."
+            )
+    return row
 
 
 def _find_tower(config, rows: dict[str, TowerSpec]) -> TowerSpec:

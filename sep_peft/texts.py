@@ -22,8 +22,11 @@ def span(tower: SEPTower, inputs: TextInputs) -> tuple[torch.Tensor, torch.Tenso
     eos = None
     if tower.spec.text_end is not None:
         config = tower.base_layer.config
-        token = config.eos_token_id if tower.spec.text_end == "eos" else functional.HIGHEST_ID
-        eos = functional.eos_positions(input_ids, token)
+        if tower.spec.text_end == "first_eos":
+            eos = functional.first_positions(input_ids, config.eos_token_id)
+        else:
+            token = config.eos_token_id if tower.spec.text_end == "eos" else functional.HIGHEST_ID
+            eos = functional.eos_positions(input_ids, token)
     return functional.text_span(input_ids.shape, inputs.get("attention_mask"), eos, input_ids.device)
 
 

@@ -222,7 +222,7 @@ class SEPTower(SEPLayer):
             return_dict = getattr(self.base_layer.config, "return_dict", True)
         prompted, frozen = self._run(adapter, inputs)
         if frozen is not None:
-            self._mix_outputs(prompted, frozen, self.sep_settings[adapter].frozen_weight)
+            self._mix_outputs(prompted, frozen, inputs, self.sep_settings[adapter].frozen_weight)
         return prompted if return_dict else prompted.to_tuple()
 
     def _call_base(self, *args, **kwargs):
@@ -243,12 +243,13 @@ class SEPTower(SEPLayer):
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
         prompted, frozen = self._run(adapter, inputs, trace, need_frozen=True)
-        return Branches(self.project(self._pooled(prompted)), self.project(self._pooled(frozen)))
+        return Branches(*(self.project(self._pooled(output, inputs)) for output in (prompted, frozen)))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
+        inputs = self._bind(args, kwargs)
         with torch.no_grad():
-            return self.project(self._pooled(self._call_base(**self._bind(args, kwargs), return_dict=True)))
+            return self.project(self._pooled(self._call_base(**inputs, return_dict=True), inputs))
 
     def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized."""
@@ -256,7 +257,7 @@ class SEPTower(SEPLayer):
         adapter = self._prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
-        return self.project(self._pooled(self._run_prompted(adapter, inputs, None, None)))
+        return self.project(self._pooled(self._run_prompted(adapter, inputs, None, None), inputs))
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The model's own projection into the joint space, (B, D) -> (B, E)."""
@@ -328,7 +329,7 @@ class SEPTower(SEPLayer):
     def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):
         settings = self.sep_settings[adapter]
         count, start = settings.num_prompts, settings.start_layer
-        is_text, mask = self.spec.inputs == "input_ids", inputs.get("attention_mask")
+        is_text, mask = self.spec.inputs == "input_ids", inputs.get(self.spec.mask_input)
         if is_text:
             texts.check_fit(self, inputs)
         prompted_pass = PromptedPass(
@@ -380,22 +381,27 @@ class SEPTower(SEPLayer):
         fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
 
-    def _pooled(self, output) -> torch.Tensor:
-        """What the model pools from the tower's output, (B, D)."""
+    def _pooled(self, output, inputs: dict) -> torch.Tensor:
+        """What the model pools from the tower's output for these inputs, (B, D)."""
         if self.spec.pooled == "pooler_output":
             return output.pooler_output
         if self.spec.pooled == "first_token":
             return output.last_hidden_state[:, 0]
-        return output.last_hidden_state[:, self.spec.leading_tokens :].mean(dim=1)
+        leading, mask = self.spec.leading_tokens, inputs.get(self.spec.mask_input)
+        states = output.last_hidden_state[:, leading:]
+        if mask is None:
+            return states.mean(dim=1)
+        weights = mask[:, leading:, None].to(states.dtype)  # (B, L, 1)
+        return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def _mix_outputs(self, prompted, frozen, frozen_weight: float) -> None:
+    def _mix_outputs(self, prompted, frozen, inputs: dict, frozen_weight: float) -> None:
         """Put into the prompted output what the model pools SEP's embedding from.
 
         With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
         where their mean is pooled. Where the projection is not affine, the same of the projected outputs follows what
         the prompted pass has pooled.
         """
-        a, b = self._pooled(prompted), self._pooled(frozen)
+        a, b = self._pooled(prompted, inputs), self._pooled(frozen, inputs)
         projected_a, projected_b = self.project(a), self.project(b)
         share = functional.frozen_share(projected_a, projected_b, frozen_weight)  # (B, 1)
 
@@ -415,3 +421,5 @@ class SEPTower(SEPLayer):
         else:
             first = mixed(a, b, share)[:, None]  # (B, 1, D)
             prompted.last_hidden_state = torch.cat([first, states[:, 1:]], dim=1)
+            if self.spec.pooler_repeats:
+                prompted.pooler_output = first[:, 0]

@@ -22,8 +22,8 @@ class Case:
         model: class of the model.
         text: makes the inputs of the text tower for texts of given lengths, padded to `total`; None without text tower.
         image: makes the inputs of the image tower for a number of images; None without image tower.
-        attentions: attention implementations that the family has, the usual one last.
-        shifts: prompts of the text tower move positions, so longer native texts can be compared.
+        attentions: attention implementations that the family has; the usual one last.
+        shifts: prompts of the text tower move positions; elsewhere longer native texts are given their positions.
         masks: the image tower's layers take an attention mask.
         compiled: whether `torch.compile(fullgraph=True)` is tested.
         options: of the adapter.
@@ -32,6 +32,10 @@ class Case:
             their usual names.
         frames: pictures that belong together; `image` makes as many per input.
         messages: tokens that an image layer adds to its keys by itself.
+        left: texts are padded on the left as well.
+        more_images: further kinds of inputs of the image tower.
+        causal_without_mask: where no mask reaches the layers of a causal text tower, attention is causal all the same.
+        pools_all: the text tower pools all its tokens, so states of a longer native text are compared, not its pooling.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -46,6 +50,10 @@ class Case:
     features: Callable[[torch.nn.Module, dict, str], torch.Tensor] | None = None
     frames: int = 1
     messages: int = 0
+    left: bool = False
+    more_images: tuple[Callable[[int], Inputs], ...] = ()
+    causal_without_mask: bool = True
+    pools_all: bool = False
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -93,6 +101,27 @@ def pictures(size: int = 24) -> Callable[[int], Inputs]:
         return {"pixel_values": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))}
 
     return make
+
+
+def patches(shapes: list[tuple[int, int]], total: int, mask: bool = True) -> Callable[[int], Inputs]:
+    """Pictures as `total` patches of 8 x 8, of which height times width are real; `mask` False leaves the mask out."""
+
+    def make(count: int, seed: int = 4) -> Inputs:
+        sizes = torch.tensor(shapes[:count])
+        generator = torch.Generator().manual_seed(seed)
+        real = torch.arange(total) < sizes.prod(dim=1)[:, None]  # (B, L)
+        return {
+            "pixel_values": torch.randn(len(sizes), total, 3 * 8 * 8, generator=generator) * real[..., None],
+            "pixel_attention_mask": real.long() if mask else None,
+            "spatial_shapes": sizes,
+        }
+
+    return make
+
+
+PADDED_PATCHES = patches([(2, 4), (3, 3), (1, 5)], total=11)
+FULL_PATCHES = patches([(2, 4), (4, 2), (1, 8)], total=8)
+UNMASKED_PATCHES = patches([(2, 4), (4, 2), (1, 8)], total=8, mask=False)
 
 
 def text_size(**changes) -> dict:
@@ -346,5 +375,147 @@ CASES: dict[str, Case] = {
         features=xclip_features,
         frames=2,
         messages=1,
+    ),
+    "siglip text": Case(
+        config=lambda: hf.SiglipTextConfig(**text_size(projection_size=20)),
+        model=hf.SiglipTextModel,
+        text=words(bos=None, eos=58, pad=1),
+        shifts=False,
+    ),
+    "siglip vision": Case(
+        config=lambda: hf.SiglipVisionConfig(**vision_size()), model=hf.SiglipVisionModel, image=pictures()
+    ),
+    "siglip image classification": Case(
+        config=lambda: hf.SiglipConfig(text_config=text_size(), vision_config=vision_size(), num_labels=3),
+        model=hf.SiglipForImageClassification,
+        image=pictures(),
+    ),
+    "siglip2": Case(
+        config=lambda: hf.Siglip2Config(
+            text_config=text_size(projection_size=WIDTH), vision_config=vision_size(num_patches=16)
+        ),
+        model=hf.Siglip2Model,
+        text=words(bos=None, eos=58, pad=0),
+        image=PADDED_PATCHES,
+        shifts=False,
+        compiled=True,
+        left=True,
+        more_images=(FULL_PATCHES, UNMASKED_PATCHES),
+    ),
+    "siglip2 text": Case(
+        config=lambda: hf.Siglip2TextConfig(**text_size(projection_size=20)),
+        model=hf.Siglip2TextModel,
+        text=words(bos=None, eos=58, pad=0),
+        shifts=False,
+        left=True,
+    ),
+    "siglip2 vision": Case(
+        config=lambda: hf.Siglip2VisionConfig(**vision_size(num_patches=16)),
+        model=hf.Siglip2VisionModel,
+        image=PADDED_PATCHES,
+        more_images=(FULL_PATCHES, UNMASKED_PATCHES),
+    ),
+    "siglip2 image classification": Case(
+        config=lambda: hf.Siglip2Config(
+            text_config=text_size(), vision_config=vision_size(num_patches=16), num_labels=3
+        ),
+        model=hf.Siglip2ForImageClassification,
+        image=PADDED_PATCHES,
+        more_images=(FULL_PATCHES, UNMASKED_PATCHES),
+    ),
+    "metaclip_2": Case(
+        config=lambda: hf.MetaClip2Config(
+            text_config=text_size(eos_token_id=2), vision_config=vision_size(), projection_dim=20
+        ),
+        model=hf.MetaClip2Model,
+        text=words(bos=0, eos=2, pad=1),
+        image=pictures(),
+    ),
+    "metaclip_2 text": Case(
+        config=lambda: hf.MetaClip2TextConfig(**text_size(eos_token_id=2)),
+        model=hf.MetaClip2TextModel,
+        text=words(bos=0, eos=2, pad=1),
+    ),
+    "metaclip_2 text with projection": Case(
+        config=lambda: hf.MetaClip2TextConfig(**text_size(eos_token_id=2)),
+        model=hf.MetaClip2TextModelWithProjection,
+        text=words(bos=0, eos=2, pad=1),
+    ),
+    "metaclip_2 vision": Case(
+        config=lambda: hf.MetaClip2VisionConfig(**vision_size()), model=hf.MetaClip2VisionModel, image=pictures()
+    ),
+    "metaclip_2 vision with projection": Case(
+        config=lambda: hf.MetaClip2VisionConfig(**vision_size()),
+        model=hf.MetaClip2VisionModelWithProjection,
+        image=pictures(),
+    ),
+    "metaclip_2 image classification": Case(
+        config=lambda: hf.MetaClip2Config(text_config=text_size(), vision_config=vision_size(), num_labels=3),
+        model=hf.MetaClip2ForImageClassification,
+        image=pictures(),
+    ),
+    "chinese_clip": Case(
+        config=lambda: hf.ChineseCLIPConfig(
+            text_config=text_size(pad_token_id=0), vision_config=vision_size(), projection_dim=20
+        ),
+        model=hf.ChineseCLIPModel,
+        text=words(bos=2, eos=3, pad=0),
+        image=pictures(),
+    ),
+    "altclip": Case(
+        config=lambda: hf.AltCLIPConfig(
+            text_config=text_size(project_dim=28), vision_config=vision_size(), projection_dim=20
+        ),
+        model=hf.AltCLIPModel,
+        text=words(bos=0, eos=2, pad=1),
+        image=pictures(),
+    ),
+    "clipseg": Case(
+        config=lambda: hf.CLIPSegConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
+        model=hf.CLIPSegModel,
+        text=CLIP_WORDS,
+        image=pictures(),
+    ),
+    "owlvit": Case(
+        config=lambda: hf.OwlViTConfig(
+            text_config=text_size(max_position_embeddings=16, pad_token_id=0),
+            vision_config=vision_size(),
+            projection_dim=20,
+        ),
+        model=hf.OwlViTModel,
+        text=words(bos=57, eos=58, pad=0),
+        image=pictures(),
+        shifts=False,
+    ),
+    "owlv2": Case(
+        config=lambda: hf.Owlv2Config(
+            text_config=text_size(max_position_embeddings=16, pad_token_id=0),
+            vision_config=vision_size(),
+            projection_dim=20,
+        ),
+        model=hf.Owlv2Model,
+        text=words(bos=57, eos=58, pad=0),
+        image=pictures(),
+        shifts=False,
+    ),
+    "tipsv2": Case(
+        config=lambda: hf.Tipsv2Config(
+            text_config=text_size(bos_token_id=None, eos_token_id=None, pad_token_id=0),
+            vision_config=vision_size(layerscale_value=0.9),
+        ),
+        model=hf.Tipsv2Model,
+        text=words(bos=None, eos=None, pad=0),
+        image=pictures(),
+        pools_all=True,
+    ),
+    "aimv2": Case(
+        config=lambda: hf.Aimv2Config(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
+        model=hf.Aimv2Model,
+        text=CLIP_WORDS,
+        image=pictures(),
+        # With sdpa the model itself is causal for texts of unequal lengths and looks both ways for equal ones, so its
+        # own results depend on the batch; with eager attention they do not.
+        attentions=("sdpa", "eager"),
+        causal_without_mask=False,
     ),
 }

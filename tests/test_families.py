@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from conftest import perturb
-from families import CASES, LAYERS, Case
+from families import CASES, LAYERS, Case, patches
 from peft import PeftModel, get_peft_model
 
-from sep_peft import SEPConfig, functional, passes
+from sep_peft import SEPClassifier, SEPConfig, functional, passes, texts
 
 
 TOWERS = [
@@ -57,9 +59,10 @@ def base_features(case: Case, attention: str, tower: str, inputs: dict) -> torch
 def variants_of_inputs(case: Case, tower: str) -> list[dict]:
     """No mask, an all-ones mask, a padded mask."""
     if tower == "vision":
-        return [case.image(2)]
+        return [make(2) for make in (case.image, *case.more_images)]
     full = case.text([6, 6])
-    return [case.text([6, 6], mask=False), full, case.text([6, 4])]
+    inputs = [case.text([6, 6], mask=False), full, case.text([6, 4])]
+    return [*inputs, case.text([6, 4], left=True)] if case.left else inputs
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
@@ -90,7 +93,8 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
             length = hidden.shape[1] - (self.prompts.shape[0] if wrapper.index > self.start_layer else 0)
             length += case.messages if tower == "vision" else 0
             visible = torch.ones(length, length, dtype=torch.bool)
-            mask = (visible.tril() if spec.causal else visible).expand(len(hidden), 1, -1, -1)
+            causal = spec.causal and case.causal_without_mask
+            mask = (visible.tril() if causal else visible).expand(len(hidden), 1, -1, -1)
             lowest = torch.finfo(torch.float32).min
             kwargs["attention_mask"] = torch.where(mask, 0.0, lowest) if attention == "eager" else mask
         return run_layer(self, wrapper, hidden, (), kwargs)
@@ -125,10 +129,11 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     frozen_pass = passes.FrozenPass(1)
     with passes.current_pass.set(frozen_pass):
         layer._call_base(**layer._bind((), inputs), return_dict=True)
-    layer.sep_prompts["default"] = torch.nn.Parameter(frozen_pass.trunk[0].clone())
-    layer.sep_settings["default"] = dataclasses.replace(
-        layer.sep_settings["default"], num_prompts=frozen_pass.trunk.shape[1]
-    )
+    tokens = frozen_pass.trunk[0]
+    if inputs.get(layer.spec.mask_input) is not None:
+        tokens = tokens[inputs[layer.spec.mask_input][0].bool()]
+    layer.sep_prompts["default"] = torch.nn.Parameter(tokens.clone())
+    layer.sep_settings["default"] = dataclasses.replace(layer.sep_settings["default"], num_prompts=len(tokens))
     expected = base_features(case, attention, tower, inputs)
     torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
@@ -152,30 +157,91 @@ def test_visible_prompts_equal_registers(name):
     torch.testing.assert_close(layer.embed_frozen(**case.image(2)), prompted, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.image])
+@torch.no_grad()
+def test_image_prompts_enter_as_patches_do(name):
+    """Copies of all tokens as the embeddings leave them meet the same norm, if any, on the way to the first layer."""
+    case = CASES[name]
+    model = adapt(case, fusion="none", frozen_weight=0.0)
+    if name in ROTATED or case.messages:
+        return  # copies differ, see test_copies_of_all_tokens_change_nothing
+    layer = tower_of(model, "vision")
+    inputs, seen = tower_inputs(case, "vision", count=1), []
+    with layer.base_layer.embeddings.register_forward_hook(lambda module, args, output: seen.append(output)):
+        expected = layer.embed_frozen(**inputs)
+    tokens = seen[0][0]
+    if inputs.get(layer.spec.mask_input) is not None:
+        tokens = tokens[inputs[layer.spec.mask_input][0].bool()]
+    layer.sep_prompts["default"] = torch.nn.Parameter(tokens.clone())
+    layer.sep_settings["default"] = dataclasses.replace(layer.sep_settings["default"], num_prompts=len(tokens))
+    torch.testing.assert_close(run(model, "vision", inputs), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text])
+@torch.no_grad()
+def test_masked_padding_changes_nothing(name):
+    """Texts padded to the full length, where moved positions end at the last one, are the texts themselves."""
+    case = CASES[name]
+    layer = tower_of(adapt(case), "text")
+    if layer.spec.max_length_padding:
+        return  # padding counts
+    positions = layer.spec.positions
+    total = 16 if positions is None else layer.base_layer.get_submodule(positions).num_positions
+    for found, expected in zip(
+        layer.embed(**case.text([5, 5], total=total)), layer.embed(**case.text([5, 5])), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(("name", "tower", "attention"), [p for p in TOWERS if p.values[1] == "text"])
 @torch.no_grad()
 def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
-    """Prompts that are embeddings of words give what the same words give in the text, where positions move."""
+    """Prompts that are embeddings of words give what the same words give in the text."""
     case = CASES[name]
-    if not case.shifts:
-        return
     model = adapt(case, attention, fusion="none", frozen_weight=0.0)
     layer = tower_of(model, tower)
     extra = torch.tensor([11, 12, 13])
-    embedding = find_word_embedding(layer.base_layer)
-    layer.sep_prompts["default"].data.copy_(embedding.weight[extra])
+    prompts = find_embedding(layer.base_layer, "token_embedding", "word_embeddings").weight[extra]
+    prompts = prompts * next((m.embed_scale for m in layer.base_layer.modules() if hasattr(m, "embed_scale")), 1.0)
+    places = torch.tensor(
+        [9, 10, 11]
+    )  # where positions do not move, the words of the prompts come from behind the text
+    if not case.shifts:
+        assert layer.spec.positions is None
+        prompts = prompts + find_embedding(layer.base_layer, "position_embedding").weight[places]
+    layer.sep_prompts["default"].data.copy_(prompts)
     for inputs in variants_of_inputs(case, tower):
         at = layer.spec.insert_at
         longer = {}
         for key, value in inputs.items():
             middle = extra.expand(len(value), -1) if key == "input_ids" else torch.ones(len(value), len(extra)).long()
             longer[key] = torch.cat([value[:, :at], middle, value[:, at:]], dim=1)
+        if not case.shifts:
+            own = torch.arange(inputs["input_ids"].shape[1])
+            longer["position_ids"] = torch.cat([own[:at], places, own[at:]])[None]
+        if case.pools_all:
+            states = layer(**inputs).last_hidden_state
+            native = layer._call_base(**longer, return_dict=True).last_hidden_state
+            native = torch.cat([native[:, :at], native[:, at + len(extra) :]], dim=1)
+            real = inputs.get("attention_mask", torch.ones(states.shape[:2])).bool()
+            torch.testing.assert_close(states[real], native[real], rtol=1e-4, atol=2e-5)
+            continue
         expected = base_features(case, attention, tower, longer)
         torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
 
-def find_word_embedding(tower: torch.nn.Module) -> torch.nn.Embedding:
-    return next(m for key, m in tower.named_modules() if key.endswith(("token_embedding", "word_embeddings")))
+def find_embedding(tower: torch.nn.Module, *names: str) -> torch.nn.Embedding:
+    return next(m for key, m in tower.named_modules() if key.endswith(names))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text])
+def test_texts_end_where_the_family_says(name):
+    """Padding without a mask is behind the end of a text wherever the family tells it from the ids."""
+    case = CASES[name]
+    layer = tower_of(adapt(case), "text")
+    expected = [8, 8, 8] if layer.spec.text_end is None else [4, 3, 6]
+    assert texts.span(layer, case.text([5, 4, 7], total=9, mask=False))[1].tolist() == expected
+    assert texts.span(layer, case.text([5, 4, 7], total=9))[1].tolist() == [4, 3, 6]
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -272,6 +338,28 @@ def test_the_model_mixes_as_published(name):
             torch.testing.assert_close(F.normalize(features, dim=-1), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.text and c.image and c.features is None])
+@pytest.mark.parametrize("value", [None, 9.0])
+@torch.no_grad()
+def test_logits_are_scaled_as_the_model_scales_them(name, value):
+    """Scale, its limit and bias of the row give the model's own logits."""
+    case = CASES[name]
+    model = adapt(case)
+    row, base = tower_of(model, "vision").architecture, model.get_base_model()
+    if value is not None:
+        getattr(base, row.logit_scale).fill_(value)
+    if row.logit_bias is not None:
+        getattr(base, row.logit_bias).fill_(-2.5)
+    embeds = {}
+    for tower, layer in model.base_model.towers.items():
+        embeds[tower] = functional.mix_embeddings(*layer.embed(**tower_inputs(case, tower)), 0.5)
+    found = SEPClassifier._logits(
+        SimpleNamespace(vision_tower=tower_of(model, "vision")), embeds["vision"], embeds["text"]
+    )
+    expected = model(**case.inputs()).logits_per_image
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor]:
     """Embeddings (3, E) of a tower wherever the model returns them."""
     make = case.text if tower == "text" else case.image
@@ -291,10 +379,27 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
             found.append(output[key])
     if not found and output.get("pooler_output") is not None:
         found.append(output.pooler_output)  # a model that is a tower
-    if not found:  # a classification head over mean tokens
-        states = model.base_model.towers[tower](**inputs).last_hidden_state
-        found.append(states[:, model.base_model.towers[tower].spec.leading_tokens :].mean(dim=1))
+    if not found:  # what a classification head gets
+        with model.get_base_model().classifier.register_forward_pre_hook(lambda _, args: found.append(args[0])):
+            model(**case.inputs())
     return found
+
+
+@torch.no_grad()
+def test_padded_patches_are_never_selected():
+    """Nor do they matter in any other way, also where a picture has fewer patches than there are prompts."""
+    case = CASES["siglip2"]
+    layer = tower_of(adapt(case), "vision")
+    inputs = patches([(2, 4), (1, 1)], total=11)(2)
+    padding = inputs["pixel_attention_mask"] == 0
+    loud = inputs | {"pixel_values": inputs["pixel_values"].masked_fill(padding[..., None], 100.0)}
+    trace = {}
+    found = layer.embed(**loud, trace=trace)
+    for first, second in zip(found, layer.embed(**inputs), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=2e-5)
+    for seen in trace.values():
+        assert not padding.gather(1, seen.positions).any()
+        assert seen.positions[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
@@ -326,3 +431,15 @@ def test_compiles_without_graph_breaks(name):
     inputs = case.inputs()
     torch.testing.assert_close(compiled(**inputs).logits_per_image, model(**inputs).logits_per_image)
     torch._dynamo.reset()
+
+
+def test_segmentation_without_gradients_is_refused():
+    config = CASES["clipseg"].config()
+    with pytest.raises(ValueError, match="num_text_prompts must be 0 for this model, because the model runs"):
+        get_peft_model(hf.CLIPSegForImageSegmentation(config), SEPConfig(**PROMPTS))
+
+
+def test_a_class_with_its_towers_elsewhere_is_refused():
+    model = hf.OwlViTForObjectDetection(CASES["owlvit"].config())
+    with pytest.raises(ValueError, match="with a 'text_model', but OwlViTForObjectDetection has none"):
+        get_peft_model(model, SEPConfig(**PROMPTS))

@@ -112,7 +112,8 @@ def test_the_other_tower_still_takes_prompts():
 def test_a_model_type_without_a_row():
     known = ", ".join(sorted([*ARCHITECTURES, "vision-text-dual-encoder"]))
     model = hf.ViTModel(hf.ViTConfig(**vision_size()))
-    assert_refused(model, f"SEP does not know the towers of ViTModel (model type 'vit'); it knows {known}.")
+    own = "Describe your own with SEPConfig(architecture=sep_peft.Architecture(...))."
+    assert_refused(model, f"SEP does not know the towers of ViTModel (model type 'vit'); it knows {known}. {own}")
 
 
 def test_a_tower_without_a_row():
