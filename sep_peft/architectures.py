@@ -19,7 +19,8 @@ class TowerSpec:
         layers: the list of encoder layers, below the tower.
         inputs: name of the tower's main argument. "input_ids" makes it a text tower.
         projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
-            where there is no joint space. It must be affine: the mix happens before it (`functional.frozen_share`).
+            where there is no joint space. It must be affine, because the mix happens before it
+            (`functional.frozen_share`), unless `mixes_behind_projection`.
         pooled: what the model pools from the tower's output: its "pooler_output", the "first_token" of
             `last_hidden_state`, or the mean over its tokens behind `leading_tokens` ("mean_tokens").
         insert_at: index before which prompts stand; None appends them.
@@ -35,6 +36,7 @@ class TowerSpec:
         renamed_inputs: name of an input as processors give it -> name as the tower takes it.
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
+        mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
     """
 
     path: str
@@ -53,6 +55,7 @@ class TowerSpec:
     renamed_inputs: Mapping[str, str] = field(default_factory=dict)
     hidden_size: str = "hidden_size"
     refused: str | None = None
+    mixes_behind_projection: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import nn
 from .passes import current_pass
 
 
-class SEPLayer(nn.Module, BaseTunerLayer):
-    """What all wrappers of SEP have in common: they pass attributes of the module they wrap on."""
+class Wrapper(nn.Module):
+    """Passes attributes of the module it wraps on."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -25,6 +25,10 @@ class SEPLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+class SEPLayer(Wrapper, BaseTunerLayer):
+    """What PEFT treats as a layer of SEP."""
 
 
 class SEPEncoderLayer(SEPLayer):
@@ -83,6 +87,32 @@ class SEPPositionEmbedding(SEPLayer):
         if self.padding_idx is not None:
             moved = torch.where(position_ids == self.padding_idx, position_ids, moved)
         return self.base_layer(torch.cat([position_ids[..., : self.insert_at], moved[..., self.insert_at :]], dim=-1))
+
+
+class SEPProjection(Wrapper):
+    """A projection that is not affine, behind which both branches are mixed. It has no parameters and no state.
+
+    The tower mixes, because it knows the weights, and hands the embedding on behind its pooled output: (B, D + E)
+    instead of (B, D). The embedding passes; anything else is projected. To PEFT this is no layer of SEP, so that the
+    projection may be among `modules_to_save`.
+
+    Args:
+        base_layer: the projection.
+        width: D.
+    """
+
+    def __init__(self, base_layer: nn.Module, width: int):
+        super().__init__(base_layer)
+        self.width = width
+
+    def get_base_layer(self) -> nn.Module:
+        """The projection; PEFT asks for it to unload."""
+        return self.base_layer
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        if pooled.shape[-1] == self.width:
+            return self.base_layer(pooled)
+        return pooled[..., self.width :]
 
 
 def count_positions(embedding: nn.Module) -> int:

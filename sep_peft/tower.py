@@ -19,7 +19,7 @@ from . import functional, texts
 from .architectures import TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
-from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding
+from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection
 from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
 
 
@@ -171,7 +171,7 @@ class SEPTower(SEPLayer):
             layer._active_adapter = self._active_adapter
 
     def _wrap_inner(self) -> None:
-        """Put the wrappers around the encoder layers and the position embedding, once."""
+        """Put the wrappers around the encoder layers, the position embedding and a projection to mix behind, once."""
         if self._inner:
             return
         layers = self.base_layer.get_submodule(self.spec.layers)
@@ -182,13 +182,17 @@ class SEPTower(SEPLayer):
             wrapped = SEPPositionEmbedding(self.base_layer.get_submodule(self.spec.positions), self.spec.insert_at)
             self._set_positions(wrapped)
             self._inner += (wrapped,)
+        if self.spec.mixes_behind_projection:
+            wrapped = SEPProjection(self._projection(), self.hidden_size)
+            parent, _, name = self.spec.projection.rpartition(".")
+            setattr(self.owner.get_submodule(parent), name, wrapped)
 
     def _set_positions(self, module: nn.Module) -> None:
         parent, _, name = self.spec.positions.rpartition(".")
         setattr(self.base_layer.get_submodule(parent), name, module)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
-        """The tower as it was, without any wrapper."""
+        """The tower as it was, without any wrapper; whatever wraps the projection is the model's to remove."""
         if self._inner:
             layers = self.base_layer.get_submodule(self.spec.layers)
             for wrapper in self._inner:
@@ -382,14 +386,20 @@ class SEPTower(SEPLayer):
         """Put into the prompted output what the model pools SEP's embedding from.
 
         With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
-        where their mean is pooled.
+        where their mean is pooled. Where the projection is not affine, the same of the projected outputs follows what
+        the prompted pass has pooled.
         """
         a, b = self._pooled(prompted), self._pooled(frozen)
-        share = functional.frozen_share(self.project(a), self.project(b), frozen_weight)  # (B, 1)
+        projected_a, projected_b = self.project(a), self.project(b)
+        share = functional.frozen_share(projected_a, projected_b, frozen_weight)  # (B, 1)
 
         def mixed(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
             return (share * b + (1 - share) * a).to(a.dtype)
 
+        if self.spec.mixes_behind_projection:
+            embedding = mixed(projected_a, projected_b, share)
+            prompted.pooler_output = torch.cat([a, embedding.to(a.dtype)], dim=-1)  # (B, D + E), see `SEPProjection`
+            return
         if self.spec.pooled == "pooler_output":
             prompted.pooler_output = mixed(a, b, share)
             return
