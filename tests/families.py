@@ -22,10 +22,13 @@ class Case:
         model: class of the model.
         text: makes the inputs of the text tower for texts of given lengths, padded to `total`; None without text tower.
         image: makes the inputs of the image tower for a number of images; None without image tower.
-        attentions: attention implementations that the family has.
+        attentions: attention implementations that the family has, the usual one last.
         shifts: prompts of the text tower move positions, so longer native texts can be compared.
         masks: the image tower's layers take an attention mask.
         compiled: whether `torch.compile(fullgraph=True)` is tested.
+        options: of the adapter.
+        whole: makes the inputs of the whole model for three texts and images; None where they are those of its towers.
+        copied_at: first layer of the image tower behind which the tokens stay the same ones.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -36,16 +39,24 @@ class Case:
     shifts: bool = True
     compiled: bool = False
     options: dict = field(default_factory=dict)
+    whole: Callable[[], dict] | None = None
+    copied_at: int = 1
 
-    def build(self, attention: str = "sdpa") -> torch.nn.Module:
+    def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
         torch.manual_seed(0)
         config = self.config()
-        model = self.model._from_config(config, attn_implementation=attention).eval()
+        model = self.model._from_config(config, attn_implementation=attention or self.attentions[-1]).eval()
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         return model
+
+    def inputs(self) -> dict:
+        """Inputs of the whole model, for three texts and images."""
+        if self.whole is not None:
+            return self.whole()
+        return (self.text([5, 4, 7]) if self.text else {}) | (self.image(3) if self.image else {})
 
 
 def words(bos: int | None, eos: int | None, pad: int) -> Callable[..., Inputs]:
@@ -110,6 +121,11 @@ def vision_size(**changes) -> dict:
     return size | changes
 
 
+def groupvit_vision_size() -> dict:
+    """Sizes of a GroupViT image tower with three stages: one more hidden state than these."""
+    return vision_size(num_hidden_layers=5, depths=[1, 2, 2], num_group_tokens=[4, 3, 0], num_output_groups=[4, 3, 3])
+
+
 CLIP_WORDS = words(bos=57, eos=58, pad=1)
 
 CASES: dict[str, Case] = {
@@ -152,5 +168,31 @@ CASES: dict[str, Case] = {
         model=hf.VisionTextDualEncoderModel,
         text=words(bos=2, eos=3, pad=0),
         image=pictures(),
+    ),
+    "groupvit": Case(
+        config=lambda: hf.GroupViTConfig(
+            text_config=text_size(),
+            vision_config=groupvit_vision_size(),
+            projection_dim=20,
+            projection_intermediate_dim=24,
+        ),
+        model=hf.GroupViTModel,
+        text=CLIP_WORDS,
+        image=pictures(),
+        attentions=("eager",),
+        copied_at=3,  # copies of the tokens of one stage are no copies in the next one
+    ),
+    "groupvit text": Case(
+        config=lambda: hf.GroupViTTextConfig(**text_size()),
+        model=hf.GroupViTTextModel,
+        text=CLIP_WORDS,
+        attentions=("eager",),
+    ),
+    "groupvit vision": Case(
+        config=lambda: hf.GroupViTVisionConfig(**groupvit_vision_size()),
+        model=hf.GroupViTVisionModel,
+        image=pictures(),
+        attentions=("eager",),
+        copied_at=3,
     ),
 }

@@ -26,7 +26,7 @@ FIRST = [pytest.param(name, id=name) for name in CASES]
 PROMPTS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
-def adapt(case: Case, attention: str = "sdpa", perturbed: bool = True, **options) -> PeftModel:
+def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **options) -> PeftModel:
     model = get_peft_model(case.build(attention), SEPConfig(**(PROMPTS | case.options | options)))
     if perturbed:
         perturb(model)
@@ -87,7 +87,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
         """Where no mask arrives, make the one that says the same."""
         kwargs = wrapper.bind(args, kwargs)
         if kwargs.get("attention_mask") is None:
-            length = hidden.shape[1] - (self.prompts.shape[0] if wrapper.index > self.start_layer else 0)
+            length = hidden.shape[1] - (self.prompts.shape[0] if self.has_prompts_before(wrapper.index) else 0)
             visible = torch.ones(length, length, dtype=torch.bool)
             mask = (visible.tril() if spec.causal else visible).expand(len(hidden), 1, -1, -1)
             lowest = torch.finfo(torch.float32).min
@@ -114,12 +114,14 @@ MASKLESS: set[str] = set()
 def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     """Attention over every token twice is attention over every token, where it looks both ways."""
     case = CASES[name]
-    model = adapt(case, attention, start_layer=1, fusion="none", frozen_weight=0.0)
+    start = case.copied_at if tower == "vision" else 1
+    other = {"text": "num_vision_prompts", "vision": "num_text_prompts"}[tower]
+    model = adapt(case, attention, start_layer=start, fusion="none", frozen_weight=0.0, **{other: 0})
     layer = tower_of(model, tower)
     if layer.spec.causal:
         return  # tested against longer native texts
     inputs = tower_inputs(case, tower, count=1)
-    frozen_pass = passes.FrozenPass(1)
+    frozen_pass = passes.FrozenPass(start)
     with passes.current_pass.set(frozen_pass):
         layer._call_base(**layer._bind((), inputs), return_dict=True)
     layer.sep_prompts["default"] = torch.nn.Parameter(frozen_pass.trunk[0].clone())
@@ -174,8 +176,7 @@ def test_gradients_reach_every_adapter_parameter_and_nothing_else(name):
 @torch.no_grad()
 def everything(model: torch.nn.Module, case: Case) -> list[torch.Tensor]:
     """All tensors that a call of the whole model returns."""
-    inputs = (case.text([5, 4, 7]) if case.text else {}) | (case.image(3) if case.image else {})
-    output = model.eval()(**inputs)
+    output = model.eval()(**case.inputs())
     return [value for value in output.values() if isinstance(value, torch.Tensor)]
 
 
@@ -242,8 +243,7 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
     getter = getattr(model.get_base_model(), "get_text_features" if tower == "text" else "get_image_features", None)
     if getter is not None:
         found.append(getter(**inputs).pooler_output)
-    both = inputs if case.text is None or case.image is None else case.text([5, 4, 7]) | case.image(3)
-    output = model(**both)
+    output = model(**case.inputs())
     for key in ("text_embeds",) if tower == "text" else ("image_embeds",):
         if output.get(key) is not None:
             found.append(output[key])
@@ -277,6 +277,6 @@ def test_compiles_without_graph_breaks(name):
     case = CASES[name]
     model = adapt(case)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    inputs = case.text([5, 4, 7]) | case.image(3)
+    inputs = case.inputs()
     torch.testing.assert_close(compiled(**inputs).logits_per_image, model(**inputs).logits_per_image)
     torch._dynamo.reset()
