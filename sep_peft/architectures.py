@@ -16,7 +16,8 @@ class TowerSpec:
 
     Attributes:
         path: the tower, below the model; empty where the model is the tower.
-        layers: the list of encoder layers, below the tower.
+        layers: the list of encoder layers, below the tower. Where they come in stages, "*" stands for each stage in
+            turn, and prompts do not pass between the stages but around.
         inputs: name of the tower's main argument. "input_ids" makes it a text tower.
         projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
             where there is no joint space. It must be affine, because the mix happens before it
@@ -63,6 +64,11 @@ class TowerSpec:
     mixes_behind_projection: bool = False
     pooler_repeats: bool = False
     mask_input: str = "attention_mask"
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether the layers come in stages; hidden states are then recorded between these, where no prompts are."""
+        return "*" in self.layers
 
 
 @dataclass(frozen=True)

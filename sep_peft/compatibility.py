@@ -6,7 +6,7 @@ from torch import nn
 
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
-from .layer import count_positions
+from .layer import count_positions, layer_lists
 from .registration import PREFIX
 from .tower import ROOT_CHILD, SEPTower
 
@@ -78,7 +78,7 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
             continue
         _check_paths(model, tower, spec)
         module = base_tower(model, spec)
-        num_layers = len(module.get_submodule(spec.layers))
+        num_layers = sum(map(len, layer_lists(module, spec.layers)))
         found[tower] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
         if config.prompts_of(tower):
             _check_tower(config, tower, spec, module, num_layers)
@@ -102,7 +102,8 @@ def _check_paths(model: nn.Module, tower: str, spec: TowerSpec) -> None:
         _check_path(tower, field, path, module)
     inside = base_tower(model, spec)
     for field in ("layers", "positions", "entry_embedding", "entry_norm"):
-        _check_path(tower, field, getattr(spec, field), inside)
+        path = getattr(spec, field)
+        _check_path(tower, field, path if path is None else path.split(".*")[0], inside)
 
 
 def _check_path(tower: str, field: str, path: str | None, module: nn.Module) -> None:
@@ -150,8 +151,9 @@ def _check_tower(config: SEPConfig, tower: str, spec: TowerSpec, module: nn.Modu
 
 
 def _num_image_tokens(tower: nn.Module) -> int | None:
-    """Patches of a picture of the configured size, CLS not counted; None where the size is open."""
+    """Tokens of a picture of the configured size in every layer, CLS not counted; None where the size is open."""
     size, patch = getattr(tower.config, "image_size", None), getattr(tower.config, "patch_size", None)
     if not isinstance(size, int) or not isinstance(patch, int):
         return None
-    return (size // patch) ** 2
+    groups = getattr(tower.config, "num_output_groups", ())  # GroupViT's later stages see groups in place of patches
+    return min((size // patch) ** 2, *groups) if groups else (size // patch) ** 2

@@ -145,6 +145,22 @@ AIM_2_VISION = TowerSpec(
     path="vision_model", layers="encoder.layers", inputs="pixel_values", projection="visual_projection"
 )
 
+GROUPVIT_TEXT = replace(CLIP_TEXT, mixes_behind_projection=True)
+GROUPVIT_VISION = TowerSpec(
+    path="vision_model",
+    layers="encoder.stages.*.layers",
+    inputs="pixel_values",
+    projection="visual_projection",
+    mixes_behind_projection=True,
+)
+
+#: Why BLIP-2 takes no prompts.
+SHARED_QFORMER = "texts go through the Q-Former, whose layers also read the image tower and its query tokens"
+READ_THROUGH_QFORMER = (
+    "the Q-Former stands between the image tower and the joint space and makes one embedding per query token, so there "
+    "is no pooled output of both branches to mix"
+)
+
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
     "bert": BERT_TEXT,
@@ -240,4 +256,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "owlv2": Architecture(OWL_TEXT, OWL_VISION),
     "tipsv2": Architecture(TIPS_2_TEXT, TIPS_2_VISION, logit_scale="temperature", scale="divide"),
     "aimv2": Architecture(AIM_2_TEXT, AIM_2_VISION, max_scale="max_log_logit_scale"),
+    "groupvit": Architecture(GROUPVIT_TEXT, GROUPVIT_VISION),
+    "groupvit_text_model": Architecture(
+        text=replace(GROUPVIT_TEXT, projection=None, mixes_behind_projection=False), logit_scale=None
+    ),
+    "groupvit_vision_model": Architecture(
+        vision=replace(GROUPVIT_VISION, projection=None, mixes_behind_projection=False), logit_scale=None
+    ),
+    "blip-2": Architecture(
+        text=TowerSpec(path="qformer", layers="encoder.layer", inputs="input_ids", refused=SHARED_QFORMER),
+        vision=TowerSpec(
+            path="vision_model", layers="encoder.layers", inputs="pixel_values", refused=READ_THROUGH_QFORMER
+        ),
+        logit_scale=None,
+    ),
 }

@@ -115,6 +115,14 @@ class SEPProjection(Wrapper):
         return pooled[..., self.width :]
 
 
+def layer_lists(tower: nn.Module, path: str) -> list[nn.ModuleList]:
+    """The lists of encoder layers at `path` (see `TowerSpec.layers`), in the order in which they run."""
+    found = [tower]
+    for name in path.split("."):
+        found = [child for m in found for child in (m.children() if name == "*" else (m.get_submodule(name),))]
+    return found
+
+
 def count_positions(embedding: nn.Module) -> int:
     """Positions that tokens can have in a position embedding."""
     padding_idx = getattr(embedding, "padding_idx", None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -80,12 +80,14 @@ class FrozenPass:
 class PromptedPass:
     """The tower with prompts: inserts them, fuses them anew, and takes them out behind the last layer.
 
+    Where the layers come in stages, prompts are taken out behind each stage and carried into the next one.
+
     Attributes:
         spec: row of the tower.
         prompts: (n, D), as they enter the first prompted layer.
         fusions: layer index -> its fusion module.
         start_layer: index of the first prompted layer.
-        num_layers: of the tower.
+        last_layers: index of the last layer of the tower, or of each of its stages.
         span: first and last position of each text, both (B,); None for images.
         visible: (B, L), False for tokens of an image that are padding; None where all are real.
         frozen: the frozen pass, where it has computed everything below `start_layer` already.
@@ -98,13 +100,14 @@ class PromptedPass:
     prompts: torch.Tensor
     fusions: dict[int, TokenFusion]
     start_layer: int
-    num_layers: int
+    last_layers: tuple[int, ...]
     span: tuple[torch.Tensor, torch.Tensor] | None = None
     visible: torch.Tensor | None = None
     frozen: FrozenPass | None = None
     position_shift: int = 0
     batch_coupled: bool = False
     trace: dict[int, FusionTrace] | None = None
+    _carried: torch.Tensor | None = field(default=None, init=False)
 
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
         if wrapper.index < self.start_layer:
@@ -119,11 +122,15 @@ class PromptedPass:
                 kwargs["attention_mask"], self.prompts.shape[0], position, self.spec.causal
             )
         output = wrapper.base_layer(hidden, **kwargs)
-        if wrapper.index < self.num_layers - 1:
+        if wrapper.index not in self.last_layers:
             return output
-        if isinstance(output, tuple):
-            return (functional.split_prompts(output[0], self.prompts.shape[0], position)[0], *output[1:])
-        return functional.split_prompts(output, self.prompts.shape[0], position)[0]
+        states = output[0] if isinstance(output, tuple) else output
+        tokens, self._carried = functional.split_prompts(states, self.prompts.shape[0], position)
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def has_prompts_before(self, index: int) -> bool:
+        """Whether the hidden states that a layer receives contain prompts already."""
+        return index > self.start_layer and index - 1 not in self.last_layers
 
     def _with_prompts(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Hidden states with this layer's prompts, (B, L + n, D), and the index at which the prompts stand."""
@@ -133,7 +140,11 @@ class PromptedPass:
             position = self._position(tokens.shape[1])
             prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
             return functional.insert_prompts(tokens, prompts, position), position
-        position = self._position(hidden.shape[1] - count)
+        if not self.has_prompts_before(index):
+            position = self._position(hidden.shape[1])
+            hidden = functional.insert_prompts(hidden, self._carried, position)
+        else:
+            position = self._position(hidden.shape[1] - count)
         if index in self.fusions:
             tokens, prompts = functional.split_prompts(hidden, count, position)
             hidden = functional.insert_prompts(tokens, self._fuse(index, prompts, tokens), position)

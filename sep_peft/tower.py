@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from . import functional, texts
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
-from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection
+from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, layer_lists
 from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
 
 
@@ -114,7 +115,14 @@ class SEPTower(SEPLayer):
 
     @property
     def num_layers(self) -> int:
-        return len(self.base_layer.get_submodule(self.spec.layers))
+        return sum(map(len, self._layer_lists()))
+
+    def _layer_lists(self) -> list[nn.ModuleList]:
+        return layer_lists(self.base_layer, self.spec.layers)
+
+    def _last_layers(self) -> tuple[int, ...]:
+        """Index of the last layer of each list."""
+        return tuple(end - 1 for end in accumulate(map(len, self._layer_lists())))
 
     def update_layer(self, adapter_name: str, config: SEPConfig) -> None:
         """Add an adapter, with fp32 parameters on the tower's device."""
@@ -179,10 +187,10 @@ class SEPTower(SEPLayer):
         """Put the wrappers around the encoder layers, the position embedding and a projection to mix behind, once."""
         if self._inner:
             return
-        layers = self.base_layer.get_submodule(self.spec.layers)
-        for index in range(len(layers)):
-            layers[index] = SEPEncoderLayer(layers[index], index)
-        self._inner = tuple(layers)
+        for layers in self._layer_lists():
+            for position, layer in enumerate(layers):
+                layers[position] = SEPEncoderLayer(layer, len(self._inner))
+                self._inner += (layers[position],)
         if self.spec.positions is not None:
             wrapped = SEPPositionEmbedding(self.base_layer.get_submodule(self.spec.positions), self.spec.insert_at)
             self._set_positions(wrapped)
@@ -199,11 +207,12 @@ class SEPTower(SEPLayer):
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
         """The tower as it was, without any wrapper; whatever wraps the projection is the model's to remove."""
         if self._inner:
-            layers = self.base_layer.get_submodule(self.spec.layers)
+            for layers in self._layer_lists():
+                for position, layer in enumerate(layers):
+                    if isinstance(layer, SEPEncoderLayer):  # in a model that is the tower PEFT gets to them first
+                        layers[position] = layer.base_layer
             for wrapper in self._inner:
-                if isinstance(wrapper, SEPEncoderLayer):
-                    layers[wrapper.index] = wrapper.base_layer
-                else:
+                if isinstance(wrapper, SEPPositionEmbedding):
                     self._set_positions(wrapper.base_layer)
             self._inner = ()
         if self.is_root:
@@ -321,9 +330,15 @@ class SEPTower(SEPLayer):
         prompted = self._run_prompted(adapter, inputs, frozen_pass, trace)
         if frozen_pass is not None:
             for name in ("hidden_states", "attentions"):
-                if prompted.get(name) is not None:  # some families record the layers that were left out, others do not
-                    shared, own = tuple(frozen[name]), tuple(prompted[name])
-                    prompted[name] = shared[: settings.start_layer] + own[settings.start_layer - len(shared) :]
+                if prompted.get(name) is None:
+                    continue
+                known, recorded, shared = tuple(frozen[name]), tuple(prompted[name]), settings.start_layer
+                if self.spec.in_stages:  # one record a stage
+                    shared = sum(settings.start_layer > end for end in self._last_layers())
+                shared += name == "hidden_states"  # the input of what has the first prompts
+                # from the end, because some families record the layers that were left out and others do not
+                own = len(known) - shared
+                prompted[name] = known[:shared] + recorded[len(recorded) - own :]
         return prompted, frozen
 
     def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):
@@ -337,7 +352,7 @@ class SEPTower(SEPLayer):
             prompts=self._entering_prompts(adapter),
             fusions=self._fusions(adapter),
             start_layer=start,
-            num_layers=self.num_layers,
+            last_layers=self._last_layers(),
             span=texts.span(self, inputs) if is_text else None,
             visible=None if is_text or mask is None else mask.bool(),
             frozen=frozen,
@@ -347,7 +362,7 @@ class SEPTower(SEPLayer):
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
-        if output.get("hidden_states") is not None:
+        if output.get("hidden_states") is not None and not self.spec.in_stages:
             length = output.last_hidden_state.shape[1]
             output["hidden_states"] = tuple(self._strip(state, count, length) for state in output["hidden_states"])
         return output

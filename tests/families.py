@@ -36,6 +36,7 @@ class Case:
         more_images: further kinds of inputs of the image tower.
         causal_without_mask: where no mask reaches the layers of a causal text tower, attention is causal all the same.
         pools_all: the text tower pools all its tokens, so states of a longer native text are compared, not its pooling.
+        copied_at: first layer of the image tower behind which the tokens stay the same ones.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -54,6 +55,7 @@ class Case:
     more_images: tuple[Callable[[int], Inputs], ...] = ()
     causal_without_mask: bool = True
     pools_all: bool = False
+    copied_at: int = 1
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -153,6 +155,11 @@ def vision_size(**changes) -> dict:
         "projection_dim": 20,
     }
     return size | changes
+
+
+def groupvit_vision_size() -> dict:
+    """Sizes of a GroupViT image tower with three stages: one more hidden state than these."""
+    return vision_size(num_hidden_layers=5, depths=[1, 2, 2], num_group_tokens=[4, 3, 0], num_output_groups=[4, 3, 3])
 
 
 CLIP_WORDS = words(bos=57, eos=58, pad=1)
@@ -517,5 +524,31 @@ CASES: dict[str, Case] = {
         # own results depend on the batch; with eager attention they do not.
         attentions=("sdpa", "eager"),
         causal_without_mask=False,
+    ),
+    "groupvit": Case(
+        config=lambda: hf.GroupViTConfig(
+            text_config=text_size(),
+            vision_config=groupvit_vision_size(),
+            projection_dim=20,
+            projection_intermediate_dim=24,
+        ),
+        model=hf.GroupViTModel,
+        text=CLIP_WORDS,
+        image=pictures(),
+        attentions=("eager",),
+        copied_at=3,  # copies of the tokens of one stage are no copies in the next one
+    ),
+    "groupvit text": Case(
+        config=lambda: hf.GroupViTTextConfig(**text_size()),
+        model=hf.GroupViTTextModel,
+        text=CLIP_WORDS,
+        attentions=("eager",),
+    ),
+    "groupvit vision": Case(
+        config=lambda: hf.GroupViTVisionConfig(**groupvit_vision_size()),
+        model=hf.GroupViTVisionModel,
+        image=pictures(),
+        attentions=("eager",),
+        copied_at=3,
     ),
 }
