@@ -38,6 +38,10 @@ class TowerSpec:
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
         mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
+        rotary: the module that makes the layers' `rotary_pos_emb` from hidden states, below the tower; prompts and
+            tokens take positions in it. None where positions are not rotary.
+        projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
+        unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
     """
 
     path: str
@@ -57,6 +61,9 @@ class TowerSpec:
     hidden_size: str = "hidden_size"
     refused: str | None = None
     mixes_behind_projection: bool = False
+    rotary: str | None = None
+    projected: str | None = None
+    unit_option: str | None = None
 
     @property
     def in_stages(self) -> bool:

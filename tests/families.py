@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers as hf
+from transformers.models.clvp.modeling_clvp import ClvpEncoder
 
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 60
@@ -23,11 +24,13 @@ class Case:
         text: makes the inputs of the text tower for texts of given lengths, padded to `total`; None without text tower.
         image: makes the inputs of the image tower for a number of images; None without image tower.
         attentions: attention implementations that the family has, the usual one last.
-        shifts: prompts of the text tower move positions, so longer native texts can be compared.
+        shifts: prompts of the text tower move positions; elsewhere longer native texts are given their positions.
         masks: the image tower's layers take an attention mask.
         compiled: whether `torch.compile(fullgraph=True)` is tested.
         options: of the adapter.
         whole: makes the inputs of the whole model for three texts and images; None where they are those of its towers.
+        causal_without_mask: where no mask reaches the layers of a causal text tower, attention is causal all the same.
+        pools_all: the text tower pools all its tokens, so states of a longer native text are compared, not its pooling.
         copied_at: first layer of the image tower behind which the tokens stay the same ones.
     """
 
@@ -41,6 +44,8 @@ class Case:
     options: dict = field(default_factory=dict)
     whole: Callable[[], dict] | None = None
     copied_at: int = 1
+    causal_without_mask: bool = True
+    pools_all: bool = False
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -126,6 +131,37 @@ def groupvit_vision_size() -> dict:
     return vision_size(num_hidden_layers=5, depths=[1, 2, 2], num_group_tokens=[4, 3, 0], num_output_groups=[4, 3, 3])
 
 
+def clvp_config() -> hf.ClvpConfig:
+    """A CLVP whose encoders have the sizes of the other text towers."""
+    encoder = text_size(eos_token_id=0, pad_token_id=None, num_attention_heads=1)  # rotary on at least 32 channels
+    del encoder["max_position_embeddings"]
+    return hf.ClvpConfig(
+        text_config=encoder,
+        speech_config=encoder,
+        decoder_config={
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 40,
+            "max_text_tokens": 40,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_mel_attn_blocks": 1,
+            "feature_size": 8,
+            "bos_token_id": 57,
+            "eos_token_id": 58,
+            "decoder_fixing_codes": [3, 4, 4, 5],
+        },
+    )
+
+
+def videoprism_vision_size() -> dict:
+    """Sizes of a VideoPrism video tower."""
+    size = vision_size(image_size=16, num_frames=2, tubelet_size=[1, 8, 8], num_spatial_layers=1)
+    for name in ("num_hidden_layers", "patch_size", "projection_dim"):
+        del size[name]
+    return size | {"num_temporal_layers": 1, "num_auxiliary_layers": 1}
+
+
 CLIP_WORDS = words(bos=57, eos=58, pad=1)
 
 CASES: dict[str, Case] = {
@@ -194,5 +230,45 @@ CASES: dict[str, Case] = {
         image=pictures(),
         attentions=("eager",),
         copied_at=3,
+    ),
+    "clvp": Case(
+        config=clvp_config,
+        model=hf.ClvpModelForConditionalGeneration,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        pools_all=True,
+        options={"num_vision_prompts": 0},
+        whole=lambda: (
+            words(bos=None, eos=None, pad=0)([5, 4, 7])
+            | {"input_features": torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(5))}
+        ),
+    ),
+    "clvp encoder": Case(
+        config=lambda: clvp_config().text_config,
+        model=ClvpEncoder,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        pools_all=True,
+    ),
+    "videoprism": Case(
+        config=lambda: hf.VideoPrismConfig(text_config=text_size(), vision_config=videoprism_vision_size()),
+        model=hf.VideoPrismClipModel,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        shifts=False,  # padded to all 64 positions
+        causal_without_mask=False,
+        options={"num_vision_prompts": 0},
+        whole=lambda: (
+            words(bos=None, eos=None, pad=0)([5, 4, 7])
+            | {"pixel_values_videos": torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
+        ),
+    ),
+    "videoprism text": Case(
+        config=lambda: hf.VideoPrismTextConfig(**text_size()),
+        model=hf.VideoPrismTextModel,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        shifts=False,
+        causal_without_mask=False,
     ),
 }
