@@ -115,7 +115,7 @@ VIT_B_16 = Settings(
     batch_size=8,
     num_classes=50,
     many_classes=1000,
-    rounds=5,
+    rounds=7,
     goals={f"{PROMPTED} / {PLAIN}": 1.10, f"{SEP} / {PLAIN}": 2.15},
 )
 TINY = Settings(

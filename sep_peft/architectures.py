@@ -42,6 +42,10 @@ class TowerSpec:
         mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
         pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
         mask_input: name of the input that tells tokens (1) from padding (0).
+        rotary: the module that makes the layers' `rotary_pos_emb` from hidden states, below the tower; prompts and
+            tokens take positions in it. None where positions are not rotary.
+        projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
+        unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
     """
 
     path: str
@@ -64,6 +68,9 @@ class TowerSpec:
     mixes_behind_projection: bool = False
     pooler_repeats: bool = False
     mask_input: str = "attention_mask"
+    rotary: str | None = None
+    projected: str | None = None
+    unit_option: str | None = None
 
     @property
     def in_stages(self) -> bool:

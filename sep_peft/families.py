@@ -161,6 +161,26 @@ READ_THROUGH_QFORMER = (
     "is no pooled output of both branches to mix"
 )
 
+CLVP_TEXT = TowerSpec(
+    path="text_encoder_model",
+    layers="layers",
+    inputs="input_ids",
+    projection="text_encoder_model.projection",
+    insert_at=0,  # BOS and EOS are for the conditioning encoder alone
+    max_length_padding=True,  # it pools the mean over all tokens, padding included
+    rotary="rotary_pos_emb",
+    projected="embeds",
+)
+VIDEOPRISM_TEXT = TowerSpec(
+    path="text_model",
+    layers="layers",
+    inputs="input_ids",
+    insert_at=0,  # there is no BOS, and CLS comes last
+    causal=True,
+    max_length_padding=True,  # CLS, from which it pools, sees padding where no mask is passed
+    unit_option="apply_l2norm",
+)
+
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
     "bert": BERT_TEXT,
@@ -270,4 +290,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         logit_scale=None,
     ),
+    "clvp": Architecture(
+        text=CLVP_TEXT,
+        vision=replace(
+            CLVP_TEXT,
+            path="speech_encoder_model",
+            refused="its other tower reads speech tokens that the model's own decoder makes from the text",
+        ),
+    ),
+    "clvp_encoder": Architecture(
+        text=replace(CLVP_TEXT, path="", projection="projection"),
+        logit_scale=None,
+    ),
+    "videoprism": Architecture(
+        text=VIDEOPRISM_TEXT,
+        vision=TowerSpec(
+            path="video_model",
+            layers="auxiliary_layers",
+            inputs="pixel_values",
+            refused="its video tower runs three lists of layers, over the patches of a frame, over the frames of a "
+            "patch and over both, and prompts of one have no place in the next",
+        ),
+        logit_scale=None,
+    ),
+    "videoprism_text_model": Architecture(text=replace(VIDEOPRISM_TEXT, path=""), logit_scale=None),
 }

@@ -160,7 +160,9 @@ def extend_mask(mask: torch.Tensor | None, count: int, position: int, causal: bo
     if rows == 1:
         return mask
     if causal:
-        before = mask[:, :, position - 1 : position, :position].expand(-1, -1, count, -1)  # (B, H, n, position)
+        before = mask[:, :, max(position - 1, 0) : max(position, 1), :position].expand(
+            -1, -1, count, -1
+        )  # (B, H, n, position)
         among = mask.new_full((count, count), hidden)
         among = among.triu(1) if mask.dtype != torch.bool else torch.ones_like(among).tril()
         among = among.expand(batch, heads, -1, -1)  # (B, H, n, n)

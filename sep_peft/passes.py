@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from . import functional
 from .architectures import TowerSpec
@@ -94,6 +95,7 @@ class PromptedPass:
         position_shift: how far positions behind `spec.insert_at` move up.
         batch_coupled: select as the released code does.
         trace: collects what every fusion saw where somebody wants to look at it.
+        rotary: makes the rotary embedding of as many positions as there are hidden states; None without one.
     """
 
     spec: TowerSpec
@@ -107,6 +109,7 @@ class PromptedPass:
     position_shift: int = 0
     batch_coupled: bool = False
     trace: dict[int, FusionTrace] | None = None
+    rotary: nn.Module | None = None
     _carried: torch.Tensor | None = field(default=None, init=False)
 
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
@@ -121,12 +124,24 @@ class PromptedPass:
             kwargs["attention_mask"] = functional.extend_mask(
                 kwargs["attention_mask"], self.prompts.shape[0], position, self.spec.causal
             )
+        if self.rotary is not None:
+            kwargs["rotary_pos_emb"] = self.rotary(hidden)
+            kwargs["position_ids"] = self._rotary_positions(kwargs["position_ids"])
         output = wrapper.base_layer(hidden, **kwargs)
         if wrapper.index not in self.last_layers:
             return output
         states = output[0] if isinstance(output, tuple) else output
         tokens, self._carried = functional.split_prompts(states, self.prompts.shape[0], position)
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def _rotary_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """position_ids (1 or B, L) with those of the prompts, which take the first behind `insert_at`, (1 or B, L + n).
+
+        The tokens behind them move up where the prompts join the text, and stay where layers below have read them.
+        """
+        at = self.spec.insert_at
+        own = torch.arange(at, at + self.prompts.shape[0], device=position_ids.device).expand(len(position_ids), -1)
+        return torch.cat([position_ids[:, :at], own, position_ids[:, at:] + self.position_shift], dim=1)
 
     def has_prompts_before(self, index: int) -> bool:
         """Whether the hidden states that a layer receives contain prompts already."""

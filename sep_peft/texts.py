@@ -53,7 +53,7 @@ def check_fit(tower: SEPTower, inputs: TextInputs) -> None:
         ValueError: says how many tokens are left.
     """
     settings = tower.active_settings
-    if settings is None or not tower.position_shift(settings):
+    if settings is None or tower.spec.positions is None or not tower.position_shift(settings):
         return
     positions = tower.base_layer.get_submodule(tower.spec.positions).num_positions
     left = positions - settings.num_prompts

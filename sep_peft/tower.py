@@ -305,7 +305,8 @@ class SEPTower(SEPLayer):
 
     def position_shift(self, settings: TowerSettings) -> int:
         """How far tokens behind the prompts move up."""
-        return settings.num_prompts if settings.start_layer == 0 and self.spec.positions is not None else 0
+        has_room = self.spec.positions is not None or self.spec.rotary is not None
+        return settings.num_prompts if settings.start_layer == 0 and has_room else 0
 
     def _prompting_adapter(self) -> str | None:
         if self.disable_adapters:
@@ -359,6 +360,7 @@ class SEPTower(SEPLayer):
             position_shift=self.position_shift(settings),
             batch_coupled=settings.batch_coupled,
             trace=trace,
+            rotary=None if self.spec.rotary is None else getattr(self.base_layer, self.spec.rotary),
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
@@ -428,7 +430,12 @@ class SEPTower(SEPLayer):
             prompted.pooler_output = torch.cat([a, embedding.to(a.dtype)], dim=-1)  # (B, D + E), see `SEPProjection`
             return
         if self.spec.pooled == "pooler_output":
-            prompted.pooler_output = mixed(a, b, share)
+            pooled = mixed(a, b, share)
+            if self.spec.unit_option is not None and getattr(self.base_layer.config, self.spec.unit_option):
+                pooled = functional.unit(pooled)
+            prompted.pooler_output = pooled
+            if self.spec.projected is not None:
+                prompted[self.spec.projected] = self.project(pooled)
             return
         states, frozen_states = prompted.last_hidden_state, frozen.last_hidden_state
         if self.spec.pooled == "mean_tokens":

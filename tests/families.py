@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers as hf
+from transformers.models.clvp.modeling_clvp import ClvpEncoder
 
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 60
@@ -160,6 +161,37 @@ def vision_size(**changes) -> dict:
 def groupvit_vision_size() -> dict:
     """Sizes of a GroupViT image tower with three stages: one more hidden state than these."""
     return vision_size(num_hidden_layers=5, depths=[1, 2, 2], num_group_tokens=[4, 3, 0], num_output_groups=[4, 3, 3])
+
+
+def clvp_config() -> hf.ClvpConfig:
+    """A CLVP whose encoders have the sizes of the other text towers."""
+    encoder = text_size(eos_token_id=0, pad_token_id=None, num_attention_heads=1)  # rotary on at least 32 channels
+    del encoder["max_position_embeddings"]
+    return hf.ClvpConfig(
+        text_config=encoder,
+        speech_config=encoder,
+        decoder_config={
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 40,
+            "max_text_tokens": 40,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_mel_attn_blocks": 1,
+            "feature_size": 8,
+            "bos_token_id": 57,
+            "eos_token_id": 58,
+            "decoder_fixing_codes": [3, 4, 4, 5],
+        },
+    )
+
+
+def videoprism_vision_size() -> dict:
+    """Sizes of a VideoPrism video tower."""
+    size = vision_size(image_size=16, num_frames=2, tubelet_size=[1, 8, 8], num_spatial_layers=1)
+    for name in ("num_hidden_layers", "patch_size", "projection_dim"):
+        del size[name]
+    return size | {"num_temporal_layers": 1, "num_auxiliary_layers": 1}
 
 
 CLIP_WORDS = words(bos=57, eos=58, pad=1)
@@ -550,5 +582,45 @@ CASES: dict[str, Case] = {
         image=pictures(),
         attentions=("eager",),
         copied_at=3,
+    ),
+    "clvp": Case(
+        config=clvp_config,
+        model=hf.ClvpModelForConditionalGeneration,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        pools_all=True,
+        options={"num_vision_prompts": 0},
+        whole=lambda: (
+            words(bos=None, eos=None, pad=0)([5, 4, 7])
+            | {"input_features": torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(5))}
+        ),
+    ),
+    "clvp encoder": Case(
+        config=lambda: clvp_config().text_config,
+        model=ClvpEncoder,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        pools_all=True,
+    ),
+    "videoprism": Case(
+        config=lambda: hf.VideoPrismConfig(text_config=text_size(), vision_config=videoprism_vision_size()),
+        model=hf.VideoPrismClipModel,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        shifts=False,  # padded to all 64 positions
+        causal_without_mask=False,
+        options={"num_vision_prompts": 0},
+        whole=lambda: (
+            words(bos=None, eos=None, pad=0)([5, 4, 7])
+            | {"pixel_values_videos": torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
+        ),
+    ),
+    "videoprism text": Case(
+        config=lambda: hf.VideoPrismTextConfig(**text_size()),
+        model=hf.VideoPrismTextModel,
+        text=words(bos=None, eos=None, pad=0),
+        attentions=("eager",),
+        shifts=False,
+        causal_without_mask=False,
     ),
 }

@@ -392,19 +392,19 @@ def test_the_scale_of_the_logits_is_never_cached():
     torch.testing.assert_close(logits_of(classifier), before * torch.e)
 
 
-def test_caching_in_inference_mode_does_not_hinder_training():
-    classifier, fresh = make_classifier(), make_classifier()
+@pytest.mark.parametrize("training", [True, False])
+def test_caching_in_inference_mode_does_not_hinder_training(training):
+    """What is cached there takes part in the graph of the next step, without a change of mode in between."""
+    classifier, fresh = make_classifier().train(training), make_classifier().train(training)
     with torch.inference_mode():
-        classifier.eval()(IMAGES)
-        classifier.train()(IMAGES)
-    for training in (False, True):
-        losses = [c.train(training)(IMAGES, LABELS).loss for c in (classifier, fresh)]
-        assert torch.equal(*losses)
-        for loss in losses:
-            loss.backward()
+        classifier(IMAGES)
+    losses = [c(IMAGES, LABELS).loss for c in (classifier, fresh)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
     for (name, parameter), other in zip(classifier.named_parameters(), fresh.parameters(), strict=True):
-        if parameter.requires_grad:
-            assert torch.equal(parameter.grad, other.grad), name
+        assert (parameter.grad is None) == (other.grad is None), name
+        assert parameter.grad is None or torch.equal(parameter.grad, other.grad), name
 
 
 def test_made_in_inference_mode():
@@ -694,8 +694,10 @@ def test_a_second_adapter_leaves_the_first_one_as_it_was(saved):
     assert torch.equal(logits_of(first), expected)
 
 
-def test_loaded_for_use_everything_is_frozen(saved):
-    loaded = SEPClassifier.from_pretrained(make_clip(), saved)
+@pytest.mark.parametrize("second", [False, True], ids=["fresh", "second"])
+def test_loaded_for_use_everything_is_frozen(second, saved):
+    model = make_model("first", seed=9) if second else make_clip()
+    loaded = SEPClassifier.from_pretrained(model, saved)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert loaded.prototypes is None
 

@@ -206,13 +206,15 @@ def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
     layer = tower_of(model, tower)
     extra = torch.tensor([11, 12, 13])
     prompts = find_embedding(layer.base_layer, "token_embedding", "word_embeddings").weight[extra]
+    embeddings = getattr(layer.base_layer, "embeddings", None)
+    # TIPSv2 and VideoPrism scale the embeddings of words
     prompts = prompts * next((m.embed_scale for m in layer.base_layer.modules() if hasattr(m, "embed_scale")), 1.0)
-    places = torch.tensor(
-        [9, 10, 11]
-    )  # where positions do not move, the words of the prompts come from behind the text
+    prompts = prompts * getattr(embeddings, "scaling", 1.0)
+    places = torch.tensor([9, 10, 11])  # where positions do not move, the prompts' words come from behind the text
     if not case.shifts:
         assert layer.spec.positions is None
-        prompts = prompts + find_embedding(layer.base_layer, "position_embedding").weight[places]
+        table = embeddings.position_embedding  # a module, or VideoPrism's buffer
+        prompts = prompts + getattr(table, "weight", table)[places]
     layer.sep_prompts["default"].data.copy_(prompts)
     for inputs in variants_of_inputs(case, tower):
         at = layer.spec.insert_at
@@ -278,7 +280,7 @@ def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def test_lifecycle(name, tmp_path):
     """Saved, loaded, disabled and unloaded."""
     case = CASES[name]
-    base = case.build()
+    base = case.build().requires_grad_(False)  # as under PEFT, since torch rounds otherwise where gradients may follow
     keys, plain = list(base.state_dict()), everything(base, case)
     model = adapt(case)
     changed = everything(model, case)
@@ -373,7 +375,8 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
     found = []
     getter = getattr(model.get_base_model(), "get_text_features" if tower == "text" else "get_image_features", None)
     if getter is not None:
-        features = getter(**inputs).pooler_output
+        output = getter(**inputs)
+        features = output.get("embeds", output.pooler_output)
         found.append(features if features.ndim == 2 else features[:, 0])  # FLAVA projects every token
     output = model(**case.inputs())
     if case.features is not None:
@@ -382,7 +385,7 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
         if output.get(key) is not None:
             found.append(output[key])
     if not found and output.get("pooler_output") is not None:
-        found.append(output.pooler_output)  # a model that is a tower
+        found.append(output.get("embeds", output.pooler_output))  # a model that is a tower
     if not found:  # what a classification head gets
         with model.get_base_model().classifier.register_forward_pre_hook(lambda _, args: found.append(args[0])):
             model(**case.inputs())

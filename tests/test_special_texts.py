@@ -1,0 +1,55 @@
+"""What text towers of special build return beside the direction of the mix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import CASES
+from test_families import adapt, tower_of
+
+from sep_peft import functional
+
+
+@pytest.mark.parametrize("name", ["videoprism", "videoprism text"])
+@torch.no_grad()
+def test_the_mix_has_unit_length_where_the_pooled_output_has(name):
+    case = CASES[name]
+    layer = tower_of(adapt(case), "text")
+    inputs = case.text([5, 4, 7])
+    found, expected = layer(**inputs).pooler_output, functional.mix_embeddings(*layer.embed(**inputs), 0.5)
+    torch.testing.assert_close(found, expected)
+    layer.base_layer.config.apply_l2norm = False
+    assert not torch.allclose(layer(**inputs).pooler_output.norm(dim=-1), torch.ones(3), atol=0.1)
+
+
+@pytest.mark.parametrize("frozen_weight", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["clvp", "clvp encoder"])
+@torch.no_grad()
+def test_projected_outputs_belong_to_the_pooled_ones(name, frozen_weight):
+    case = CASES[name]
+    layer = tower_of(adapt(case, frozen_weight=frozen_weight), "text")
+    output = layer(**case.text([5, 4, 7]))
+    torch.testing.assert_close(output.embeds, layer.base_layer.projection(output.pooler_output))
+
+
+@torch.no_grad()
+def test_rotary_positions_of_prompts_and_tokens():
+    """Tokens move up where the prompts join the text, and keep their positions where layers below have read them."""
+    case, seen = CASES["clvp encoder"], []
+    for start_layer in (0, 1):
+        layer = tower_of(adapt(case, start_layer=start_layer, frozen_weight=0.0), "text")
+        last = layer._inner[-1].base_layer
+        last.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        layer(**case.text([4]))
+    assert [kwargs["position_ids"].tolist() for kwargs in seen] == [[[0, 1, 2, 3, 4, 5, 6]], [[0, 1, 2, 0, 1, 2, 3]]]
+    assert [kwargs["rotary_pos_emb"].shape[1] for kwargs in seen] == [7, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_causal_masks_take_prompts_before_the_first_token(dtype):
+    visible = torch.ones(4, 4, dtype=torch.bool).tril()
+    expected = torch.ones(6, 6, dtype=torch.bool).tril()
+    if dtype != torch.bool:
+        lowest = torch.finfo(dtype).min
+        visible, expected = torch.where(visible, 0.0, lowest), torch.where(expected, 0.0, lowest)
+    assert torch.equal(functional.extend_mask(visible[None, None], 2, 0, causal=True)[0, 0], expected)
