@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -66,7 +66,8 @@ def check_folder(folder: str | os.PathLike) -> None:
 def replace_files(folder: str | os.PathLike) -> Iterator[str]:
     """A temporary folder whose files take their places in `folder` when the block ends without an error.
 
-    The temporary folder lies beside its target, so that each file is renamed, never copied.
+    The temporary folder lies inside its target, so that files are renamed, never copied. If one cannot take its place,
+    all others go back to where they were.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -75,10 +76,24 @@ def replace_files(folder: str | os.PathLike) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary,
+        tempfile.TemporaryDirectory(dir=folder, prefix=".replaced-") as replaced,
+    ):
         yield temporary
-        for file in sorted(Path(temporary).rglob("*")):
-            if file.is_file():
-                target = folder / file.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+        _move_files(Path(temporary), folder, Path(replaced))
+
+
+def _move_files(source: Path, target: Path, replaced: Path) -> None:
+    """Move all files of `source` to the same places in `target`, whose own go to `replaced`; all of them or none."""
+    with ExitStack() as undo:
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            name = file.relative_to(source)
+            for folder in (target, replaced):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if (target / name).exists():
+                os.replace(target / name, replaced / name)
+                undo.callback(os.replace, replaced / name, target / name)
+            os.replace(file, target / name)
+            undo.callback(os.replace, target / name, file)
+        undo.pop_all()

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import texts
 from .classes import TaskClasses
-from .functional import mix_embeddings, unit
+from .functional import mix_embeddings, unit, wide
 from .model import find_towers
 from .texts import TextInputs
 from .tower import SEPTower
@@ -38,6 +38,8 @@ class ClassEncoder(nn.Module):
         device = next(model.parameters()).device
         tokenized = [texts.trim(self.tower, inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
         texts.check_fit(self.tower, tokenized[0])
+        for inputs in tokenized:
+            texts.check_length(self.tower, inputs)
         # buffers, so that the token ids follow the model to its device
         for index, inputs in enumerate(tokenized):
             for key, value in inputs.items():
@@ -67,7 +69,7 @@ class ClassEncoder(nn.Module):
 
         def encode():
             embeds = [torch.cat([tower.embed_frozen(**chunk) for chunk in self._chunks(i)]) for i in indices]
-            return unit(torch.stack([unit(_wide(embed)) for embed in embeds]).mean(dim=0))
+            return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
 
         return self._cached("frozen", self._versions(tower.base_layer), encode)
 
@@ -88,7 +90,7 @@ class ClassEncoder(nn.Module):
                     for chunk in self._chunks(0)
                 ]
             )
-        return mix_embeddings(_wide(prompted), frozen, tower.frozen_weight)
+        return mix_embeddings(wide(prompted), frozen, tower.frozen_weight)
 
     def _texts(self, index: int) -> TextInputs:
         """Tensors (C, L): 0 are the class names, from 1 on the templates."""
@@ -121,8 +123,5 @@ class ClassEncoder(nn.Module):
     def _versions(self, module: nn.Module) -> tuple:
         """Changes whenever a parameter of `module` or of the projection is replaced, moved or written to in place."""
         parameters = [*module.parameters(), *self.tower.projection_parameters()]
-        return tuple((p.data_ptr(), p._version) for p in parameters)
-
-
-def _wide(embeddings: torch.Tensor) -> torch.Tensor:
-    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        # tensors made in inference mode count no versions
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)

@@ -68,7 +68,7 @@ class TaskClasses:
         Raises:
             ValueError: no names, a name twice, or a template without ``{}``.
         """
-        names = list(names)
+        names = names if isinstance(names, str) else list(names)
         check_names(names)
         templates = [template] if isinstance(template, str) else list(template)
         for text in templates:
@@ -77,7 +77,7 @@ class TaskClasses:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 
         def tokenize(text: str) -> dict[str, torch.Tensor]:
-            spoken = [text.format(name.replace("_", " ")) for name in names]
+            spoken = [text.replace("{}", name.replace("_", " ")) for name in names]
             encoded = tokenizer(spoken, return_tensors="pt", **({"padding": True} | padding))
             return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
 

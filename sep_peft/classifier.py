@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from .checkpoint import replace_files
 from .class_encoder import ClassEncoder
 from .classes import TEMPLATE, TaskClasses
-from .functional import mix_embeddings, unit
+from .functional import mix_embeddings, unit, wide
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .pictures import read_picture
@@ -28,10 +31,11 @@ from .texts import TextInputs
 from .tower import SEPTower
 
 
-#: File beside the adapter that holds the classes.
+#: File beside the adapter that holds the classes, and the version of its layout.
 CLASSES_FILE = "sep_classes.json"
-#: Version of its layout.
 FORMAT_VERSION = 1
+#: File that PEFT writes and updates for people.
+MODEL_CARD = "README.md"
 #: Class texts encoded at a time.
 TEXT_CHUNK_SIZE = 128
 
@@ -158,7 +162,7 @@ class SEPClassifier(nn.Module):
             self.
         """
         if not isinstance(classes, TaskClasses):
-            tokenizer = self._need("tokenizer", "to read class names")
+            tokenizer = self._need("tokenizer", PreTrainedTokenizerBase, "to read class names")
             template = template or self.classes.templates or TEMPLATE
             classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
         self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
@@ -223,10 +227,10 @@ class SEPClassifier(nn.Module):
         return SEPClassifierOutput(loss=parts.total, logits=logits, parts=parts)
 
     def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32."""
+        """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider."""
         tower = self.vision_tower
         prompted, frozen = tower.embed(pixel_values=pixel_values, **kwargs)
-        prompted, frozen = prompted.float(), frozen.float()
+        prompted, frozen = wide(prompted), wide(frozen)
         return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 
     def _logits(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -236,11 +240,11 @@ class SEPClassifier(nn.Module):
         cosines = image @ text.T
         if row.logit_scale is None:
             return cosines
-        scale = attrgetter(row.logit_scale)(model).float()
+        scale = wide(attrgetter(row.logit_scale)(model))
         if row.max_scale is not None:
             scale = scale.clamp(0.0, attrgetter(row.max_scale)(model))
         logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[row.scale]
-        return logits if row.logit_bias is None else logits + attrgetter(row.logit_bias)(model).float()
+        return logits if row.logit_bias is None else logits + wide(attrgetter(row.logit_bias)(model))
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -274,7 +278,7 @@ class SEPClassifier(nn.Module):
         if not 1 <= top_k <= count:
             raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")
         single = not isinstance(images, (list, tuple))
-        processor = self._need("image_processor", "to read pictures")
+        processor = self._need("image_processor", ImageProcessingMixin, "to read pictures")
         pictures = [read_picture(image) for image in ([images] if single else images)]
         results = []
         with self._evaluating():
@@ -301,12 +305,14 @@ class SEPClassifier(nn.Module):
             if training:
                 self.train()
 
-    def _need(self, part: str, purpose: str):
-        if self.processor is None:
+    def _need(self, part: str, kind: type, purpose: str):
+        """The processor's part, or the processor where it is that part itself."""
+        found = getattr(self.processor, part, self.processor)
+        if not isinstance(found, kind):
             raise ValueError(
                 f"This classifier has no processor {purpose}. Pass processor=AutoProcessor.from_pretrained(...)."
             )
-        return getattr(self.processor, part, self.processor)
+        return found
 
     # files
 
@@ -325,6 +331,9 @@ class SEPClassifier(nn.Module):
             )
         adapter = self.model.active_adapter
         with replace_files(folder) as temporary:
+            card = os.path.join(folder, MODEL_CARD)
+            if os.path.isfile(card):  # PEFT keeps what its owner wrote
+                shutil.copy(card, temporary)
             self.model.save_pretrained(temporary, selected_adapters=[adapter], save_embedding_layers=False)
             if adapter != "default":  # PEFT puts those into a folder of their own
                 for entry in os.scandir(os.path.join(temporary, adapter)):
@@ -394,11 +403,12 @@ def _load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, An
     with open(file, encoding="utf-8") as stream:
         try:
             data = json.load(stream)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no valid JSON ({error}). Copy or download it again.") from error
-    if data.get("format_version") != FORMAT_VERSION:
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {data.get('format_version')!r}, but this version of sep_peft reads "
+            f"{file} has format version {version!r}, but this version of sep_peft reads "
             f"{FORMAT_VERSION}. Upgrade sep_peft."
         )
     return TaskClasses.from_json(data)

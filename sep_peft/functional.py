@@ -173,10 +173,14 @@ def extend_mask(mask: torch.Tensor | None, count: int, position: int, causal: bo
     return torch.cat([mask[:, :, :position], own_rows, mask[:, :, position:]], dim=2)  # (B, H, L + n, L + n)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or in fp64 where it is that already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def unit(embeddings: torch.Tensor) -> torch.Tensor:
     """Embeddings (..., E) divided by their Euclidean length, computed in fp32 or wider and returned in their dtype."""
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return F.normalize(wide, dim=-1).to(embeddings.dtype)
+    return F.normalize(wide(embeddings), dim=-1).to(embeddings.dtype)
 
 
 def mix_embeddings(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float) -> torch.Tensor:
@@ -202,8 +206,7 @@ def frozen_share(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: fl
     Returns:
         c, (B, 1), between 0 and 1, in fp32 or wider.
     """
-    wide = torch.float64 if prompted.dtype == torch.float64 else torch.float32
-    frozen_norm = torch.linalg.vector_norm(frozen, dim=-1, keepdim=True, dtype=wide)
-    prompted_norm = torch.linalg.vector_norm(prompted, dim=-1, keepdim=True, dtype=wide)
+    frozen_norm = torch.linalg.vector_norm(wide(frozen), dim=-1, keepdim=True)
+    prompted_norm = torch.linalg.vector_norm(wide(prompted), dim=-1, keepdim=True)
     share = frozen_weight * prompted_norm
     return share / (share + (1 - frozen_weight) * frozen_norm)

@@ -90,6 +90,8 @@ def sep_loss(
 
 
 def _check_shapes(logits, labels, image, frozen_image, text, frozen_text, prototypes) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits must have shape (B, C), got {tuple(logits.shape)}.")
     batch, classes = logits.shape
     expected = {
         "labels": (labels, (batch,)),

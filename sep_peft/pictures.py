@@ -16,5 +16,5 @@ def read_picture(image: Any):
     """
     try:
         return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # Pillow, requests and codecs raise many kinds; all mean the same here
         raise ValueError(f"The picture {image!r} cannot be read: {error}") from error

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import functional
+from .layer import count_positions
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def check_fit(tower: SEPTower, inputs: TextInputs) -> None:
     settings = tower.active_settings
     if settings is None or tower.spec.positions is None or not tower.position_shift(settings):
         return
-    positions = tower.base_layer.get_submodule(tower.spec.positions).num_positions
+    positions = _num_positions(tower)
     left = positions - settings.num_prompts
     if inputs["input_ids"].shape[-1] <= left:
         return
@@ -69,3 +70,23 @@ def check_fit(tower: SEPTower, inputs: TextInputs) -> None:
             f"{settings.num_prompts} are taken by prompts, so {left} tokens are left (BOS and EOS included). Shorten "
             "the text or use fewer prompts (num_text_prompts)."
         )
+
+
+def check_length(tower: SEPTower, inputs: TextInputs) -> None:
+    """Make sure that texts (C, L), trimmed, are not too long for the tower itself.
+
+    Raises:
+        ValueError: says how long a text may be.
+    """
+    length = inputs["input_ids"].shape[-1]
+    positions = None if tower.spec.positions is None else _num_positions(tower)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"A text of {length} tokens does not fit: the text tower has {positions} positions (BOS and EOS included). "
+            "Shorten the text."
+        )
+
+
+def _num_positions(tower: SEPTower) -> int:
+    embedding = tower.base_layer.get_submodule(tower.spec.positions)
+    return count_positions(getattr(embedding, "base_layer", embedding))
