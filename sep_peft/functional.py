@@ -33,7 +33,8 @@ def largest_tokens(
             f"{count} prompts need {count} tokens to select from, but the input has only {hidden.shape[1]}. "
             "Use fewer prompts (num_vision_prompts) or a larger picture."
         )
-    energy = hidden.float().pow(2).mean(dim=-1)  # (B, L); fp16 squares would overflow
+    # (B, L), the mean square but for a factor, read in one go and summed in fp32: fp16 squares would overflow
+    energy = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide_dtype(hidden)).pow(2)
     if visible is not None:
         energy = energy.masked_fill(~visible, -1.0)  # below every energy
     if batch_coupled:
@@ -123,9 +124,12 @@ def insert_prompts(hidden: torch.Tensor, prompts: torch.Tensor, position: int) -
 
 
 def split_prompts(hidden: torch.Tensor, count: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo `insert_prompts`: hidden (B, L + n, D) -> tokens (B, L, D), prompts (B, n, D)."""
-    prompts = hidden[:, position : position + count]
-    return torch.cat([hidden[:, :position], hidden[:, position + count :]], dim=1), prompts
+    """Undo `insert_prompts`: hidden (B, L + n, D) -> tokens (B, L, D), prompts (B, n, D).
+
+    Where the prompts come last both are views: copying all tokens before every fusion is what would cost most.
+    """
+    before, prompts, behind = hidden.tensor_split([position, position + count], dim=1)
+    return (before if behind.shape[1] == 0 else torch.cat([before, behind], dim=1)), prompts
 
 
 def extend_mask(mask: torch.Tensor | None, count: int, position: int, causal: bool) -> torch.Tensor | None:
@@ -173,9 +177,14 @@ def extend_mask(mask: torch.Tensor | None, count: int, position: int, causal: bo
     return torch.cat([mask[:, :, :position], own_rows, mask[:, :, position:]], dim=2)  # (B, H, L + n, L + n)
 
 
+def wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """fp32, or fp64 for what is that already."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32, or in fp64 where it is that already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """The tensor in `wide_dtype`."""
+    return tensor.to(wide_dtype(tensor))
 
 
 def unit(embeddings: torch.Tensor) -> torch.Tensor:

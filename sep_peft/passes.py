@@ -132,6 +132,7 @@ class PromptedPass:
             return output
         states = output[0] if isinstance(output, tuple) else output
         tokens, self._carried = functional.split_prompts(states, self.prompts.shape[0], position)
+        tokens = tokens.contiguous()  # as families expect what their layers return
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
     def _rotary_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
