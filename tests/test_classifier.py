@@ -153,6 +153,7 @@ def test_base_model_of_another_dtype(dtype):
         output = classifier.train(training)(IMAGES.to(dtype), LABELS)
         assert output.logits.dtype in (torch.float32, torch.float64)
         assert output.loss.isfinite()
+    classifier.reset_prototypes([{"pixel_values": IMAGES.to(dtype), "labels": LABELS}])
     classifier.train()(IMAGES.to(dtype), LABELS).loss.backward()
     assert all(p.grad.isfinite().all() for p in classifier.parameters() if p.requires_grad)
 
