@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -92,7 +93,7 @@ def _move_files(source: Path, target: Path, replaced: Path) -> None:
             for folder in (target, replaced):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if (target / name).exists():
-                os.replace(target / name, replaced / name)
+                shutil.copy2(target / name, replaced / name)  # not moved: the place is never empty
                 undo.callback(os.replace, replaced / name, target / name)
             os.replace(file, target / name)
             undo.callback(os.replace, target / name, file)

@@ -188,7 +188,7 @@ class SEPClassifier(nn.Module):
                 labels = batch["labels"].to(self.device)
                 self._check_labels(labels)
                 embeds = unit(self.vision_tower.embed_frozen(pixel_values=batch["pixel_values"].to(self.device)))
-                sums.index_add_(0, labels, embeds.float())
+                sums.index_add_(0, labels, embeds.to(sums.dtype))
                 counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
             seen = counts > 0
             prototypes[seen] = sums[seen] / counts[seen, None]

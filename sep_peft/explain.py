@@ -77,7 +77,7 @@ class Explanation:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis in axes:
             axis.set_axis_off()
-        axes[0].imshow(self.picture)
+        axes[0].imshow(self.picture.numpy())
         axes[0].set_title("input", fontsize=9)
         for axis, layer in zip(axes[1:], self.layers, strict=False):
             self._draw_layer(axis, layer)
@@ -104,7 +104,7 @@ class Explanation:
                 color="white",
                 bbox={"boxstyle": "square,pad=0.1", "facecolor": "black", "alpha": 0.6, "linewidth": 0},
             )
-        axis.imshow(self.picture * shade)
+        axis.imshow((self.picture * shade).numpy())
         note = " + CLS" if None in layer.patches else ""
         axis.set_title(f"before layer {layer.layer}{note}", fontsize=9)
 
