@@ -180,6 +180,13 @@ VIDEOPRISM_TEXT = TowerSpec(
     max_length_padding=True,  # CLS, from which it pools, sees padding where no mask is passed
     unit_option="apply_l2norm",
 )
+#: Prompts concern each frame of a video alone: the layers over frames, and those over all tokens, have none.
+VIDEOPRISM_VIDEO = TowerSpec(
+    path="video_model",
+    layers="vision_model.spatial_layers",
+    inputs="pixel_values",
+    unit_option="apply_l2norm",
+)
 
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
@@ -304,13 +311,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "videoprism": Architecture(
         text=VIDEOPRISM_TEXT,
-        vision=TowerSpec(
-            path="video_model",
-            layers="auxiliary_layers",
-            inputs="pixel_values",
-            refused="its video tower runs three lists of layers, over the patches of a frame, over the frames of a "
-            "patch and over both, and prompts of one have no place in the next",
-        ),
+        vision=VIDEOPRISM_VIDEO,
         logit_scale=None,
     ),
     "videoprism_text_model": Architecture(text=replace(VIDEOPRISM_TEXT, path=""), logit_scale=None),

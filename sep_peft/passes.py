@@ -96,6 +96,7 @@ class PromptedPass:
         batch_coupled: select as the released code does.
         trace: collects what every fusion saw where somebody wants to look at it.
         rotary: makes the rotary embedding of as many positions as there are hidden states; None without one.
+        prompted_shape: (B, L + n) of hidden states with prompts, known once the pass has run.
     """
 
     spec: TowerSpec
@@ -110,6 +111,7 @@ class PromptedPass:
     batch_coupled: bool = False
     trace: dict[int, FusionTrace] | None = None
     rotary: nn.Module | None = None
+    prompted_shape: tuple[int, int] | None = field(default=None, init=False)
     _carried: torch.Tensor | None = field(default=None, init=False)
 
     def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
@@ -155,7 +157,9 @@ class PromptedPass:
             tokens = hidden if self.frozen is None else self.frozen.trunk
             position = self._position(tokens.shape[1])
             prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
-            return functional.insert_prompts(tokens, prompts, position), position
+            hidden = functional.insert_prompts(tokens, prompts, position)
+            self.prompted_shape = (hidden.shape[0], hidden.shape[1])
+            return hidden, position
         if not self.has_prompts_before(index):
             position = self._position(hidden.shape[1])
             hidden = functional.insert_prompts(hidden, self._carried, position)

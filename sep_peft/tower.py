@@ -365,15 +365,18 @@ class SEPTower(SEPLayer):
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
         if output.get("hidden_states") is not None and not self.spec.in_stages:
-            length = output.last_hidden_state.shape[1]
-            output["hidden_states"] = tuple(self._strip(state, count, length) for state in output["hidden_states"])
+            shape = prompted_pass.prompted_shape
+            output["hidden_states"] = tuple(self._strip(state, count, shape) for state in output["hidden_states"])
         return output
 
-    def _strip(self, state: torch.Tensor | None, count: int, length: int) -> torch.Tensor | None:
-        """A recorded hidden state without the prompts, where it has them: (B, L + n, D) -> (B, L, D)."""
-        if state is None or state.shape[1] == length:
+    def _strip(self, state: torch.Tensor | None, count: int, prompted: tuple[int, int]) -> torch.Tensor | None:
+        """A recorded hidden state without the prompts, where it has them: (B, L + n, D) -> (B, L, D).
+
+        States of another shape than `prompted` have none, be they from before or behind the layers that prompts pass.
+        """
+        if state is None or tuple(state.shape[:2]) != prompted:
             return state
-        position = length if self.spec.insert_at is None else self.spec.insert_at
+        position = prompted[1] - count if self.spec.insert_at is None else self.spec.insert_at
         return functional.split_prompts(state, count, position)[0]
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
@@ -401,7 +404,7 @@ class SEPTower(SEPLayer):
     def _pooled(self, output, inputs: dict) -> torch.Tensor:
         """What the model pools from the tower's output for these inputs, (B, D)."""
         if self.spec.pooled == "pooler_output":
-            return output.pooler_output
+            return output.pooler_output.flatten(0, -2)  # where it is (B, 1, D), from one query of a pooling head
         if self.spec.pooled == "first_token":
             return output.last_hidden_state[:, 0]
         leading, mask = self.spec.leading_tokens, inputs.get(self.spec.mask_input)
@@ -433,7 +436,7 @@ class SEPTower(SEPLayer):
             pooled = mixed(a, b, share)
             if self.spec.unit_option is not None and getattr(self.base_layer.config, self.spec.unit_option):
                 pooled = functional.unit(pooled)
-            prompted.pooler_output = pooled
+            prompted.pooler_output = pooled.view_as(prompted.pooler_output)
             if self.spec.projected is not None:
                 prompted[self.spec.projected] = self.project(pooled)
             return

@@ -38,6 +38,9 @@ class Case:
         causal_without_mask: where no mask reaches the layers of a causal text tower, attention is causal all the same.
         pools_all: the text tower pools all its tokens, so states of a longer native text are compared, not its pooling.
         copied_at: first layer of the image tower behind which the tokens stay the same ones.
+        one_image: makes the inputs of the image tower for one input all of whose frames are one picture; None where
+            `image` makes these.
+        embeddings: what makes the tokens of a picture, below the image tower.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -57,6 +60,8 @@ class Case:
     causal_without_mask: bool = True
     pools_all: bool = False
     copied_at: int = 1
+    one_image: Callable[[], Inputs] | None = None
+    embeddings: str = "embeddings"
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -188,10 +193,16 @@ def clvp_config() -> hf.ClvpConfig:
 
 def videoprism_vision_size() -> dict:
     """Sizes of a VideoPrism video tower."""
-    size = vision_size(image_size=16, num_frames=2, tubelet_size=[1, 8, 8], num_spatial_layers=1)
+    size = vision_size(image_size=16, num_frames=2, tubelet_size=[1, 8, 8], num_spatial_layers=2)
     for name in ("num_hidden_layers", "patch_size", "projection_dim"):
         del size[name]
     return size | {"num_temporal_layers": 1, "num_auxiliary_layers": 1}
+
+
+def videos(count: int, seed: int = 4) -> Inputs:
+    """Random videos of two frames."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values_videos": torch.randn(count, 2, 3, 16, 16, generator=generator)}
 
 
 CLIP_WORDS = words(bos=57, eos=58, pad=1)
@@ -609,11 +620,10 @@ CASES: dict[str, Case] = {
         attentions=("eager",),
         shifts=False,  # padded to all 64 positions
         causal_without_mask=False,
-        options={"num_vision_prompts": 0},
-        whole=lambda: (
-            words(bos=None, eos=None, pad=0)([5, 4, 7])
-            | {"pixel_values_videos": torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
-        ),
+        image=videos,
+        one_image=lambda: {key: value[:, :1].expand_as(value) for key, value in videos(1).items()},
+        embeddings="vision_model.spatial_embeddings",
+        features=lambda model, output, tower: output["text_embeds" if tower == "text" else "video_embeds"],
     ),
     "videoprism text": Case(
         config=lambda: hf.VideoPrismTextConfig(**text_size()),

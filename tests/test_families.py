@@ -41,6 +41,13 @@ def tower_inputs(case: Case, tower: str, count: int = 3, **text) -> dict[str, to
     return case.text([5, 4, 7][:count], **text)
 
 
+def one_input(case: Case, tower: str) -> dict[str, torch.Tensor]:
+    """Of one input, of which all frames are alike where it has several, since prompts are the same in each."""
+    if tower == "vision" and case.one_image is not None:
+        return case.one_image()
+    return tower_inputs(case, tower, count=1)
+
+
 def tower_of(model: PeftModel, tower: str):
     return model.base_model.towers[tower]
 
@@ -127,7 +134,7 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
         return  # tested against longer native texts
     if tower == "vision" and (name in ROTATED or case.messages):
         return  # a message is not among the tokens that are copied
-    inputs = tower_inputs(case, tower, count=1)
+    inputs = one_input(case, tower)
     frozen_pass = passes.FrozenPass(start)
     with passes.current_pass.set(frozen_pass):
         layer._call_base(**layer._bind((), inputs), return_dict=True)
@@ -170,8 +177,9 @@ def test_image_prompts_enter_as_patches_do(name):
     layer = tower_of(model, "vision")
     if layer.spec.in_stages:
         return  # group tokens join behind the embeddings, and copies of these would be missing
-    inputs, seen = tower_inputs(case, "vision", count=1), []
-    with layer.base_layer.embeddings.register_forward_hook(lambda module, args, output: seen.append(output)):
+    inputs, seen = one_input(case, "vision"), []
+    embeddings = layer.base_layer.get_submodule(case.embeddings)
+    with embeddings.register_forward_hook(lambda module, args, output: seen.append(output)):
         expected = layer.embed_frozen(**inputs)
     tokens = seen[0][0]
     if inputs.get(layer.spec.mask_input) is not None:
@@ -373,8 +381,8 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
         return []
     inputs = tower_inputs(case, tower)
     found = []
-    getter = getattr(model.get_base_model(), "get_text_features" if tower == "text" else "get_image_features", None)
-    if getter is not None:
+    getters = ("get_text_features",) if tower == "text" else ("get_image_features", "get_video_features")
+    for getter in filter(None, (getattr(model.get_base_model(), name, None) for name in getters)):
         output = getter(**inputs)
         features = output.get("embeds", output.pooler_output)
         found.append(features if features.ndim == 2 else features[:, 0])  # FLAVA projects every token

@@ -34,10 +34,6 @@ SPEECH = (
     "num_vision_prompts must be 0 for this model, because its other tower reads speech tokens that the model's own "
     "decoder makes from the text."
 )
-VIDEO = (
-    "num_vision_prompts must be 0 for this model, because its video tower runs three lists of layers, over the patches "
-    "of a frame, over the frames of a patch and over both, and prompts of one have no place in the next."
-)
 REFUSED = [
     pytest.param(lambda: blip_2(hf.Blip2ForImageTextRetrieval), {"num_vision_prompts": 0}, QFORMER, id="blip-2 text"),
     pytest.param(
@@ -45,7 +41,6 @@ REFUSED = [
     ),
     pytest.param(lambda: blip_2(hf.Blip2Model), {"num_text_prompts": 0}, BEHIND_QFORMER, id="blip-2 with LLM"),
     pytest.param(CASES["clvp"].build, {"num_text_prompts": 0}, SPEECH, id="clvp speech"),
-    pytest.param(CASES["videoprism"].build, {"num_text_prompts": 0}, VIDEO, id="videoprism video"),
 ]
 
 

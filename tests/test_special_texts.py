@@ -1,25 +1,28 @@
-"""What text towers of special build return beside the direction of the mix."""
+"""What towers of special build, most of them for texts, return beside the direction of the mix."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from families import CASES
-from test_families import adapt, tower_of
+from test_families import adapt, tower_inputs, tower_of
 
 from sep_peft import functional
 
 
-@pytest.mark.parametrize("name", ["videoprism", "videoprism text"])
+@pytest.mark.parametrize(
+    ("name", "tower"), [("videoprism", "text"), ("videoprism", "vision"), ("videoprism text", "text")]
+)
 @torch.no_grad()
-def test_the_mix_has_unit_length_where_the_pooled_output_has(name):
+def test_the_mix_has_unit_length_where_the_pooled_output_has(name, tower):
     case = CASES[name]
-    layer = tower_of(adapt(case), "text")
-    inputs = case.text([5, 4, 7])
+    layer = tower_of(adapt(case), tower)
+    inputs = tower_inputs(case, tower)
     found, expected = layer(**inputs).pooler_output, functional.mix_embeddings(*layer.embed(**inputs), 0.5)
-    torch.testing.assert_close(found, expected)
+    assert found.shape == layer._call_base(**inputs).pooler_output.shape  # (3, 1, D) for videos
+    torch.testing.assert_close(found.flatten(0, -2), expected)
     layer.base_layer.config.apply_l2norm = False
-    assert not torch.allclose(layer(**inputs).pooler_output.norm(dim=-1), torch.ones(3), atol=0.1)
+    assert not torch.allclose(layer(**inputs).pooler_output.flatten(0, -2).norm(dim=-1), torch.ones(3), atol=0.1)
 
 
 @pytest.mark.parametrize("frozen_weight", [0.0, 0.5])
