@@ -381,7 +381,9 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
         return []
     inputs = tower_inputs(case, tower)
     found = []
-    getters = ("get_text_features",) if tower == "text" else ("get_image_features", "get_video_features")
+    getters = ["get_text_features"] if tower == "text" else ["get_image_features"]
+    if tower == "vision" and case.features is None:  # X-CLIP's relate frames to each other first
+        getters.append("get_video_features")
     for getter in filter(None, (getattr(model.get_base_model(), name, None) for name in getters)):
         output = getter(**inputs)
         features = output.get("embeds", output.pooler_output)
