@@ -14,17 +14,20 @@ from .convert import convert_reference_checkpoint
 from .explain import Explanation, explain
 from .fusion import TokenFusion
 from .model import SEPModel
+from .model_card import CardDetails, Score
 from .version import __version__
 
 
 __all__ = [
     "AdapterMismatchError",
     "Architecture",
+    "CardDetails",
     "Explanation",
     "SEPClassifier",
     "SEPClassifierOutput",
     "SEPConfig",
     "SEPModel",
+    "Score",
     "TaskClasses",
     "TokenFusion",
     "TowerSpec",

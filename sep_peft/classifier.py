@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,29 +11,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
-from .checkpoint import replace_files
 from .class_encoder import ClassEncoder
 from .classes import TEMPLATE, TaskClasses
+from .classifier_files import load_base, load_classes, push_files, save_files
 from .functional import mix_embeddings, unit, wide
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
+from .model_card import CardDetails
 from .pictures import read_picture
 from .texts import TextInputs
 from .tower import SEPTower
 
 
-#: File beside the adapter that holds the classes, and the version of its layout.
-CLASSES_FILE = "sep_classes.json"
-FORMAT_VERSION = 1
-#: File that PEFT writes and updates for people.
-MODEL_CARD = "README.md"
 #: Class texts encoded at a time.
 TEXT_CHUNK_SIZE = 128
 
@@ -316,69 +309,101 @@ class SEPClassifier(nn.Module):
 
     # files
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Save the active adapter and the classes: safetensors and JSON. Prototypes are not saved.
+    def save_pretrained(self, folder: str | os.PathLike, details: CardDetails | None = None) -> None:
+        """Save the active adapter, the classes and a model card: safetensors, JSON and Markdown. Prototypes are not
+        saved.
 
-        Files are written to a temporary folder first and then moved, so a failure leaves what was there before.
+        Files are written to a temporary folder first and then moved, so a failure leaves what was there before. What
+        its owner wrote into a model card stays.
+
+        Args:
+            folder: where to; made where it is missing.
+            details: for the model card. Scores belong to the weights, so they are left out unless given again.
 
         Raises:
             TypeError: the model is no `PeftModel`.
+            ValueError: the metadata of the model card in the folder cannot be read.
         """
-        if not isinstance(self.model, PeftModel):
-            raise TypeError(
-                f"Saving needs a PeftModel, but the model is a {type(self.model).__name__}. Wrap it with "
-                "peft.get_peft_model, or save its adapter with its own save_pretrained."
-            )
-        adapter = self.model.active_adapter
-        with replace_files(folder) as temporary:
-            card = os.path.join(folder, MODEL_CARD)
-            if os.path.isfile(card):  # PEFT keeps what its owner wrote
-                shutil.copy(card, temporary)
-            self.model.save_pretrained(temporary, selected_adapters=[adapter], save_embedding_layers=False)
-            if adapter != "default":  # PEFT puts those into a folder of their own
-                for entry in os.scandir(os.path.join(temporary, adapter)):
-                    os.replace(entry.path, os.path.join(temporary, entry.name))
-                os.rmdir(os.path.join(temporary, adapter))
-            with open(os.path.join(temporary, CLASSES_FILE), "w", encoding="utf-8") as file:
-                json.dump({"format_version": FORMAT_VERSION, **self.classes.to_json()}, file, indent=1)
+        save_files(self.model, self.classes, folder, details or CardDetails())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        details: CardDetails | None = None,
+        *,
+        subfolder: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload SEP adapter",
+        **commit_options,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hub, in one commit.
+
+        Args:
+            repo_id: "user/name"; made where it is missing.
+            details: for the model card; as for `save_pretrained`.
+            subfolder: where in the repository, for several adapters in one.
+            private: whether a new repository is private.
+            token: of the Hub; None: the one of ``hf auth login``.
+            revision: branch to commit to; made where it is missing.
+            commit_options: what else `HfApi.upload_folder` takes, such as `create_pr`.
+
+        Returns:
+            address of the commit.
+
+        Raises:
+            TypeError: the model is no `PeftModel`.
+            ValueError: the base model came from a folder and `details` do not name it on the Hub.
+        """
+        options = {"subfolder": subfolder, "private": private, "token": token, "revision": revision}
+        commit_options["commit_message"] = commit_message
+        return push_files(self.model, self.classes, repo_id, details or CardDetails(), **options, **commit_options)
 
     @classmethod
     def from_pretrained(
         cls,
-        model: nn.Module,
-        path: str | os.PathLike,
+        model: nn.Module | str | os.PathLike,
+        path: str | os.PathLike | None = None,
         *,
         processor=None,
         adapter_name: str = "default",
         is_trainable: bool = False,
         subfolder: str | None = None,
+        low_cpu_mem_usage: bool = False,
         options: Mapping[str, Any] | None = None,
         **hub_options,
     ) -> SEPClassifier:
-        """Load what `save_pretrained` wrote.
+        """Load what `save_pretrained` or `push_to_hub` wrote.
 
         Args:
-            model: the base model, or a `PeftModel` that takes the adapter in as a further one.
+            model: the base model, or a `PeftModel` that takes the adapter in as a further one. Or leave it out and
+                begin with `path`: the base model and its processor are then loaded as well.
             path: a folder or the id of a repository on the Hub.
             processor: for `predict` and `set_classes`.
             adapter_name: name of the adapter in the model.
             is_trainable: whether the adapter is to be trained on; otherwise it is frozen and no prototypes are made.
             subfolder: below `path`.
+            low_cpu_mem_usage: make the adapter's parameters only when they are read.
             options: keyword arguments of the class.
             hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
 
         Raises:
-            ValueError: the classes are missing or of a newer format.
+            ValueError: the classes are missing or of a newer format, or the base model is not named.
             AdapterMismatchError: the weights do not fit the model.
         """
+        model, path = (None, model) if path is None else (model, path)
         path = os.fspath(path)
-        classes = _load_classes(path, subfolder, hub_options)  # first, before the model is touched
-        arguments = {"is_trainable": is_trainable, "subfolder": subfolder, **hub_options}
+        classes = load_classes(path, subfolder, hub_options)  # first, before the model is touched
+        if model is None:
+            model, found = load_base(path, subfolder, hub_options)
+            processor = processor or found
+        arguments = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage, **hub_options}
         if isinstance(model, PeftModel):
-            model.load_adapter(path, adapter_name, **arguments)
+            model.load_adapter(path, adapter_name, subfolder=subfolder, **arguments)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
         else:
-            model = PeftModel.from_pretrained(model, path, adapter_name, **arguments)
+            model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
         options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
         return cls(model, classes, processor=processor, **options).train(is_trainable)
 
@@ -389,26 +414,3 @@ def padding_of(model: nn.Module) -> dict[str, Any]:
     if tower is None or not tower.spec.max_length_padding:
         return {"padding": True}
     return {"padding": "max_length", "max_length": tower.base_layer.config.max_position_embeddings}
-
-
-def _load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> TaskClasses:
-    file = os.path.join(path, subfolder or "", CLASSES_FILE)
-    if not os.path.isdir(path):
-        file = hf_hub_download(path, CLASSES_FILE, subfolder=subfolder, **hub_options)
-    if not os.path.isfile(file):
-        raise ValueError(
-            f"{file} does not exist, so there are no classes to load. Save with SEPClassifier.save_pretrained, or load "
-            "the adapter alone with PeftModel.from_pretrained and name the classes with SEPClassifier.from_class_names."
-        )
-    with open(file, encoding="utf-8") as stream:
-        try:
-            data = json.load(stream)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no valid JSON ({error}). Copy or download it again.") from error
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {version!r}, but this version of sep_peft reads "
-            f"{FORMAT_VERSION}. Upgrade sep_peft."
-        )
-    return TaskClasses.from_json(data)

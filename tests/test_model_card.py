@@ -1,0 +1,265 @@
+"""Model cards: what stands in them, and what of their owner's stays."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_clip, make_texts
+from huggingface_hub import EvalResult, ModelCard
+from peft import get_peft_model
+from transformers import AutoProcessor, CLIPModel
+
+from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig, TaskClasses
+from sep_peft.model_card import END, START, make_card
+
+
+ASSETS = Path(__file__).parents[1] / "examples" / "assets"
+CLASSES = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), ("cup", "desk_lamp"), ("a photo of a {}.",))
+FULL = CardDetails(
+    title="Household things",
+    description="Tells things in my kitchen.",
+    base_model="openai/clip-vit-base-patch16",
+    repo_id="ann/household",
+    shots=16,
+    seeds=[1, 2, 3],
+    protocol="50 epochs, tested on all classes",
+    scores=[
+        Score("Caltech 101", 61.66, 36.1, spread=0.5, pictures=374, dataset_id="ann/caltech101"),
+        Score("My kitchen", 90.0, split="val"),
+    ],
+    datasets=["ann/caltech101"],
+    license="apache-2.0",
+    limits="Only seen from the front.",
+)
+
+
+def card_of(details: CardDetails = FULL, **options) -> ModelCard:
+    return make_card(CLASSES, SEPConfig(num_text_prompts=3), "CLIPModel", details, **options)
+
+
+def make_classifier(base=None) -> SEPClassifier:
+    model = get_peft_model(base or make_clip(), SEPConfig(num_text_prompts=2, fusion="none"))
+    return SEPClassifier(model, CLASSES).eval()
+
+
+# text
+
+
+def test_install_and_import_come_first():
+    text = card_of().text
+    start = text.index("# Household things")
+    assert text[start:].startswith(
+        "# Household things\n\n```bash\npip install sep_peft\n```\n\n```python\n"
+        "import sep_peft  # registers the method; without it loaders only say KeyError: 'SEP'\n\n"
+        'classifier = sep_peft.SEPClassifier.from_pretrained("ann/household")\n'
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Tells things in my kitchen.",
+        "It tells 2 classes apart: an adapter of "
+        "[openai/clip-vit-base-patch16](https://huggingface.co/openai/clip-vit-base-patch16), made with SEP, "
+        "Self-Enhanced Prompt Tuning ([arXiv 2405.15549](https://arxiv.org/abs/2405.15549)), with 3 text and 4 image "
+        "prompts.",
+        "| accuracy (%) | pictures | with SEP | zero-shot |",
+        "| Caltech 101, test | 374 | 61.7 ± 0.5 | 36.1 |",
+        "| My kitchen, val |  | 90.0 | not measured |",
+        "- Shots: 16",
+        "- Seeds: 1, 2, 3",
+        "- Protocol: 50 epochs, tested on all classes",
+        "- Data: [ann/caltech101](https://huggingface.co/datasets/ann/caltech101)",
+        "`cup`, `desk_lamp`",
+        "Template of the frozen text branch: `a photo of a {}.`",
+        "Only seen from the front.",
+    ],
+)
+def test_what_a_full_card_says(line):
+    assert line in card_of().text.splitlines()
+
+
+def test_versions():
+    import peft
+    import torch
+    import transformers
+
+    import sep_peft
+
+    line = (
+        f"sep_peft {sep_peft.__version__}, peft {peft.__version__}, transformers {transformers.__version__}, torch "
+        f"{torch.__version__}"
+    )
+    assert f"## Versions\n\n{line}\n" in card_of().text
+
+
+def test_what_is_not_known_is_not_said():
+    card = card_of(CardDetails())
+    headings = [line for line in card.text.splitlines() if line.startswith("#")]
+    assert headings == ["# SEP adapter", "## Classes", "## Limits", "## Versions", "## Paper"]
+    assert 'from_pretrained("path/to/this/folder")' in card.text
+    assert "None" not in card.content
+    data = card.data.to_dict()
+    assert set(data) == {"library_name", "pipeline_tag", "tags"}
+
+
+@pytest.mark.parametrize(
+    ("count", "end"), [(100, "`n99`"), (101, "`n99` and 1 more, see sep_classes.json")], ids=["100", "101"]
+)
+def test_many_classes_are_cut_and_counted(count, end):
+    classes = TaskClasses(make_texts([3] * count), (), tuple(f"n{i}" for i in range(count)))
+    text = make_card(classes, SEPConfig(), "CLIPModel", CardDetails()).text
+    assert f"{end}\n\nTemplate of the frozen text branch: made from tensors\n" in text
+
+
+# metadata
+
+
+def test_metadata():
+    data = ModelCard(str(card_of())).data.to_dict()  # read back from YAML
+    assert data.pop("model-index") == [
+        {
+            "name": "Household things",
+            "results": [
+                {
+                    "task": {"type": "zero-shot-image-classification"},
+                    "dataset": {"name": name, "type": kind, "split": split},
+                    "metrics": [{"type": "accuracy", "value": value, "name": "Accuracy with SEP"}],
+                }
+                for name, kind, split, value in [
+                    ("Caltech 101", "ann/caltech101", "test", 61.66),
+                    ("My kitchen", "My kitchen", "val", 90.0),
+                ]
+            ],
+        }
+    ]
+    assert data == {
+        "base_model": "openai/clip-vit-base-patch16",
+        "base_model_relation": "adapter",
+        "datasets": ["ann/caltech101"],
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "metrics": ["accuracy"],
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["sep", "sep_peft", "clip", "few-shot", "prompt-learning"],
+    }
+
+
+@pytest.mark.parametrize("name", ["/home/ann/clip", "./clip", "a/b/c", "", "two words"])
+@pytest.mark.parametrize("field", ["base_model", "repo_id", "datasets"])
+def test_names_that_the_hub_cannot_have(field, name):
+    message = f'{field} must be a name on the Hub such as "user/name", but got {name!r}.'
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        CardDetails(**{field: [name] if field == "datasets" else name})
+
+
+def test_a_folder_may_have_the_name_of_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ann" / "clip").mkdir(parents=True)
+    assert CardDetails(base_model="ann/clip").base_model == "ann/clip"
+
+
+@pytest.mark.parametrize("value", [-0.1, 100.1])
+@pytest.mark.parametrize("field", ["accuracy", "zero_shot"])
+def test_accuracies_are_in_percent(field, value):
+    message = f"{field} must be in percent, between 0 and 100, but got {value!r}."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Score("mine", **({"accuracy": 50.0} | {field: value}))
+
+
+# what its owner wrote
+
+
+def test_a_second_card_replaces_its_own_part_alone():
+    first = card_of()
+    own = ModelCard(str(first).replace(START, f"Before.\n\n{START}").replace(END, f"{END}\n\nBehind.\n"))
+    second = card_of(CardDetails(title="Anew"), old=own)
+    assert second.text.startswith(f"\nBefore.\n\n{START}\n\n# Anew\n")
+    assert second.text.endswith(f"{END}\n\nBehind.\n\n")
+    assert "Household" not in second.text
+
+
+def test_a_card_without_marks_follows_whole():
+    old = ModelCard("---\nlicense: mit\ntags: [mine]\n---\n# My own card\n\nIn my words.\n")
+    card = card_of(CardDetails(), old=old)
+    assert card.text.endswith(f"{END}\n\n# My own card\n\nIn my words.\n")
+    assert card.data.license == "mit"
+    assert card.data.tags == ["mine", "sep", "sep_peft", "clip", "few-shot", "prompt-learning"]
+    assert card_of(CardDetails(), old=ModelCard(str(card))).text == card.text  # and stays so
+
+
+def test_metadata_of_the_owner_stays():
+    old = ModelCard(
+        "---\nlanguage: de\nlicense: mit\ndatasets: ann/more\nmetrics: [f1]\nbase_model: /home/ann/clip\n"
+        "tags: ['base_model:adapter:/home/ann/clip', kitchen]\nco2_eq_emissions: 3\n---\n"
+    )
+    theirs = EvalResult("image-classification", "x", "X", "f1", 0.5, metric_name="F1")
+    old.data.model_name, old.data.eval_results = "Ours", [theirs]
+    data = card_of(old=old).data
+    assert (data.language, data.license, data["co2_eq_emissions"]) == ("de", "apache-2.0", 3)
+    assert (data.datasets, data.metrics) == (["ann/more", "ann/caltech101"], ["f1", "accuracy"])
+    assert data.tags == ["kitchen", "sep", "sep_peft", "clip", "few-shot", "prompt-learning"]
+    assert data.base_model == "openai/clip-vit-base-patch16"
+    assert (data.model_name, len(data.eval_results), data.eval_results[0]) == ("Ours", 3, theirs)
+    again = card_of(CardDetails(), old=ModelCard(str(card_of(old=old)))).data
+    assert again.eval_results == [theirs]  # scores of other weights are gone
+
+
+def test_peft_s_unfilled_template_is_dropped(tmp_path):
+    classifier = make_classifier()
+    classifier.model.save_pretrained(tmp_path)
+    assert "[More Information Needed]" in (tmp_path / "README.md").read_text()
+    classifier.save_pretrained(tmp_path)
+    assert "[More Information Needed]" not in (tmp_path / "README.md").read_text()
+
+
+def test_peft_s_template_with_a_word_of_the_owner_is_kept(tmp_path):
+    classifier = make_classifier()
+    classifier.model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("[More Information Needed]", "By Ann", 1))
+    classifier.save_pretrained(tmp_path)
+    assert "By Ann" in path.read_text()
+
+
+@pytest.mark.parametrize("content", ["---\na: [\n---\n", "---\n- a list\n---\n"], ids=["broken", "a list"])
+def test_metadata_that_cannot_be_read(content, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^The metadata of the model card {path} cannot be read "):
+        make_classifier().save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+# saved
+
+
+def test_the_base_model_s_folder_is_not_in_the_card(tmp_path):
+    folder = ASSETS / "clip-small"
+    base = CLIPModel.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    model = get_peft_model(base, SEPConfig(num_text_prompts=2, fusion="none"))
+    classifier = SEPClassifier.from_class_names(model, processor, ["cup", "lamp"]).eval()
+    classifier.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert str(folder) not in card and "base_model" not in card
+
+    picture = next((ASSETS / "caltech101" / "test" / "cup").iterdir())
+    block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    code = block.replace("path/to/this/folder", str(tmp_path / "saved")).replace("picture.jpg", str(picture))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (0, f"{classifier.predict(picture, top_k=1)}\n"), result.stderr
+
+
+def test_an_adapter_that_names_no_base_model(tmp_path):
+    make_classifier().save_pretrained(tmp_path)
+    message = (
+        f"The adapter {tmp_path} does not name a base model of transformers. Load the model and hand it in: "
+        "SEPClassifier.from_pretrained(model, path, processor=processor)."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SEPClassifier.from_pretrained(tmp_path)
