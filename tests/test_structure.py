@@ -39,6 +39,12 @@ ORDER = [
     "classifier",
     "convert",
     "explain",
+    "folders",
+    "evaluation",
+    "training",
+    "commands",
+    "cli",
+    "__main__",
     "__init__",
 ]
 #: Files that must do without these packages.

@@ -1,0 +1,9 @@
+"""``python -m sep_peft``: the same as the command ``sep-peft``."""
+
+import sys
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The published recipe: train a classifier on pictures with transformers' Trainer."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+
+from .classifier import SEPClassifier
+from .folders import Samples
+from .pictures import read_picture
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are published.
+
+    Args:
+        epochs: passes over the pictures; the learning rate rises during the first and falls along a cosine.
+        batch_size: pictures a step.
+        learning_rate: of Adam, with eps 1e-3 and without weight decay.
+        seed: of batches and augmentation.
+        max_steps: stop after so many steps; None: after `epochs`.
+    """
+
+    epochs: int = 50
+    batch_size: int = 32
+    learning_rate: float = 2.5e-3
+    seed: int = 1
+    max_steps: int | None = None
+
+    def __str__(self) -> str:
+        length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
+        return (
+            f"{length} of batches of {self.batch_size}, Adam with learning rate {self.learning_rate:g}, eps 1e-3, "
+            "warm-up for one epoch, cosine; random crops and flips"
+        )
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures with labels as a Trainer wants them.
+
+    Args:
+        samples: pictures and names of their classes.
+        names: all class names, in the order of the labels.
+        processor: with an image processor of transformers.
+        augment: crop and flip at random.
+    """
+
+    def __init__(self, samples: Samples, names: list[str], processor, augment: bool):
+        self.samples = [(path, names.index(name)) for path, name in samples]
+        self.processor = getattr(processor, "image_processor", processor)
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        path, label = self.samples[index]
+        picture = read_picture(path)
+        if self.augment:
+            picture = random_crop_and_flip(picture)
+        return {"pixel_values": self.processor(picture, return_tensors="pt")["pixel_values"][0], "labels": label}
+
+
+def random_crop_and_flip(picture: Image.Image) -> Image.Image:
+    """A square-ish part of 8 to 100 percent of the area, mirrored half of the time: the field's augmentation."""
+    width, height = picture.size
+    area, ratio = width * height * random.uniform(0.08, 1), random.uniform(3 / 4, 4 / 3)
+    part = min(width, round((area * ratio) ** 0.5)), min(height, round((area / ratio) ** 0.5))
+    left, top = random.randint(0, width - part[0]), random.randint(0, height - part[1])
+    side = min(width, height)
+    picture = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + part[0], top + part[1]))
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else picture
+
+
+def fit(classifier: SEPClassifier, samples: Samples, recipe: Recipe, quiet: bool = False) -> None:
+    """Train the adapter; the prototypes start at the class means, as published.
+
+    Args:
+        classifier: with a processor, on the device to train on.
+        samples: pictures and names of their classes.
+        recipe: how to train.
+        quiet: without progress.
+    """
+    names, processor = classifier.class_names, classifier.processor
+    plain = Pictures(samples, names, processor, augment=False)
+    classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(recipe, len(samples), classifier.device.type == "cpu", quiet, folder)
+        data = Pictures(samples, names, processor, augment=True)
+        Trainer(classifier, arguments, train_dataset=data).train()
+
+
+def _arguments(recipe: Recipe, count: int, use_cpu: bool, quiet: bool, folder: str) -> TrainingArguments:
+    steps_per_epoch = -(-count // recipe.batch_size)
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=recipe.epochs,
+        max_steps=-1 if recipe.max_steps is None else recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        adam_epsilon=1e-3,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps_per_epoch,
+        logging_steps=10 * steps_per_epoch,
+        save_strategy="no",
+        report_to="none",
+        seed=recipe.seed,
+        use_cpu=use_cpu,
+        dataloader_pin_memory=not use_cpu,
+        disable_tqdm=quiet,
+    )

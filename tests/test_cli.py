@@ -1,0 +1,437 @@
+"""The command line, on real pictures and the small CLIP, for a few steps."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import perturb
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from test_convert import CHECKPOINT, LAYERS, REFERENCE
+from transformers import AutoProcessor, CLIPModel
+
+from sep_peft import SEPClassifier, SEPConfig, __version__, convert_reference_checkpoint
+from sep_peft.cli import main
+from sep_peft.convert import FUSION_RENAMES, PACKED, TOWERS
+
+
+ASSETS = Path(__file__).parents[1] / "examples" / "assets"
+BASE = str(ASSETS / "clip-small")
+NAMES = ["cup", "lamp", "umbrella"]
+SMALL = ["--shots", "2", "--max-steps", "2", "--fusion-rank", "2", "--share-fusion", "--fusion-hidden-size", "8"]
+COMMANDS = ["train", "predict", "evaluate", "import-reference", "info"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Three classes of Caltech 101: 3 training and 4 test pictures each, and a training picture that is none."""
+    folder = tmp_path_factory.mktemp("data") / "kitchen"
+    for part, count in (("train", 3), ("test", 4)):
+        for name in NAMES:
+            (folder / part / name).mkdir(parents=True)
+            for path in sorted((ASSETS / "caltech101" / part / name).iterdir())[:count]:
+                shutil.copy(path, folder / part / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(pictures, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "saved"
+    assert main(["train", str(pictures), "--base-model", BASE, "--output", str(folder), *SMALL, "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command: exit code, standard output, standard error."""
+
+    def command(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def error_of(run, *arguments) -> str:
+    """The one line of an error, behind the program's name."""
+    code, out, err = run(*arguments, "--quiet")
+    last = err.splitlines()[-1]
+    assert (code, out) == (1, "") and "Traceback" not in err, err
+    assert last.startswith("sep-peft: error: "), err
+    return last.removeprefix("sep-peft: error: ")
+
+
+# train
+
+
+def test_train(run, pictures, tmp_path):
+    """What is reported is what the saved adapter does, beside the base model alone."""
+    out = tmp_path / "adapter"
+    code, printed, err = run(
+        "train", pictures, "--base-model", BASE, "--output", out, *SMALL, "--license", "mit", "--json"
+    )
+    assert code == 0, err
+    assert "reading pictures" in err and "zero-shot, test" in err and "SEP, test" in err
+    data = json.loads(printed)
+    score = data["scores"][0]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "sep_classes.json",
+    ]
+    assert (data["adapter"], data["classes"], data["training_pictures"]) == (str(out), NAMES, 6)
+    assert data["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert data["unreadable"] == []
+    assert (score["dataset"], score["split"], score["pictures"]) == ("kitchen", "test", 12)
+
+    classifier = SEPClassifier.from_pretrained(out)
+    samples = [(path, name) for name in NAMES for path in sorted((pictures / "test" / name).iterdir())]
+    assert score["accuracy"] == accuracy(classifier, samples)
+    with classifier.model.disable_adapter():
+        assert score["zero_shot"] == accuracy(classifier, samples)
+
+    card = ModelCard.load(out / "README.md")
+    row = f"| kitchen, test | 12 | {score['accuracy']:.1f} | {score['zero_shot']:.1f} |"
+    assert row in card.text and "- Shots: 2\n- Seeds: 1\n- Protocol: 2 steps of batches of 32, Adam" in card.text
+    assert (card.data.license, card.data.model_name) == ("mit", "SEP adapter")
+
+
+def accuracy(classifier, samples) -> float:
+    predictions = classifier.predict([path for path, _ in samples], top_k=1)
+    right = [top[0]["label"] == name for top, (_, name) in zip(predictions, samples, strict=True)]
+    return 100 * sum(right) / len(right)
+
+
+def test_training_changes_the_predictions_and_repeats(run, pictures, adapter, tmp_path):
+    """The same arguments give the same adapter; another seed another."""
+    outputs = [tmp_path / "same", tmp_path / "other"]
+    for out, seed in zip(outputs, (1, 2), strict=True):
+        code, printed, _ = run(
+            "train", pictures, "--base-model", BASE, "--output", out, *SMALL, "--seed", seed, "--quiet"
+        )
+        assert code == 0
+        line = rf"saved {re.escape(str(out))} \(0\.\d MB\), 3 classes\ntest: \d+\.\d % with SEP, \d+\.\d % zero-shot, "
+        assert re.fullmatch(line + "12 pictures\n", printed), printed
+    picture = next((pictures / "test" / "cup").iterdir())
+    first, same, other = (SEPClassifier.from_pretrained(path).predict(picture) for path in (adapter, *outputs))
+    assert first == same != other
+
+
+def test_train_without_pictures_to_test_on(run, pictures, tmp_path):
+    out = tmp_path / "adapter"
+    code, printed, _ = run(
+        "train", pictures / "train", "--base-model", BASE, "--output", out, *SMALL, "--shots", 3, "--json", "--quiet"
+    )
+    assert (code, json.loads(printed)["scores"]) == (0, [])
+    assert "## Results" not in (out / "README.md").read_text()
+
+
+def test_unreadable_pictures_are_named_counted_and_left_out(run, pictures, tmp_path):
+    data = shutil.copytree(pictures, tmp_path / "data")
+    broken = [data / "train" / "cup" / "0.jpg", data / "test" / "lamp" / "0.jpg"]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    out = tmp_path / "adapter"
+    options = [*SMALL, "--shots", 9, "--json", "--quiet"]
+    code, printed, err = run("train", data, "--base-model", BASE, "--output", out, *options)
+    result = json.loads(printed)
+    assert (code, result["training_pictures"], result["scores"][0]["pictures"]) == (0, 9, 12)
+    assert [entry["picture"] for entry in result["unreadable"]] == [str(path) for path in broken]
+    for path in broken:
+        assert f"sep-peft: warning: The picture {path!r} cannot be read: " in err
+    assert err.count("sep-peft: warning: 1 pictures cannot be read and are left out\n") == 2
+
+
+def test_a_class_whose_pictures_are_all_unreadable(run, pictures, tmp_path):
+    data = shutil.copytree(pictures, tmp_path / "data")
+    for path in (data / "train" / "lamp").iterdir():
+        path.write_bytes(b"no picture")
+    message = error_of(run, "train", data, "--base-model", BASE, "--output", tmp_path / "new", *SMALL)
+    assert message == "No training picture can be read of lamp."
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_is_not_replaced_unless_asked(run, pictures, adapter, tmp_path):
+    out = shutil.copytree(adapter, tmp_path / "adapter")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    arguments = ["train", pictures, "--base-model", BASE, "--output", out, *SMALL, "--seed", 5]
+    assert error_of(run, *arguments) == f"{out} has an adapter already. Pass --overwrite to replace it."
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert run(*arguments, "--overwrite", "--quiet")[0] == 0
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_errors_of_train(run, pictures, tmp_path):
+    out = ["--base-model", BASE, "--output", tmp_path / "new"]
+    assert error_of(run, "train", tmp_path / "none", *out) == f"There is no folder {tmp_path / 'none'}."
+    file = tmp_path / "file"
+    file.write_text("mine")
+    message = error_of(run, "train", pictures, "--base-model", BASE, "--output", file)
+    assert message == f"{file} is a file; a folder is needed to save into."
+    message = error_of(run, "train", pictures, *out, "--template", "a photo")
+    assert message == "A template must contain {} once, in place of the class name, but got 'a photo'."
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+# predict
+
+
+def test_predict(run, pictures, adapter):
+    """Files and folders, in order, as the classifier predicts them."""
+    picture = sorted((pictures / "test" / "cup").iterdir())[0]
+    code, printed, _ = run("predict", adapter, picture, pictures / "test" / "lamp", "--batch-size", 2, "--json")
+    paths = [picture, *sorted((pictures / "test" / "lamp").iterdir())]
+    data = json.loads(printed)
+    assert code == 0 and [entry["picture"] for entry in data] == [str(path) for path in paths]
+    expected = SEPClassifier.from_pretrained(adapter).predict(paths)
+    for entry, prediction in zip(data, expected, strict=True):
+        assert [top["label"] for top in entry["prediction"]] == [top["label"] for top in prediction]
+        scores = [top["score"] for top in entry["prediction"]]
+        assert scores == pytest.approx([top["score"] for top in prediction], abs=1e-5)
+
+
+def test_predict_for_people(run, pictures, adapter):
+    picture = sorted((pictures / "test" / "cup").iterdir())[0]
+    best = SEPClassifier.from_pretrained(adapter).predict(picture, top_k=1)[0]
+    code, printed, _ = run("predict", adapter, picture, "--top-k", 1, "--quiet")
+    assert (code, printed) == (0, f"{picture}: {best['label']} {best['score']:.1%}\n")
+
+
+def test_predict_with_another_base_model_and_classes(run, pictures, adapter):
+    picture = sorted((pictures / "test" / "cup").iterdir())[0]
+    options = ["--base-model", BASE, "--class", "pizza", "--class", "cup", "--json", "--quiet"]
+    data = json.loads(run("predict", adapter, picture, *options)[1])
+    assert {top["label"] for top in data[0]["prediction"]} == {"pizza", "cup"}
+
+
+def test_predict_goes_on_behind_an_unreadable_picture(run, pictures, adapter, tmp_path):
+    good, bad = sorted((pictures / "test" / "cup").iterdir())[0], tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    code, printed, err = run("predict", adapter, good, bad, "--json", "--quiet")
+    first, second = json.loads(printed)
+    assert code == 1 and len(first["prediction"]) == 3
+    assert set(second) == {"picture", "error"} and second["error"].startswith(f"The picture '{bad}' cannot be read: ")
+    assert f"sep-peft: warning: The picture '{bad}' cannot be read: " in err
+
+
+def test_errors_of_predict(run, pictures, adapter, tmp_path):
+    picture = sorted((pictures / "test" / "cup").iterdir())[0]
+    assert error_of(run, "predict", tmp_path / "none", picture) == f"There is no adapter folder {tmp_path / 'none'}."
+    message = error_of(run, "predict", adapter, picture, "--top-k", 4)
+    assert message == "top_k must be between 1 and 3, the number of classes, but got 4."
+    assert error_of(run, "predict", adapter, tmp_path) == f"There are no pictures in {tmp_path}."
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    (copy / "adapter_model.safetensors").write_bytes(b"cut short")
+    assert "cut short or no safetensors file" in error_of(run, "predict", copy, picture)
+
+
+# evaluate
+
+
+def test_evaluate(run, pictures, adapter):
+    code, printed, _ = run("evaluate", adapter, pictures, "--json", "--quiet")
+    data = json.loads(printed)
+    score = ModelCard.load(adapter / "README.md").data.eval_results[0]
+    assert (code, data["pictures"], data["classes"], data["unreadable"]) == (0, 12, 3, [])
+    assert round(data["accuracy"], 2) == score.metric_value
+    assert data["accuracy"] == pytest.approx(sum(data["per_class"].values()) / 3)
+    assert f"| {data['accuracy']:.1f} | {data['zero_shot']:.1f} |" in (adapter / "README.md").read_text()
+    code, printed, _ = run("evaluate", adapter, pictures, "--quiet")
+    lines = [f"{data['accuracy']:.1f} % with SEP, {data['zero_shot']:.1f} % zero-shot, 12 pictures of 3 classes"]
+    lines += [f"{accuracy:6.1f} %  {name}" for name, accuracy in data["per_class"].items()]
+    assert printed.splitlines() == lines
+
+
+def test_evaluate_on_new_classes(run, adapter, tmp_path):
+    for name in ("pizza", "chair"):
+        shutil.copytree(ASSETS / "caltech101" / "test" / name, tmp_path / name)
+    message = error_of(run, "evaluate", adapter, tmp_path)
+    assert message == "The classifier has no classes chair, pizza; it has cup, lamp, umbrella."
+    code, printed, _ = run("evaluate", adapter, tmp_path, "--new-classes", "--no-zero-shot", "--json", "--quiet")
+    data = json.loads(printed)
+    assert (code, data["zero_shot"], sorted(data["per_class"])) == (0, None, ["chair", "pizza"])
+
+
+# import-reference
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A checkpoint as the authors' code writes it, for the small CLIP, that holds a random adapter."""
+    model = get_peft_model(CLIPModel.from_pretrained(BASE), SEPConfig(num_text_prompts=3, num_vision_prompts=2))
+    perturb(model)
+    state = {"VPT_fc.weight": torch.zeros(3, 4)}
+    for name, tower in model.base_model.towers.items():
+        prompts, fusions = TOWERS[name]
+        state[prompts] = tower.sep_prompts["default"]
+        for position, fusion in enumerate(tower.sep_fusion["default"].values()):
+            for theirs, ours in FUSION_RENAMES.items():
+                state[f"{fusions}.{position}.{theirs}"] = fusion.get_parameter(ours)
+            for theirs, kind in PACKED.items():
+                parts = [fusion.get_parameter(f"attention.{part}.{kind}") for part in ("query", "key", "value")]
+                state[f"{fusions}.{position}.{theirs}"] = torch.cat(parts)
+    path = folder / "model.pth.tar-7"
+    torch.save({"state_dict": {key: value.detach().clone() for key, value in state.items()}, "epoch": 7}, path)
+    return path
+
+
+def test_import_reference_with_classes(run, pictures, tmp_path):
+    """What comes out predicts, by itself, what the converted adapter does with these classes."""
+    checkpoint, out = make_checkpoint(tmp_path), tmp_path / "adapter"
+    names = tmp_path / "names.txt"
+    names.write_text("cup\n\n lamp \numbrella\n")
+    arguments = ["--base-model", BASE, "--output", out, "--classes", names, "--template", "one {}."]
+    code, printed, err = run("import-reference", checkpoint, *arguments, "--json", "--quiet")
+    assert code == 0, err
+    assert json.loads(printed) == {
+        "adapter": str(out),
+        "epoch": 7,
+        "text_prompts": 3,
+        "vision_prompts": 2,
+        "classes": NAMES,
+        "unused": ["VPT_fc.weight"],
+    }
+    convert_reference_checkpoint(checkpoint, CLIPModel.from_pretrained(BASE), tmp_path / "plain")
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(BASE), tmp_path / "plain")
+    expected = SEPClassifier.from_class_names(model, AutoProcessor.from_pretrained(BASE), NAMES, template="one {}.")
+    picture = next((pictures / "test" / "cup").iterdir())
+    assert SEPClassifier.from_pretrained(out).predict(picture) == expected.predict(picture)
+
+
+def test_import_reference_without_classes(run, tmp_path):
+    """The fixture's CLIP has no tokenizer; none is needed."""
+    layers = ",".join(map(str, LAYERS))
+    base, out = str(REFERENCE / "clip"), tmp_path / "adapter"
+    options = ["--base-model", base, "--output", out, "--text-layers", layers, "--vision-layers", layers]
+    code, printed, err = run("import-reference", CHECKPOINT, *options, "--quiet")
+    assert code == 0, err
+    assert re.fullmatch(rf"saved {out}, no class list; \d+ entries of the checkpoint were not needed\n", printed)
+    config = SEPConfig.from_pretrained(out)
+    assert (config.text_layers, config.vision_layers, config.batch_coupled) == (LAYERS, LAYERS, True)
+
+
+def test_errors_of_import_reference(run, tmp_path):
+    names, out = tmp_path / "names.txt", tmp_path / "adapter"
+    names.write_text("cup\ncup\n")
+    options = ["--base-model", BASE, "--output", out]
+    message = error_of(run, "import-reference", tmp_path / "none", *options)
+    assert message == f"There is no checkpoint {tmp_path / 'none'}."
+    message = error_of(run, "import-reference", make_checkpoint(tmp_path), *options, "--classes", names)
+    assert message == "Class names must differ, but these occur more than once: cup."
+    assert not out.exists()
+
+
+# info
+
+
+def test_info(run, adapter):
+    code, printed, _ = run("info", adapter, "--json")
+    data = json.loads(printed)
+    score = ModelCard.load(adapter / "README.md").data.eval_results[0]
+    assert code == 0
+    assert data == {
+        "adapter": str(adapter),
+        "base_model": BASE,
+        "model_type": "clip",
+        "text_prompts": 6,
+        "vision_prompts": 4,
+        "fusion": "attention",
+        "frozen_weight": 0.5,
+        "batch_coupled": False,
+        "parameters": sum(
+            p.numel() for n, p in SEPClassifier.from_pretrained(adapter).named_parameters() if ".sep_" in n
+        ),
+        "bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+        "classes": NAMES,
+        "templates": ["a photo of a {}."],
+        "scores": [{"dataset": "kitchen", "split": "test", "accuracy": score.metric_value}],
+    }
+    printed = run("info", adapter)[1].splitlines()
+    assert f"parameters     {data['parameters']:,}" in printed and "classes        cup; lamp; umbrella" in printed
+
+
+def test_info_of_an_adapter_without_classes_and_card(run, adapter, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, tmp_path)
+    data = json.loads(run("info", tmp_path, "--json")[1])
+    assert (data["classes"], data["templates"], data["scores"]) == ([], [], [])
+
+
+# the program
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda item: " ".join(item) or "all")
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert out.startswith(f"usage: {' '.join(['sep-peft', *command])} ")
+    for name in () if command else COMMANDS:
+        assert re.search(rf"^ +{name}\s+\w", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "argument COMMAND: invalid choice: 'fly'"),
+        (["train", "x"], "the following arguments are required: --base-model, --output"),
+        (["predict", "x"], "the following arguments are required: PICTURE"),
+        (["train", "x", "--shots", "0"], "argument --shots: must be at least 1, but is 0"),
+        (["train", "x", "--shots", "few"], "argument --shots: invalid whole_number value: 'few'"),
+        (["info", "x", "--what"], "unrecognized arguments: --what"),
+    ],
+    ids=lambda item: " ".join(item) if isinstance(item, list) else None,
+)
+def test_mistakes_in_the_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message in err
+
+
+def test_debug_shows_the_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^There is no adapter folder "):
+        main(["info", str(tmp_path / "none"), "--debug"])
+
+
+def test_interrupted(run, adapter, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sep_peft.commands.safe_open", interrupt)
+    assert run("info", adapter) == (130, "", "sep-peft: interrupted\n")
+
+
+def test_program_is_installed_under_its_name():
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    name, target = config["options.entry_points"]["console_scripts"].strip().split(" = ")
+    module, function = target.split(":")
+    assert name == "sep-peft" and getattr(import_module(module), function) is main
+
+
+def test_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "sep_peft", "--version"], capture_output=True, text=True, timeout=300
+    )
+    assert (result.returncode, result.stdout) == (0, f"sep-peft {__version__}\n"), result.stderr
+
+
+def test_reader_that_has_seen_enough(adapter):
+    """The pipe is closed before the result is printed."""
+    command = f"{sys.executable} -m sep_peft info {adapter} | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "0\n" and "BrokenPipe" not in result.stderr
