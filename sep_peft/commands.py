@@ -57,34 +57,41 @@ def train(args: argparse.Namespace) -> Result:
     set_seed(args.seed)
     classifier = _new_classifier(args, folder.names)
     with classifier.model.disable_adapter():
-        zero_shot = {
-            part: _evaluate(classifier, samples, args, f"zero-shot, {part}") for part, samples in folder.tests.items()
-        }
+        zero_shot = _evaluate_parts(classifier, folder, args, "zero-shot")
     fit(classifier, folder.train, recipe, quiet=args.quiet)
-    adapted = {part: _evaluate(classifier, samples, args, f"SEP, {part}") for part, samples in folder.tests.items()}
+    adapted = _evaluate_parts(classifier, folder, args, "SEP")
     name = args.name or Path(args.folder).resolve().name
     scores = [
-        Score(name, adapted[part].accuracy, zero_shot[part].accuracy, pictures=adapted[part].pictures, split=part)
-        for part in folder.tests
+        Score(name, found.accuracy, zero_shot[part].accuracy, pictures=found.pictures, split=part)
+        for part, found in adapted.items()
     ]
-    details = CardDetails(
-        shots=args.shots, seeds=[args.seed], protocol=str(recipe), scores=scores, license=args.license
-    )
-    classifier.save_pretrained(args.output, details)
+    protocol = {"shots": args.shots, "seeds": [args.seed], "protocol": str(recipe)}
+    classifier.save_pretrained(args.output, CardDetails(**protocol, scores=scores, license=args.license))
+    return _trained(args.output, folder, scores, broken)
+
+
+def _trained(output: Path, folder: PictureFolder, scores: list[Score], broken: dict[Path, str]) -> Result:
+    size = (output / WEIGHTS_FILE).stat().st_size
     data = {
-        "adapter": str(args.output),
-        "bytes": (args.output / WEIGHTS_FILE).stat().st_size,
+        "adapter": str(output),
+        "bytes": size,
         "classes": folder.names,
         "training_pictures": len(folder.train),
         "scores": [asdict(score) for score in scores],
         "unreadable": _listed(broken),
     }
-    lines = [f"saved {args.output} ({data['bytes'] / 1e6:.1f} MB), {len(folder.names)} classes"]
+    lines = [f"saved {output} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
     lines += [
         f"{score.split}: {score.accuracy:.1f} % with SEP, {score.zero_shot:.1f} % zero-shot, {score.pictures} pictures"
         for score in scores
     ]
     return Result(data, "\n".join(lines))
+
+
+def _evaluate_parts(
+    classifier: SEPClassifier, folder: PictureFolder, args: argparse.Namespace, title: str
+) -> dict[str, evaluation.Evaluation]:
+    return {part: _evaluate(classifier, samples, args, f"{title}, {part}") for part, samples in folder.tests.items()}
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
@@ -126,32 +133,38 @@ def _new_classifier(args: argparse.Namespace, names: list[str]) -> SEPClassifier
 
 def predict(args: argparse.Namespace) -> Result:
     """Classify pictures; those that cannot be read are named, and the others classified all the same."""
-    pictures = [
-        path for given in args.pictures for path in (find_pictures(Path(given)) if os.path.isdir(given) else [given])
-    ]
+    pictures = [path for given in args.pictures for path in _pictures(given)]
     if not pictures:
         raise ValueError(f"There are no pictures in {', '.join(args.pictures)}.")
     classifier = _load(args)
     if args.classes:
         classifier.set_classes(args.classes)
     top_k = args.top_k or min(5, len(classifier.classes))
-    data, batch = [], []
-    for index, path in enumerate(_progress(args, "pictures")(pictures), start=1):
-        entry = {"picture": str(path)}
-        data.append(entry)
-        try:
-            batch.append((entry, read_picture(path)))
-        except ValueError as error:
-            entry["error"] = str(error)
-        if batch and (len(batch) == args.batch_size or index == len(pictures)):
-            predictions = classifier.predict([picture for _, picture in batch], top_k=top_k)
-            for (waiting, _), prediction in zip(batch, predictions, strict=True):
-                waiting["prediction"] = prediction
-            batch = []
+    data = []
+    for start in _progress(args, "batches")(range(0, len(pictures), args.batch_size)):
+        data += _predict_batch(classifier, pictures[start : start + args.batch_size], top_k)
     broken = {entry["picture"]: entry["error"] for entry in data if "error" in entry}
     _warn(broken)
     text = "\n".join(_prediction_line(entry) for entry in data if "error" not in entry)
     return Result(data, text, code=1 if broken else 0)
+
+
+def _pictures(given: str) -> list[str]:
+    return [str(path) for path in find_pictures(Path(given))] if os.path.isdir(given) else [given]
+
+
+def _predict_batch(classifier: SEPClassifier, pictures: list[str], top_k: int) -> list[dict]:
+    """For each picture an entry with its prediction or with what is wrong with it."""
+    entries, read = [{"picture": path} for path in pictures], []
+    for entry in entries:
+        try:
+            read.append((entry, read_picture(entry["picture"])))
+        except ValueError as error:
+            entry["error"] = str(error)
+    predictions = classifier.predict([picture for _, picture in read], top_k=top_k, batch_size=len(entries))
+    for (entry, _), prediction in zip(read, predictions, strict=True):
+        entry["prediction"] = prediction
+    return entries
 
 
 def _prediction_line(entry: dict) -> str:
