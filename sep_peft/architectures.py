@@ -46,6 +46,7 @@ class TowerSpec:
             tokens take positions in it. None where positions are not rotary.
         projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
         unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
+        layer_tokens: tokens that each layer adds behind all others by itself and takes out again.
     """
 
     path: str
@@ -71,6 +72,7 @@ class TowerSpec:
     rotary: str | None = None
     projected: str | None = None
     unit_option: str | None = None
+    layer_tokens: int = 0
 
     @property
     def in_stages(self) -> bool:

@@ -127,6 +127,11 @@ CLIPSEG_SEGMENTATION = Architecture(
 OWL_TEXT = replace(CLIP_TEXT, positions=None, text_end="highest")
 OWL_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm")
 
+XCLIP_TEXT = replace(CLIP_TEXT, text_end="highest")
+#: Prompts and the mix concern each frame of a video alone: the model relates frames behind its projection, and layers
+#: by a message token.
+XCLIP_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm", layer_tokens=1)
+
 #: Padding is masked and left out of the mean that the tower pools, so the text may move up.
 TIPS_2_TEXT = TowerSpec(
     path="text_model",
@@ -245,8 +250,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "flava": Architecture(FLAVA_TEXT, FLAVA_VISION, variants={"FlavaForPreTraining": FLAVA_PRETRAINING}),
-    # Prompts and the mix concern each frame of a video alone: the model relates frames behind its projection.
-    "xclip": Architecture(replace(CLIP_TEXT, text_end="highest"), replace(CLIP_VISION, entry_norm="pre_layernorm")),
+    "xclip": Architecture(XCLIP_TEXT, XCLIP_VISION),
     "siglip": Architecture(
         SIGLIP_TEXT,
         SIGLIP_VISION,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional, texts
+from . import mixing, records, texts
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
@@ -70,9 +70,10 @@ class Branches(NamedTuple):
 class SEPTower(SEPLayer):
     """A tower with prompts and fusions per adapter.
 
-    Called like the tower it wraps, and returns what the tower returns: `last_hidden_state` and `hidden_states` are
-    those of the prompted pass without the prompts, `pooler_output` is the mix of both passes that comes out of the
-    model's projection as SEP's embedding (see `functional.frozen_share`), so the model around it needs no change.
+    Called like the tower it wraps, and returns what the tower returns: `last_hidden_state`, `hidden_states` and
+    `attentions` are those of the prompted pass without the prompts (see `records`), `pooler_output` is the mix of both
+    passes that comes out of the model's projection as SEP's embedding (see `functional.frozen_share`), so the model
+    around it needs no change.
 
     Args:
         base_layer: the tower.
@@ -231,7 +232,7 @@ class SEPTower(SEPLayer):
             return_dict = getattr(self.base_layer.config, "return_dict", True)
         prompted, frozen = self._run(adapter, inputs)
         if frozen is not None:
-            self._mix_outputs(prompted, frozen, inputs, self.sep_settings[adapter].frozen_weight)
+            mixing.mix_outputs(self, prompted, frozen, inputs)
         return prompted if return_dict else prompted.to_tuple()
 
     def _call_base(self, *args, **kwargs):
@@ -252,13 +253,13 @@ class SEPTower(SEPLayer):
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
         prompted, frozen = self._run(adapter, inputs, trace, need_frozen=True)
-        return Branches(*(self.project(self._pooled(output, inputs)) for output in (prompted, frozen)))
+        return Branches(*(self.project(mixing.pooled(self, output, inputs)) for output in (prompted, frozen)))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
         inputs = self._bind(args, kwargs)
         with torch.no_grad():
-            return self.project(self._pooled(self._call_base(**inputs, return_dict=True), inputs))
+            return self.project(mixing.pooled(self, self._call_base(**inputs, return_dict=True), inputs))
 
     def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized."""
@@ -266,7 +267,7 @@ class SEPTower(SEPLayer):
         adapter = self._prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
-        return self.project(self._pooled(self._run_prompted(adapter, inputs, None, None), inputs))
+        return self.project(mixing.pooled(self, self._run_prompted(adapter, inputs, None, None), inputs))
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The model's own projection into the joint space, (B, D) -> (B, E)."""
@@ -330,16 +331,7 @@ class SEPTower(SEPLayer):
                 frozen = self._call_base(**inputs, return_dict=True)
         prompted = self._run_prompted(adapter, inputs, frozen_pass, trace)
         if frozen_pass is not None:
-            for name in ("hidden_states", "attentions"):
-                if prompted.get(name) is None:
-                    continue
-                known, recorded, shared = tuple(frozen[name]), tuple(prompted[name]), settings.start_layer
-                if self.spec.in_stages:  # one record a stage
-                    shared = sum(settings.start_layer > end for end in self._last_layers())
-                shared += name == "hidden_states"  # the input of what has the first prompts
-                # from the end, because some families record the layers that were left out and others do not
-                own = len(known) - shared
-                prompted[name] = known[:shared] + recorded[len(recorded) - own :]
+            records.prepend_shared(prompted, frozen, self.spec, settings.start_layer, self._last_layers())
         return prompted, frozen
 
     def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):
@@ -364,20 +356,8 @@ class SEPTower(SEPLayer):
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
-        if output.get("hidden_states") is not None and not self.spec.in_stages:
-            shape = prompted_pass.prompted_shape
-            output["hidden_states"] = tuple(self._strip(state, count, shape) for state in output["hidden_states"])
+        records.strip(output, self.spec, count, prompted_pass.prompted_shape)
         return output
-
-    def _strip(self, state: torch.Tensor | None, count: int, prompted: tuple[int, int]) -> torch.Tensor | None:
-        """A recorded hidden state without the prompts, where it has them: (B, L + n, D) -> (B, L, D).
-
-        States of another shape than `prompted` have none, be they from before or behind the layers that prompts pass.
-        """
-        if state is None or tuple(state.shape[:2]) != prompted:
-            return state
-        position = prompted[1] - count if self.spec.insert_at is None else self.spec.insert_at
-        return functional.split_prompts(state, count, position)[0]
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
         """The learned prompts (n, D) as they enter the first prompted layer."""
@@ -400,51 +380,3 @@ class SEPTower(SEPLayer):
             return {}
         fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
-
-    def _pooled(self, output, inputs: dict) -> torch.Tensor:
-        """What the model pools from the tower's output for these inputs, (B, D)."""
-        if self.spec.pooled == "pooler_output":
-            return output.pooler_output.flatten(0, -2)  # where it is (B, 1, D), from one query of a pooling head
-        if self.spec.pooled == "first_token":
-            return output.last_hidden_state[:, 0]
-        leading, mask = self.spec.leading_tokens, inputs.get(self.spec.mask_input)
-        states = output.last_hidden_state[:, leading:]
-        if mask is None:
-            return states.mean(dim=1)
-        weights = mask[:, leading:, None].to(states.dtype)  # (B, L, 1)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def _mix_outputs(self, prompted, frozen, inputs: dict, frozen_weight: float) -> None:
-        """Put into the prompted output what the model pools SEP's embedding from.
-
-        With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
-        where their mean is pooled. Where the projection is not affine, the same of the projected outputs follows what
-        the prompted pass has pooled.
-        """
-        a, b = self._pooled(prompted, inputs), self._pooled(frozen, inputs)
-        projected_a, projected_b = self.project(a), self.project(b)
-        share = functional.frozen_share(projected_a, projected_b, frozen_weight)  # (B, 1)
-
-        def mixed(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-            return (share * b + (1 - share) * a).to(a.dtype)
-
-        if self.spec.mixes_behind_projection:
-            embedding = mixed(projected_a, projected_b, share)
-            prompted.pooler_output = torch.cat([a, embedding.to(a.dtype)], dim=-1)  # (B, D + E), see `SEPProjection`
-            return
-        if self.spec.pooled == "pooler_output":
-            pooled = mixed(a, b, share)
-            if self.spec.unit_option is not None and getattr(self.base_layer.config, self.spec.unit_option):
-                pooled = functional.unit(pooled)
-            prompted.pooler_output = pooled.view_as(prompted.pooler_output)
-            if self.spec.projected is not None:
-                prompted[self.spec.projected] = self.project(pooled)
-            return
-        states, frozen_states = prompted.last_hidden_state, frozen.last_hidden_state
-        if self.spec.pooled == "mean_tokens":
-            prompted.last_hidden_state = mixed(states, frozen_states, share[:, None])
-        else:
-            first = mixed(a, b, share)[:, None]  # (B, 1, D)
-            prompted.last_hidden_state = torch.cat([first, states[:, 1:]], dim=1)
-            if self.spec.pooler_repeats:
-                prompted.pooler_output = first[:, 0]
