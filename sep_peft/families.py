@@ -63,8 +63,8 @@ BERT_TEXT = TowerSpec(
     entry_embedding="embeddings.token_type_embeddings",
     entry_norm="embeddings.LayerNorm",
 )
-#: BERT as a tower; its own pooler is not used.
-CHINESE_CLIP_TEXT = replace(BERT_TEXT, pooled="first_token")
+#: BERT as a tower; its own pooler is not used, and not trained where the tower stands alone.
+ALIGN_TEXT = CHINESE_CLIP_TEXT = FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
 
 VIT_VISION = TowerSpec(
     path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
@@ -79,7 +79,6 @@ BLIP_RETRIEVAL = Architecture(
     logit_scale=None,
 )
 
-FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
 FLAVA_VISION = TowerSpec(
     path="image_model",
     layers="encoder.layer",
@@ -232,12 +231,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         variants={"CLIPVisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
     ),
     "align": Architecture(
-        text=replace(BERT_TEXT, pooled="first_token"),
+        text=ALIGN_TEXT,
         vision=replace(CONVOLUTIONAL_VISION, projection=None),
         logit_scale="temperature",
         scale="divide",
     ),
+    "align_text_model": Architecture(text=replace(ALIGN_TEXT, path="", projection=None), logit_scale=None),
     "blip": Architecture(BLIP_TEXT, BLIP_VISION, variants={"BlipForImageTextRetrieval": BLIP_RETRIEVAL}),
+    "blip_text_model": Architecture(text=replace(BLIP_TEXT, path="", projection=None), logit_scale=None),
+    "blip_vision_model": Architecture(vision=replace(BLIP_VISION, path="", projection=None), logit_scale=None),
     # the scale of the logits per audio; those per text have one of their own
     "clap": Architecture(replace(BERT_TEXT, mixes_behind_projection=True), CLAP_AUDIO, logit_scale="logit_scale_a"),
     "clap_text_model": Architecture(
@@ -250,7 +252,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "flava": Architecture(FLAVA_TEXT, FLAVA_VISION, variants={"FlavaForPreTraining": FLAVA_PRETRAINING}),
+    "flava_text_model": Architecture(text=replace(FLAVA_TEXT, path="", projection=None), logit_scale=None),
+    "flava_image_model": Architecture(vision=replace(FLAVA_VISION, path="", projection=None), logit_scale=None),
     "xclip": Architecture(XCLIP_TEXT, XCLIP_VISION),
+    "xclip_text_model": Architecture(text=replace(XCLIP_TEXT, path="", projection=None), logit_scale=None),
+    "xclip_vision_model": Architecture(vision=replace(XCLIP_VISION, path="", projection=None), logit_scale=None),
     "siglip": Architecture(
         SIGLIP_TEXT,
         SIGLIP_VISION,
@@ -281,12 +287,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         variants={"MetaClip2VisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
     ),
     "chinese_clip": Architecture(CHINESE_CLIP_TEXT, CLIP_VISION),
+    "chinese_clip_text_model": Architecture(
+        text=replace(CHINESE_CLIP_TEXT, path="", projection=None), logit_scale=None
+    ),
+    "chinese_clip_vision_model": Architecture(vision=CLIP_VISION_ALONE, logit_scale=None),
     "altclip": Architecture(ALTCLIP_TEXT, CLIP_VISION),
+    "altclip_text_model": Architecture(text=replace(ALTCLIP_TEXT, path="", projection=None), logit_scale=None),
+    "altclip_vision_model": Architecture(vision=CLIP_VISION_ALONE, logit_scale=None),
     "clipseg": Architecture(CLIP_TEXT, CLIP_VISION, variants={"CLIPSegForImageSegmentation": CLIPSEG_SEGMENTATION}),
+    "clipseg_text_model": Architecture(text=CLIP_TEXT_ALONE, logit_scale=None),
+    "clipseg_vision_model": Architecture(vision=CLIP_VISION_ALONE, logit_scale=None),
     "owlvit": Architecture(OWL_TEXT, OWL_VISION),
+    "owlvit_text_model": Architecture(text=replace(OWL_TEXT, projection=None), logit_scale=None),
+    "owlvit_vision_model": Architecture(vision=replace(OWL_VISION, projection=None), logit_scale=None),
     "owlv2": Architecture(OWL_TEXT, OWL_VISION),
+    "owlv2_text_model": Architecture(text=replace(OWL_TEXT, projection=None), logit_scale=None),
+    "owlv2_vision_model": Architecture(vision=replace(OWL_VISION, projection=None), logit_scale=None),
     "tipsv2": Architecture(TIPS_2_TEXT, TIPS_2_VISION, logit_scale="temperature", scale="divide"),
+    "tipsv2_text_model": Architecture(text=replace(TIPS_2_TEXT, path=""), logit_scale=None),
+    "tipsv2_vision_model": Architecture(vision=replace(TIPS_2_VISION, path=""), logit_scale=None),
     "aimv2": Architecture(AIM_2_TEXT, AIM_2_VISION, max_scale="max_log_logit_scale"),
+    "aimv2_text_model": Architecture(text=replace(AIM_2_TEXT, path="", projection=None), logit_scale=None),
+    "aimv2_vision_model": Architecture(vision=replace(AIM_2_VISION, path="", projection=None), logit_scale=None),
     "groupvit": Architecture(GROUPVIT_TEXT, GROUPVIT_VISION),
     "groupvit_text_model": Architecture(
         text=replace(GROUPVIT_TEXT, projection=None, mixes_behind_projection=False), logit_scale=None
@@ -318,5 +340,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=VIDEOPRISM_VIDEO,
         logit_scale=None,
     ),
+    "videoprism_vision_model": Architecture(vision=replace(VIDEOPRISM_VIDEO, path=""), logit_scale=None),
     "videoprism_text_model": Architecture(text=replace(VIDEOPRISM_TEXT, path=""), logit_scale=None),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers as hf
@@ -633,4 +633,55 @@ CASES: dict[str, Case] = {
         shifts=False,
         causal_without_mask=False,
     ),
+}
+
+
+def first_token(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """What the families pool whose towers have a pooler that they do not use."""
+    return output["last_hidden_state"][:, 0]
+
+
+def bare(name: str, tower: str, model: type, **changes) -> Case:
+    """One tower of a case, as a model of its own."""
+    case, left_out = CASES[name], {"text": "image", "vision": "text"}[tower]
+
+    def config() -> hf.PretrainedConfig:
+        whole = case.config()
+        return whole.text_config if tower == "text" else getattr(whole, "vision_config", None) or whole.image_config
+
+    alone = {"config": config, "model": model, left_out: None, "whole": None, "features": None, "options": {}}
+    return replace(case, **(alone | {"compiled": False} | changes))
+
+
+CASES |= {
+    f"{name} {tower} alone": bare(name, tower, model, **changes)
+    for name, tower, model, changes in [
+        ("chinese_clip", "text", hf.ChineseCLIPTextModel, {"features": first_token}),
+        ("chinese_clip", "vision", hf.ChineseCLIPVisionModel, {}),
+        ("altclip", "text", hf.AltCLIPTextModel, {}),
+        ("altclip", "vision", hf.AltCLIPVisionModel, {}),
+        ("clipseg", "text", hf.CLIPSegTextModel, {}),
+        ("clipseg", "vision", hf.CLIPSegVisionModel, {}),
+        ("owlvit", "text", hf.OwlViTTextModel, {}),
+        ("owlvit", "vision", hf.OwlViTVisionModel, {}),
+        ("owlv2", "text", hf.Owlv2TextModel, {}),
+        ("owlv2", "vision", hf.Owlv2VisionModel, {}),
+        ("tipsv2", "text", hf.Tipsv2TextModel, {}),
+        ("tipsv2", "vision", hf.Tipsv2VisionModel, {}),
+        ("aimv2", "text", hf.Aimv2TextModel, {}),
+        ("aimv2", "vision", hf.Aimv2VisionModel, {}),
+        ("xclip", "text", hf.XCLIPTextModel, {}),
+        ("xclip", "vision", hf.XCLIPVisionModel, {"whole": lambda: pictures()(6)}),
+        ("blip", "text", hf.BlipTextModel, {}),
+        ("blip", "vision", hf.BlipVisionModel, {}),
+        ("flava", "text", hf.FlavaTextModel, {"features": first_token}),
+        ("flava", "vision", hf.FlavaImageModel, {"features": first_token}),
+        ("align", "text", hf.AlignTextModel, {"features": first_token}),
+        (
+            "videoprism",
+            "vision",
+            hf.VideoPrismVideoModel,
+            {"features": lambda model, output, tower: output.pooler_output[:, 0]},
+        ),
+    ]
 }

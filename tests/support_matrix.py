@@ -41,7 +41,7 @@ def rows() -> list[tuple[str, str, TowerSpec]]:
         towers = {}
         for one in (*architecture.variants.values(), architecture):
             towers |= one.towers
-        found += [(model_type, tower, spec) for tower, spec in towers.items()]
+        found += [(model_type, tower, towers[tower]) for tower in ("text", "vision") if tower in towers]
     for tower, table in (("text", DUAL_ENCODER_TEXT), ("vision", DUAL_ENCODER_VISION)):
         found += [(f"{DUAL_ENCODER}: {model_type}", tower, spec) for model_type, spec in sorted(table.items())]
     return found
@@ -73,6 +73,10 @@ def render() -> str:
             continue
         attentions = ", ".join(sorted(tests[model_type, tower]))  # a row without a case is an error
         lines.append(f"| `{model_type}` | {tower} | {describe_prompts(spec)} | {describe_mix(spec)} | {attentions} |")
+    for _, architecture in sorted(ARCHITECTURES.items()):
+        for name, variant in architecture.variants.items():
+            refused = {tower: spec.refused for tower, spec in variant.towers.items() if spec.refused is not None}
+            refusals += [f"- `{name}`, {tower} tower: {reason}." for tower, reason in refused.items()]
     if refusals:
         lines += ["", "Refused, before the model is touched:", "", *refusals]
     return "\n".join(lines) + "\n"

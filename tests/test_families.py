@@ -118,7 +118,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
 
 
 #: Families whose image layers take no mask, so that prompts cannot be hidden; copies of all tokens test them instead.
-MASKLESS = {"blip", "blip retrieval"}
+MASKLESS = {"blip", "blip retrieval", "blip vision alone"}
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
