@@ -18,7 +18,8 @@ class TowerSpec:
         path: the tower, below the model; empty where the model is the tower.
         layers: the list of encoder layers, below the tower. Where they come in stages, "*" stands for each stage in
             turn, and prompts do not pass between the stages but around.
-        inputs: name of the tower's main argument. "input_ids" makes it a text tower.
+        inputs: name of the tower's main argument. With "input_ids" its tokens are read as those of a text, from first
+            to last, whichever tower it is.
         projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
             where there is no joint space. It must be affine, because the mix happens before it
             (`functional.frozen_share`), unless `mixes_behind_projection`.
@@ -85,7 +86,7 @@ class Architecture:
     """A model: its towers, and how its logits are scaled.
 
     Attributes:
-        text, vision: the towers; None where the model has none.
+        text, vision: the towers; None where the model has none. One that hears stands in the place of one that sees.
         logit_scale: the scale's parameter, below the model; None without joint space.
         scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
         logit_bias: what is added to the logits, below the model; None for nothing.

@@ -175,6 +175,8 @@ CLVP_TEXT = TowerSpec(
     rotary="rotary_pos_emb",
     projected="embeds",
 )
+#: It stands in the place of the tower that sees, and reads the ids of speech tokens.
+CLVP_SPEECH = replace(CLVP_TEXT, path="speech_encoder_model", projection="speech_encoder_model.projection")
 VIDEOPRISM_TEXT = TowerSpec(
     path="text_model",
     layers="layers",
@@ -323,14 +325,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         logit_scale=None,
     ),
-    "clvp": Architecture(
-        text=CLVP_TEXT,
-        vision=replace(
-            CLVP_TEXT,
-            path="speech_encoder_model",
-            refused="its other tower reads speech tokens that the model's own decoder makes from the text",
-        ),
-    ),
+    "clvp": Architecture(CLVP_TEXT, CLVP_SPEECH),
     "clvp_encoder": Architecture(
         text=replace(CLVP_TEXT, path="", projection="projection"),
         logit_scale=None,

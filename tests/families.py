@@ -41,6 +41,8 @@ class Case:
         one_image: makes the inputs of the image tower for one input all of whose frames are one picture; None where
             `image` makes these.
         embeddings: what makes the tokens of a picture, below the image tower.
+        speech: makes the inputs of the tower that hears in the place of one that sees, as `text` does; None where none
+            does.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -62,6 +64,17 @@ class Case:
     copied_at: int = 1
     one_image: Callable[[], Inputs] | None = None
     embeddings: str = "embeddings"
+    speech: Callable[..., Inputs] | None = None
+
+    def words(self, tower: str) -> Callable[..., Inputs] | None:
+        """What makes the inputs of a tower that reads ids; None for one that sees, or where there is none."""
+        return self.text if tower == "text" else self.speech
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that prompts are tested in."""
+        there = {"text": self.text is not None, "vision": self.image is not None or self.speech is not None}
+        return tuple(tower for tower in there if there[tower])
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -265,6 +278,21 @@ def xclip_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Te
     video = model.mit(frames.unflatten(0, (-1, 2))).pooler_output
     torch.testing.assert_close(torch.nn.functional.normalize(video, dim=-1), output["video_embeds"])
     return frames
+
+
+def clvp_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """The model speaks by itself, so what it has said is heard again in the place of the case's own speech."""
+    if tower == "text":
+        return output["text_embeds"]
+    said = []
+    with model.speech_encoder_model.register_forward_pre_hook(
+        lambda module, args, kwargs: said.append(kwargs["input_ids"]), with_kwargs=True
+    ):
+        model(**CASES["clvp"].inputs())
+    heard = model.get_speech_features(speech_ids=said[0])
+    torch.testing.assert_close(torch.nn.functional.normalize(heard, dim=-1), output["speech_embeds"])
+    inputs = CASES["clvp"].speech([5, 4, 7])
+    return model.get_speech_features(speech_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
 
 CASES: dict[str, Case] = {
@@ -600,7 +628,8 @@ CASES: dict[str, Case] = {
         text=words(bos=None, eos=None, pad=0),
         attentions=("eager",),
         pools_all=True,
-        options={"num_vision_prompts": 0},
+        speech=words(bos=None, eos=None, pad=0),
+        features=clvp_features,
         whole=lambda: (
             words(bos=None, eos=None, pad=0)([5, 4, 7])
             | {"input_features": torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(5))}

@@ -24,9 +24,7 @@ def tested() -> dict[tuple[str, str], set[str]]:
     found: dict[tuple[str, str], set[str]] = {}
     for case in CASES.values():
         config = case.config()
-        for tower, make in (("text", case.text), ("vision", case.image)):
-            if make is None:
-                continue
+        for tower in case.towers:
             model_type = config.model_type
             if model_type == DUAL_ENCODER:
                 model_type = f"{DUAL_ENCODER}: {getattr(config, f'{tower}_config').model_type}"
@@ -53,7 +51,7 @@ def describe_prompts(spec: TowerSpec) -> str:
     where = "in front" if spec.insert_at == 0 else "behind the first token"
     if spec.inputs != "input_ids":
         return where
-    return f"{where}, {'text moves up' if spec.positions else 'no position of their own'}"
+    return f"{where}, {'tokens move up' if spec.positions or spec.rotary else 'no position of their own'}"
 
 
 def describe_mix(spec: TowerSpec) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import transformers as hf
-from families import CASES, text_size, vision_size
+from families import text_size, vision_size
 from peft import get_peft_model
 
 from sep_peft import SEPConfig
@@ -30,17 +30,12 @@ BEHIND_QFORMER = (
     "num_vision_prompts must be 0 for this model, because the Q-Former stands between the image tower and the joint "
     "space and makes one embedding per query token, so there is no pooled output of both branches to mix."
 )
-SPEECH = (
-    "num_vision_prompts must be 0 for this model, because its other tower reads speech tokens that the model's own "
-    "decoder makes from the text."
-)
 REFUSED = [
     pytest.param(lambda: blip_2(hf.Blip2ForImageTextRetrieval), {"num_vision_prompts": 0}, QFORMER, id="blip-2 text"),
     pytest.param(
         lambda: blip_2(hf.Blip2ForImageTextRetrieval), {"num_text_prompts": 0}, BEHIND_QFORMER, id="blip-2 vision"
     ),
     pytest.param(lambda: blip_2(hf.Blip2Model), {"num_text_prompts": 0}, BEHIND_QFORMER, id="blip-2 with LLM"),
-    pytest.param(CASES["clvp"].build, {"num_text_prompts": 0}, SPEECH, id="clvp speech"),
 ]
 
 
