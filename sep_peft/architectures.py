@@ -40,6 +40,7 @@ class TowerSpec:
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
         refused_options: option of the tower's configuration that may not be set -> why it takes no prompts then.
+        needed_options: option of the tower's configuration that must be set -> why it takes no prompts otherwise.
         mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
         pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
         mask_input: name of the input that tells tokens (1) from padding (0).
@@ -67,6 +68,7 @@ class TowerSpec:
     hidden_size: str = "hidden_size"
     refused: str | None = None
     refused_options: Mapping[str, str] = field(default_factory=dict)
+    needed_options: Mapping[str, str] = field(default_factory=dict)
     mixes_behind_projection: bool = False
     pooler_repeats: bool = False
     mask_input: str = "attention_mask"

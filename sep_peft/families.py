@@ -41,14 +41,25 @@ SIGLIP_TEXT = TowerSpec(
     insert_at=0,  # there is no BOS
     max_length_padding=True,  # it pools at the last token, whatever that is, and was trained with texts padded to 64
 )
-SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
+#: Why a tower without its head takes no prompts.
+HEADLESS = "without its pooling head ({}=False) its vision tower has no pooled output of both branches to mix"
+SIGLIP_VISION = TowerSpec(
+    path="vision_model",
+    layers="encoder.layers",
+    inputs="pixel_values",
+    needed_options={"vision_use_head": HEADLESS.format("vision_use_head")},
+)
 
 #: A classification head over the mean of all patches; the tower's own pooling is not used.
-SIGLIP_CLASSIFICATION = Architecture(vision=replace(SIGLIP_VISION, pooled="mean_tokens"), logit_scale=None)
+SIGLIP_CLASSIFICATION = Architecture(
+    vision=replace(SIGLIP_VISION, pooled="mean_tokens", needed_options={}), logit_scale=None
+)
 
 #: Pictures of any shape, padded to one number of patches.
 SIGLIP_2_VISION = replace(SIGLIP_VISION, mask_input="pixel_attention_mask")
-SIGLIP_2_CLASSIFICATION = Architecture(vision=replace(SIGLIP_2_VISION, pooled="mean_tokens"), logit_scale=None)
+SIGLIP_2_CLASSIFICATION = Architecture(
+    vision=replace(SIGLIP_2_VISION, pooled="mean_tokens", needed_options={}), logit_scale=None
+)
 
 #: It pools at the first EOS, also where that is 2 as in the released weights.
 METACLIP_2_TEXT = replace(CLIP_TEXT, text_end="first_eos")
@@ -146,7 +157,11 @@ TIPS_2_VISION = TowerSpec(path="vision_model", layers="encoder.layer", inputs="p
 #: nothing is padded. So padding decides, and must not be cut off.
 AIM_2_TEXT = replace(CLIP_TEXT, text_end="first_eos", max_length_padding=True)
 AIM_2_VISION = TowerSpec(
-    path="vision_model", layers="encoder.layers", inputs="pixel_values", projection="visual_projection"
+    path="vision_model",
+    layers="encoder.layers",
+    inputs="pixel_values",
+    projection="visual_projection",
+    needed_options={"use_head": HEADLESS.format("use_head")},
 )
 
 GROUPVIT_TEXT = replace(CLIP_TEXT, mixes_behind_projection=True)

@@ -69,6 +69,8 @@ def render() -> str:
         if spec.refused is not None:
             refusals.append(f"- `{model_type}`, {tower} tower: {spec.refused}.")
             continue
+        for word, options in (("with", spec.refused_options), ("without", spec.needed_options)):
+            refusals += [f"- `{model_type}`, {tower} tower {word} `{name}`: {why}." for name, why in options.items()]
         attentions = ", ".join(sorted(tests[model_type, tower]))  # a row without a case is an error
         lines.append(f"| `{model_type}` | {tower} | {describe_prompts(spec)} | {describe_mix(spec)} | {attentions} |")
     for _, architecture in sorted(ARCHITECTURES.items()):
