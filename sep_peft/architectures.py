@@ -48,6 +48,10 @@ class TowerSpec:
             tokens take positions in it. None where positions are not rotary.
         projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
         unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
+        reader: the module that stands between the tower and its projection and reads all tokens of the tower by cross
+            attention, below the model. It makes one embedding per query, and each is mixed (`layer.SEPReader`);
+            `pooled` says nothing then.
+        queries: the queries by which `reader` makes the embeddings, (1, Q, D), a parameter below the model.
         layer_tokens: tokens that each layer adds behind all others by itself and takes out again.
     """
 
@@ -76,6 +80,8 @@ class TowerSpec:
     projected: str | None = None
     unit_option: str | None = None
     layer_tokens: int = 0
+    reader: str | None = None
+    queries: str | None = None
 
     @property
     def in_stages(self) -> bool:

@@ -173,11 +173,16 @@ GROUPVIT_VISION = TowerSpec(
     mixes_behind_projection=True,
 )
 
-#: Why BLIP-2 takes no prompts.
+#: The Q-Former reads all tokens of the image tower and makes one embedding per query.
+BLIP_2_VISION = replace(BLIP_VISION, projection="vision_projection", reader="qformer", queries="query_tokens")
+#: Why BLIP-2's other towers take no prompts.
 SHARED_QFORMER = "texts go through the Q-Former, whose layers also read the image tower and its query tokens"
-READ_THROUGH_QFORMER = (
-    "the Q-Former stands between the image tower and the joint space and makes one embedding per query token, so there "
-    "is no pooled output of both branches to mix"
+LANGUAGE_MODEL = "a language model reads texts and what the Q-Former makes of pictures, and no joint space is there"
+BLIP_2_TEXT = TowerSpec(path="qformer", layers="encoder.layer", inputs="input_ids", refused=SHARED_QFORMER)
+BLIP_2_GENERATION = Architecture(
+    text=replace(BLIP_2_TEXT, path="language_model", refused=LANGUAGE_MODEL),
+    vision=replace(BLIP_2_VISION, refused=LANGUAGE_MODEL),
+    logit_scale=None,
 )
 
 CLVP_TEXT = TowerSpec(
@@ -334,12 +339,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=replace(GROUPVIT_VISION, projection=None, mixes_behind_projection=False), logit_scale=None
     ),
     "blip-2": Architecture(
-        text=TowerSpec(path="qformer", layers="encoder.layer", inputs="input_ids", refused=SHARED_QFORMER),
-        vision=TowerSpec(
-            path="vision_model", layers="encoder.layers", inputs="pixel_values", refused=READ_THROUGH_QFORMER
-        ),
+        text=BLIP_2_TEXT,
+        vision=BLIP_2_VISION,
         logit_scale=None,
+        variants={
+            "Blip2VisionModelWithProjection": Architecture(vision=BLIP_2_VISION, logit_scale=None),
+            "Blip2Model": BLIP_2_GENERATION,
+            "Blip2ForConditionalGeneration": BLIP_2_GENERATION,
+        },
     ),
+    "blip_2_vision_model": Architecture(vision=replace(BLIP_VISION, path="", projection=None), logit_scale=None),
     "clvp": Architecture(CLVP_TEXT, CLVP_SPEECH),
     "clvp_encoder": Architecture(
         text=replace(CLVP_TEXT, path="", projection="projection"),

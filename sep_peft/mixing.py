@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def pooled(tower: SEPTower, output, inputs: dict) -> torch.Tensor:
-    """What the model pools from the tower's output for these inputs, (B, D)."""
+    """What the model pools from the tower's output for these inputs, (B, D), or (B, Q, D) with a reader."""
     spec = tower.spec
+    if spec.reader is not None:
+        return _read(tower, output.last_hidden_state)
     if spec.pooled == "pooler_output":
         return output.pooler_output.flatten(0, -2)  # where it is (B, 1, D), from one query of a pooling head
     if spec.pooled == "first_token":
@@ -33,9 +35,13 @@ def mix_outputs(tower: SEPTower, prompted, frozen, inputs: dict) -> None:
 
     With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
     where their mean is pooled. Where the projection is not affine, the same of the projected outputs follows what
-    the prompted pass has pooled.
+    the prompted pass has pooled. For a reader both branches' tokens stand side by side, (B, L, 2 D).
     """
     spec = tower.spec
+    if spec.reader is not None:
+        states = [output.last_hidden_state for output in (prompted, frozen)]
+        prompted.last_hidden_state = torch.cat(states, dim=-1)  # see `SEPReader`
+        return
     a, b = pooled(tower, prompted, inputs), pooled(tower, frozen, inputs)
     projected_a, projected_b = tower.project(a), tower.project(b)
     share = functional.frozen_share(projected_a, projected_b, tower.frozen_weight)  # (B, 1)
@@ -60,6 +66,29 @@ def mix_outputs(tower: SEPTower, prompted, frozen, inputs: dict) -> None:
         prompted.last_hidden_state = torch.cat([first, states[:, 1:]], dim=1)
         if spec.pooler_repeats:
             prompted.pooler_output = first[:, 0]
+
+
+def mix_read(tower: SEPTower, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+    """The mix of what the reader has made of both branches, query by query, each (B, Q, D) -> (B, Q, D)."""
+    projected = [tower.project(_projectable(tower, embeddings)) for embeddings in (prompted, frozen)]
+    return _mixed(prompted, frozen, functional.frozen_share(*projected, tower.frozen_weight))
+
+
+def _read(tower: SEPTower, states: torch.Tensor) -> torch.Tensor:
+    """What the reader makes of the tokens of one branch, (B, L, D) -> (B, Q, D)."""
+    reader, queries = tower.owner.get_submodule(tower.spec.reader), tower.owner.get_parameter(tower.spec.queries)
+    output = reader(
+        query_embeds=queries.expand(len(states), -1, -1),
+        encoder_hidden_states=states,
+        encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
+        return_dict=True,
+    )
+    return _projectable(tower, output.last_hidden_state)
+
+
+def _projectable(tower: SEPTower, embeddings: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the projection: models keep readers in fp32."""
+    return embeddings.to(next(iter(tower.projection_parameters()), embeddings).dtype)
 
 
 def _mixed(prompted: torch.Tensor, frozen: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

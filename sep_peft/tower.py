@@ -20,7 +20,7 @@ from . import mixing, records, texts
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
-from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, layer_lists
+from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, SEPReader, layer_lists
 from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
 
 
@@ -61,7 +61,7 @@ class TowerSettings:
 
 
 class Branches(NamedTuple):
-    """Projected, not yet normalized embeddings of both branches of a tower, each (B, E)."""
+    """Projected, not yet normalized embeddings of both branches of a tower, each (B, E), or (B, Q, E) with a reader."""
 
     prompted: torch.Tensor
     frozen: torch.Tensor
@@ -73,7 +73,8 @@ class SEPTower(SEPLayer):
     Called like the tower it wraps, and returns what the tower returns: `last_hidden_state`, `hidden_states` and
     `attentions` are those of the prompted pass without the prompts (see `records`), `pooler_output` is the mix of both
     passes that comes out of the model's projection as SEP's embedding (see `functional.frozen_share`), so the model
-    around it needs no change.
+    around it needs no change. Where a reader follows (`TowerSpec.reader`), `last_hidden_state` holds the tokens of both
+    passes side by side.
 
     Args:
         base_layer: the tower.
@@ -185,7 +186,7 @@ class SEPTower(SEPLayer):
             layer._active_adapter = self._active_adapter
 
     def _wrap_inner(self) -> None:
-        """Put the wrappers around the encoder layers, the position embedding and a projection to mix behind, once."""
+        """Put the wrappers around the encoder layers, the position embedding and what the mix happens behind, once."""
         if self._inner:
             return
         for layers in self._layer_lists():
@@ -197,16 +198,21 @@ class SEPTower(SEPLayer):
             self._set_positions(wrapped)
             self._inner += (wrapped,)
         if self.spec.mixes_behind_projection:
-            wrapped = SEPProjection(self._projection(), self.hidden_size)
-            parent, _, name = self.spec.projection.rpartition(".")
-            setattr(self.owner.get_submodule(parent), name, wrapped)
+            self._set_in_owner(self.spec.projection, SEPProjection(self._projection(), self.hidden_size))
+        if self.spec.reader is not None:
+            reader = self.owner.get_submodule(self.spec.reader)
+            self._set_in_owner(self.spec.reader, SEPReader(reader, self.hidden_size, self.mix_read))
+
+    def _set_in_owner(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.owner.get_submodule(parent), name, module)
 
     def _set_positions(self, module: nn.Module) -> None:
         parent, _, name = self.spec.positions.rpartition(".")
         setattr(self.base_layer.get_submodule(parent), name, module)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
-        """The tower as it was, without any wrapper; whatever wraps the projection is the model's to remove."""
+        """The tower as it was, without any wrapper; what wraps the projection or a reader is the model's to remove."""
         if self._inner:
             for layers in self._layer_lists():
                 for position, layer in enumerate(layers):
@@ -273,6 +279,10 @@ class SEPTower(SEPLayer):
         """The model's own projection into the joint space, (B, D) -> (B, E)."""
         projection = self._projection()
         return pooled if projection is None else projection(pooled)
+
+    def mix_read(self, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        """What a reader has made of both branches, each (B, Q, D) -> its mix (B, Q, D), for the projection to map."""
+        return mixing.mix_read(self, prompted, frozen)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own projection."""

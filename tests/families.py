@@ -295,6 +295,19 @@ def clvp_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Ten
     return model.get_speech_features(speech_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
 
+def blip_2_config() -> hf.Blip2Config:
+    return hf.Blip2Config(
+        vision_config=vision_size(),
+        qformer_config=text_size(
+            hidden_size=24, encoder_hidden_size=WIDTH, cross_attention_frequency=1, use_qformer_text_input=True
+        ),
+        text_config={"model_type": "opt", "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 1, "vocab_size": 60}
+        | {"num_attention_heads": 2, "word_embed_proj_dim": 32},
+        num_query_tokens=4,
+        image_text_hidden_size=20,
+    )
+
+
 CASES: dict[str, Case] = {
     "clip": Case(
         config=lambda: hf.CLIPConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
@@ -415,6 +428,19 @@ CASES: dict[str, Case] = {
         attentions=("eager",),
         whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3) | {"use_itm_head": False},
         features=blip_retrieval_features,
+    ),
+    "blip_2 retrieval": Case(
+        config=blip_2_config,
+        model=hf.Blip2ForImageTextRetrieval,
+        image=pictures(),
+        options={"num_text_prompts": 0},
+        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3),
+    ),
+    "blip_2 vision with projection": Case(
+        config=blip_2_config, model=hf.Blip2VisionModelWithProjection, image=pictures()
+    ),
+    "blip_2 vision": Case(
+        config=lambda: hf.Blip2VisionConfig(**vision_size()), model=hf.Blip2VisionModel, image=pictures()
     ),
     "flava": Case(
         config=flava_config,

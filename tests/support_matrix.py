@@ -57,6 +57,8 @@ def describe_prompts(spec: TowerSpec) -> str:
 def describe_mix(spec: TowerSpec) -> str:
     if spec.projection is None:
         return "in the tower's output"
+    if spec.reader is not None:
+        return f"behind `{spec.reader}`, before the projection"
     return "behind the projection" if getattr(spec, "mixes_behind_projection", False) else "before the projection"
 
 

@@ -117,7 +117,14 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
 
 
 #: Families whose image layers take no mask, so that prompts cannot be hidden; copies of all tokens test them instead.
-MASKLESS = {"blip", "blip retrieval", "blip vision alone"}
+MASKLESS = {
+    "blip",
+    "blip retrieval",
+    "blip vision alone",
+    "blip_2 retrieval",
+    "blip_2 vision with projection",
+    "blip_2 vision",
+}
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
