@@ -30,6 +30,8 @@ ORDER = [
     "passes",
     "layer",
     "texts",
+    "records",
+    "mixing",
     "tower",
     "compatibility",
     "model",
