@@ -87,7 +87,7 @@ def test_huggingface_data_set(pictures, describe, tmp_path):
 
 
 def test_part_of_the_classes(pictures, describe, tmp_path):
-    pictures("pets", {"ant": 3, "cat": 3, "dog": 3})
+    pictures("pets", {"ant": 9, "cat": 9, "dog": 9})
     data = read_dataset(describe("pets", reader="folder", classes=["dog", "ant"]), tmp_path)
     assert data.classes == ("dog", "ant")
     for samples in data.splits.values():
