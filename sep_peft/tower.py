@@ -197,7 +197,7 @@ class SEPTower(SEPLayer):
     def forward(self, *args, **kwargs):
         if isinstance(chosen_adapters.get(), tuple):
             return mixed_batch.forward(self, self._bind(args, kwargs))
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             return self._call_base(*args, **kwargs)
         inputs = self._bind(args, kwargs)
@@ -226,7 +226,7 @@ class SEPTower(SEPLayer):
         one. The frozen branch is always computed, also with ``frozen_weight=0``.
         """
         inputs = self._bind(args, kwargs)
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
@@ -243,7 +243,7 @@ class SEPTower(SEPLayer):
     def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized."""
         inputs = self._bind(args, kwargs)
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
         return self.project(self._pooled(self._run_prompted(adapter, inputs, None, None), inputs))
@@ -280,7 +280,7 @@ class SEPTower(SEPLayer):
     @property
     def active_settings(self) -> TowerSettings | None:
         """Settings of the active adapter where it puts prompts into this tower."""
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         return None if adapter is None else self.sep_settings[adapter]
 
     def position_shift(self, settings: TowerSettings) -> int:
@@ -288,7 +288,7 @@ class SEPTower(SEPLayer):
         has_room = self.spec.positions is not None or self.spec.rotary is not None
         return settings.num_prompts if settings.start_layer == 0 and has_room else 0
 
-    def _prompting_adapter(self) -> str | None:
+    def prompting_adapter(self) -> str | None:
         if self.disable_adapters:
             return None
         chosen = chosen_adapters.get()

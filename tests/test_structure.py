@@ -36,6 +36,8 @@ ORDER = [
     "compatibility",
     "model",
     "class_encoder",
+    "tasks",
+    "prediction",
     "classifier",
     "convert",
     "explain",
