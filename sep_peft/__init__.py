@@ -13,6 +13,7 @@ from .config import SEPConfig
 from .convert import convert_reference_checkpoint
 from .explain import Explanation, explain
 from .fusion import TokenFusion
+from .hotswap import hotswap_adapter
 from .model import SEPModel
 from .version import __version__
 
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "convert_reference_checkpoint",
     "explain",
+    "hotswap_adapter",
     "losses",
 ]
 

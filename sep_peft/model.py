@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from .architectures import Architecture
 from .checkpoint import check_keys
+from .combine import check_combination, weighted_sum
 from .compatibility import check_adapter_name, check_fit, target_towers
 from .config import SEPConfig
 from .layer import SEPLayer, SEPProjection
@@ -143,6 +144,28 @@ class SEPModel(BaseTuner):
                 f"One SEP adapter can be active at a time, but got {list(adapter_name)}. Pass a single name."
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose parameters are the weighted sum of those of others, a "model soup".
+
+        It is not active, and not trained. Adapters that grew from one start, such as runs with different seeds of the
+        data order or stages of one run, are worth to be averaged; ones that were initialized apart are not.
+
+        Args:
+            adapters: names of adapters of the same options.
+            weights: one for each, taken as they are; an average has weights that sum to 1.
+            adapter_name: name of the new adapter.
+
+        Raises:
+            ValueError: see `combine.check_combination`; raised before the model is changed.
+        """
+        check_combination(adapters, weights, adapter_name, self.peft_config)
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        for tower in self.towers.values():
+            sources = zip(*(tower.adapter_parameters(name) for name in adapters), strict=True)
+            for target, parameters in zip(tower.adapter_parameters(adapter_name), sources, strict=True):
+                target.data = weighted_sum(parameters, weights)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
