@@ -71,7 +71,8 @@ class SEPClassifier(nn.Module):
         chunk_size: class texts encoded at a time; see `ClassEncoder`.
 
     Raises:
-        ValueError: no SEP adapter in the model, no classes, a class twice, or a class text that does not fit.
+        ValueError: no SEP adapter in the model, no tower that sees, no classes, a class twice, or a class text that
+            does not fit.
 
     Example:
         >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
@@ -98,6 +99,12 @@ class SEPClassifier(nn.Module):
             raise ValueError(
                 f"The model needs a SEP adapter on a text and an image tower, but has {sorted(towers) or 'none'}. Make "
                 "one with peft.get_peft_model(model, SEPConfig())."
+            )
+        seeing = towers["vision"]
+        if seeing.spec.inputs != "pixel_values":
+            raise ValueError(
+                f"SEPClassifier classifies pictures, but {type(seeing.owner).__name__} has a tower that reads "
+                f"{seeing.spec.inputs} in the place of the one that sees."
             )
         self.model = model
         self.processor = processor

@@ -82,13 +82,48 @@ def forward(tower: SEPTower, inputs: dict):
     """`SEPTower.forward` for a mixed batch."""
     return_dict = tower.pop_return_dict(inputs)
     parts, order = _run_groups(chosen_adapters.get(), inputs, partial(tower.forward, return_dict=True))
-    if tower.spec.mixes_behind_projection and len({part.pooler_output.shape[-1] for part in parts}) > 1:
-        for part in parts:  # the model's projection must see either all rows mixed, or none
-            if part.pooler_output.shape[-1] == tower.hidden_size:
-                pooled = part.pooler_output
-                part.pooler_output = torch.cat([pooled, tower.project(pooled).to(pooled.dtype)], dim=-1)
+    _align(tower, parts)
     output = join(parts, order)
     return output if return_dict else output.to_tuple()
+
+
+def _align(tower: SEPTower, parts: list) -> None:
+    """Where the model mixes behind the tower, it must get both branches of all rows or of none.
+
+    Rows without a mix have two equal branches, or one that counts alone.
+    """
+    if tower.spec.mixes_behind_projection and len({part.pooler_output.shape[-1] for part in parts}) > 1:
+        for part in parts:
+            pooled = part.pooler_output
+            if pooled.shape[-1] == tower.hidden_size:
+                part.pooler_output = torch.cat([pooled, tower.project(pooled).to(pooled.dtype)], dim=-1)
+    if tower.spec.reader is not None and len({part.last_hidden_state.shape[-1] for part in parts}) > 1:
+        for part in parts:
+            states = part.last_hidden_state
+            if states.shape[-1] == tower.hidden_size:
+                part.last_hidden_state = torch.cat([states, states], dim=-1)
+
+
+def frozen_weight(tower: SEPTower, embeddings: torch.Tensor) -> float | torch.Tensor:
+    """Share of the frozen embedding in the mix of what the model reads of all rows.
+
+    Args:
+        tower: whose adapters say it.
+        embeddings: (B, Q, E) of these rows.
+
+    Returns:
+        a number, or (B, 1, 1) in a mixed batch.
+    """
+    names = chosen_adapters.get()
+    if not isinstance(names, tuple):
+        return tower.frozen_weight
+    weights = []
+    for name in names:
+        with chosen_adapters.set(name):
+            weights.append(tower.frozen_weight)
+    return torch.tensor(weights, device=embeddings.device).repeat_interleave(len(embeddings) // len(names))[
+        :, None, None
+    ]
 
 
 def run_rows(names: Sequence[str], inputs: Mapping[str, Any], call: Callable):
@@ -134,7 +169,7 @@ def join(parts: list, order: list[int]):
     A tensor may have several rows for each in `order`, as many for each, side by side.
 
     Raises:
-        ValueError: tensors differ in more than their rows, as attentions do under different numbers of prompts.
+        ValueError: tensors differ in more than their rows.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -153,8 +188,7 @@ def _join_tensors(parts: list[torch.Tensor], order: list[int]) -> torch.Tensor:
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
     if len(shapes) > 1:
         raise ValueError(
-            f"Rows of a mixed batch cannot be joined, because they have the shapes {', '.join(map(str, shapes))}: "
-            "attentions differ where adapters have different numbers of prompts. Leave output_attentions out."
+            f"Rows of a mixed batch cannot be joined, because they have the shapes {', '.join(map(str, shapes))}."
         )
     joined = torch.cat(parts)
     index = torch.tensor(order, device=joined.device)

@@ -18,7 +18,7 @@ from .checkpoint import check_keys
 from .combine import check_combination, weighted_sum
 from .compatibility import check_adapter_name, check_fit, target_towers
 from .config import SEPConfig
-from .layer import SEPLayer, SEPProjection
+from .layer import SEPLayer, SEPProjection, SEPReader
 from .mixed_batch import check_names, check_rows, chosen_adapters
 from .registration import PREFIX
 from .resolve import find_architecture
@@ -109,7 +109,7 @@ class SEPModel(BaseTuner):
         target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, SEPProjection):  # a copy that `modules_to_save` trained
+        if isinstance(new_module, (SEPProjection, SEPReader)):  # a copy that `modules_to_save` trained
             new_module = new_module.base_layer
         if new_module is parent:  # unloading a model that is a tower itself
             delattr(parent, child_name)

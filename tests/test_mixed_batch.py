@@ -124,27 +124,26 @@ def test_positional_inputs_and_plain_tuples(model):
 
 
 @torch.no_grad()
-def test_hidden_states_are_joined_and_attentions_of_other_shapes_refused(model):
+def test_records_are_joined(model):
+    """Hidden states and attention maps, which have the shapes of the tower without prompts."""
     clip, names = model.get_base_model(), ["one", "__base__", "two"]
-    with chosen_adapters.set(tuple(names)):
-        states = clip.vision_model(IMAGES[:3], output_hidden_states=True).hidden_states
-    assert len(states) == 5
-    for row, name in enumerate(names):
-        expected = run_alone(
-            model, name, lambda row=row: clip.vision_model(IMAGES[row : row + 1], output_hidden_states=True)
-        )
-        for found, alone in zip(states, expected.hidden_states, strict=True):
-            assert torch.equal(found[row], alone[0])
     clip.set_attn_implementation("eager")
-    message = (
-        "Rows of a mixed batch cannot be joined, because they have the shapes (3, 10, 10), (3, 14, 14): attentions "
-        "differ where adapters have different numbers of prompts. Leave output_attentions out."
-    )
+    records = {"output_hidden_states": True, "output_attentions": True}
     try:
-        with chosen_adapters.set(("one", "__base__")), raises(message):
-            clip.vision_model(IMAGES[:2], output_attentions=True)
+        with chosen_adapters.set(tuple(names)):
+            found = clip.vision_model(IMAGES[:3], **records)
+        for row, name in enumerate(names):
+            alone = run_alone(model, name, lambda row=row: clip.vision_model(IMAGES[row : row + 1], **records))
+            for key, count in (("hidden_states", 5), ("attentions", 4)):
+                assert len(found[key]) == len(alone[key]) == count
+                assert all(torch.equal(a[row], b[0]) for a, b in zip(found[key], alone[key], strict=True))
     finally:
         clip.set_attn_implementation("sdpa")
+
+
+def test_rows_of_other_shapes():
+    with raises("Rows of a mixed batch cannot be joined, because they have the shapes (3,), (4,)."):
+        mixed_batch.join([torch.zeros(1, 4), torch.zeros(2, 3)], [0, 1, 2])
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ ORDER = [
     "mixed_batch",
     "layer",
     "texts",
+    "records",
+    "mixing",
     "tower",
     "compatibility",
     "combine",
