@@ -43,6 +43,8 @@ ORDER = [
     "tasks",
     "prediction",
     "classifier",
+    "export",
+    "pipelines",
     "convert",
     "explain",
     "__init__",
