@@ -55,17 +55,10 @@ def adapter(tmp_path_factory) -> Path:
 
 def command(pictures: Path, adapter: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
     launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if processes > 1:  # on a CPU accelerate starts several only where it is told that these are GPUs, or by mpirun
+        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0"]  # any that is free
     arguments = ["--model", str(ASSETS / "clip-small"), "--adapter", str(adapter), "--output", str(output)]
     sizes = ["--shard-size", str(SHARD_SIZE), "--batch-size", "2", "--workers", "0", "--device", "cpu"]
     return [*launch, str(SCRIPT), str(pictures), *arguments, *sizes, *options]
