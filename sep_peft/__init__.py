@@ -12,8 +12,11 @@ from .classifier import SEPClassifier, SEPClassifierOutput
 from .config import SEPConfig
 from .convert import convert_reference_checkpoint
 from .explain import Explanation, explain
+from .export import ImageEmbedder, ImageScorer
 from .fusion import TokenFusion
+from .hotswap import hotswap_adapter
 from .model import SEPModel
+from .pipelines import ImageClassifier
 from .version import __version__
 
 
@@ -21,6 +24,9 @@ __all__ = [
     "AdapterMismatchError",
     "Architecture",
     "Explanation",
+    "ImageClassifier",
+    "ImageEmbedder",
+    "ImageScorer",
     "SEPClassifier",
     "SEPClassifierOutput",
     "SEPConfig",
@@ -31,6 +37,7 @@ __all__ = [
     "__version__",
     "convert_reference_checkpoint",
     "explain",
+    "hotswap_adapter",
     "losses",
 ]
 

@@ -44,7 +44,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"The adapter name {name!r} is also the name of a module inside the model, so keys could not be told "
             "apart. Choose another name."
         )
-    if hasattr(nn.ModuleDict(), name):
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"The adapter name {name!r} is also an attribute of the dictionary that holds adapters by name. Choose "
             "another name."

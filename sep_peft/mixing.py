@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import functional
+from . import functional, mixed_batch
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def mix_outputs(tower: SEPTower, prompted, frozen, inputs: dict) -> None:
 def mix_read(tower: SEPTower, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
     """The mix of what the reader has made of both branches, query by query, each (B, Q, D) -> (B, Q, D)."""
     projected = [tower.project(_projectable(tower, embeddings)) for embeddings in (prompted, frozen)]
-    return _mixed(prompted, frozen, functional.frozen_share(*projected, tower.frozen_weight))
+    weight = mixed_batch.frozen_weight(tower, prompted)
+    return _mixed(prompted, frozen, functional.frozen_share(*projected, weight))
 
 
 def _read(tower: SEPTower, states: torch.Tensor) -> torch.Tensor:

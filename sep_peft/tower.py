@@ -9,19 +9,20 @@ Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from . import mixing, records, texts
+from . import mixed_batch, mixing, records, texts
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
 from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, SEPReader, layer_lists
+from .mixed_batch import by_rows, chosen_adapters
 from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
+from .settings import TowerSettings
 
 
 #: Standard deviation of fresh prompts.
@@ -30,34 +31,6 @@ PROMPT_STD = 0.02
 ROOT_CHILD = "prompted"
 #: Key of the one fusion module that all layers use with `share_fusion=True`.
 SHARED = "shared"
-
-
-@dataclass(frozen=True)
-class TowerSettings:
-    """What one adapter wants of one tower; `num_prompts=0` leaves the tower alone."""
-
-    num_prompts: int
-    start_layer: int
-    fusion_layers: tuple[int, ...]
-    share_fusion: bool
-    frozen_weight: float
-    batch_coupled: bool
-
-    @classmethod
-    def from_config(cls, config: SEPConfig, tower: str, num_layers: int) -> TowerSettings:
-        layers = config.layers_of(tower)
-        if config.fusion == "none":
-            layers = ()
-        elif layers is None:
-            layers = range(config.start_layer + 1, num_layers)
-        return cls(
-            num_prompts=config.prompts_of(tower),
-            start_layer=config.start_layer,
-            fusion_layers=tuple(layers),
-            share_fusion=config.share_fusion,
-            frozen_weight=config.frozen_weight,
-            batch_coupled=config.batch_coupled,
-        )
 
 
 class Branches(NamedTuple):
@@ -229,17 +202,22 @@ class SEPTower(SEPLayer):
     # forward
 
     def forward(self, *args, **kwargs):
-        adapter = self._prompting_adapter()
+        if isinstance(chosen_adapters.get(), tuple):
+            return mixed_batch.forward(self, self._bind(args, kwargs))
+        adapter = self.prompting_adapter()
         if adapter is None:
             return self._call_base(*args, **kwargs)
         inputs = self._bind(args, kwargs)
-        return_dict = inputs.pop("return_dict", None)
-        if return_dict is None:
-            return_dict = getattr(self.base_layer.config, "return_dict", True)
+        return_dict = self.pop_return_dict(inputs)
         prompted, frozen = self._run(adapter, inputs)
         if frozen is not None:
             mixing.mix_outputs(self, prompted, frozen, inputs)
         return prompted if return_dict else prompted.to_tuple()
+
+    def pop_return_dict(self, inputs: dict) -> bool:
+        """Take `return_dict` out of the tower's inputs; None is what the tower's configuration says."""
+        return_dict = inputs.pop("return_dict", None)
+        return getattr(self.base_layer.config, "return_dict", True) if return_dict is None else return_dict
 
     def _call_base(self, *args, **kwargs):
         """The tower as it is."""
@@ -247,6 +225,7 @@ class SEPTower(SEPLayer):
             return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
+    @by_rows
     def embed(self, *args, trace: dict[int, FusionTrace] | None = None, **kwargs) -> Branches:
         """Both branches of the active adapter, projected, not normalized, not mixed.
 
@@ -254,7 +233,7 @@ class SEPTower(SEPLayer):
         one. The frozen branch is always computed, also with ``frozen_weight=0``.
         """
         inputs = self._bind(args, kwargs)
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
@@ -267,10 +246,11 @@ class SEPTower(SEPLayer):
         with torch.no_grad():
             return self.project(mixing.pooled(self, self._call_base(**inputs, return_dict=True), inputs))
 
+    @by_rows
     def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized."""
         inputs = self._bind(args, kwargs)
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
         return self.project(mixing.pooled(self, self._run_prompted(adapter, inputs, None, None), inputs))
@@ -311,7 +291,7 @@ class SEPTower(SEPLayer):
     @property
     def active_settings(self) -> TowerSettings | None:
         """Settings of the active adapter where it puts prompts into this tower."""
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         return None if adapter is None else self.sep_settings[adapter]
 
     def position_shift(self, settings: TowerSettings) -> int:
@@ -319,10 +299,11 @@ class SEPTower(SEPLayer):
         has_room = self.spec.positions is not None or self.spec.rotary is not None
         return settings.num_prompts if settings.start_layer == 0 and has_room else 0
 
-    def _prompting_adapter(self) -> str | None:
+    def prompting_adapter(self) -> str | None:
         if self.disable_adapters:
             return None
-        for name in self.active_adapters:
+        chosen = chosen_adapters.get()
+        for name in self.active_adapters if chosen is None else (chosen,):
             if name in self.sep_prompts:
                 return name
         return None
