@@ -12,9 +12,12 @@ from .classifier import SEPClassifier, SEPClassifierOutput
 from .config import SEPConfig
 from .convert import convert_reference_checkpoint
 from .explain import Explanation, explain
+from .export import ImageEmbedder, ImageScorer
 from .fusion import TokenFusion
+from .hotswap import hotswap_adapter
 from .model import SEPModel
 from .model_card import CardDetails, Score
+from .pipelines import ImageClassifier
 from .version import __version__
 
 
@@ -23,6 +26,9 @@ __all__ = [
     "Architecture",
     "CardDetails",
     "Explanation",
+    "ImageClassifier",
+    "ImageEmbedder",
+    "ImageScorer",
     "SEPClassifier",
     "SEPClassifierOutput",
     "SEPConfig",
@@ -34,6 +40,7 @@ __all__ = [
     "__version__",
     "convert_reference_checkpoint",
     "explain",
+    "hotswap_adapter",
     "losses",
 ]
 

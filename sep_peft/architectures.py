@@ -18,7 +18,8 @@ class TowerSpec:
         path: the tower, below the model; empty where the model is the tower.
         layers: the list of encoder layers, below the tower. Where they come in stages, "*" stands for each stage in
             turn, and prompts do not pass between the stages but around.
-        inputs: name of the tower's main argument. "input_ids" makes it a text tower.
+        inputs: name of the tower's main argument. With "input_ids" its tokens are read as those of a text, from first
+            to last, whichever tower it is.
         projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
             where there is no joint space. It must be affine, because the mix happens before it
             (`functional.frozen_share`), unless `mixes_behind_projection`.
@@ -39,6 +40,7 @@ class TowerSpec:
         hidden_size: name of the tower's width in its configuration.
         refused: why this tower takes no prompts; None where it does.
         refused_options: option of the tower's configuration that may not be set -> why it takes no prompts then.
+        needed_options: option of the tower's configuration that must be set -> why it takes no prompts otherwise.
         mixes_behind_projection: the projection is not affine, so the mix happens behind it (`layer.SEPProjection`).
         pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
         mask_input: name of the input that tells tokens (1) from padding (0).
@@ -46,6 +48,11 @@ class TowerSpec:
             tokens take positions in it. None where positions are not rotary.
         projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
         unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
+        reader: the module that stands between the tower and its projection and reads all tokens of the tower by cross
+            attention, below the model. It makes one embedding per query, and each is mixed (`layer.SEPReader`);
+            `pooled` says nothing then.
+        queries: the queries by which `reader` makes the embeddings, (1, Q, D), a parameter below the model.
+        layer_tokens: tokens that each layer adds behind all others by itself and takes out again.
     """
 
     path: str
@@ -65,12 +72,16 @@ class TowerSpec:
     hidden_size: str = "hidden_size"
     refused: str | None = None
     refused_options: Mapping[str, str] = field(default_factory=dict)
+    needed_options: Mapping[str, str] = field(default_factory=dict)
     mixes_behind_projection: bool = False
     pooler_repeats: bool = False
     mask_input: str = "attention_mask"
     rotary: str | None = None
     projected: str | None = None
     unit_option: str | None = None
+    layer_tokens: int = 0
+    reader: str | None = None
+    queries: str | None = None
 
     @property
     def in_stages(self) -> bool:
@@ -83,7 +94,7 @@ class Architecture:
     """A model: its towers, and how its logits are scaled.
 
     Attributes:
-        text, vision: the towers; None where the model has none.
+        text, vision: the towers; None where the model has none. One that hears stands in the place of one that sees.
         logit_scale: the scale's parameter, below the model; None without joint space.
         scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
         logit_bias: what is added to the logits, below the model; None for nothing.

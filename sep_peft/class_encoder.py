@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -59,7 +62,8 @@ class ClassEncoder(nn.Module):
             return frozen, frozen
         if self.training:
             return self._mixed(tower, frozen), frozen
-        key = (tower.active_adapters[0], *self._versions(tower))
+        adapter = tower.prompting_adapter()
+        key = (adapter, *self._versions(tower.base_layer.parameters(), tower.adapter_parameters(adapter)))
         return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
 
     def frozen(self) -> torch.Tensor:
@@ -71,7 +75,7 @@ class ClassEncoder(nn.Module):
             embeds = [torch.cat([tower.embed_frozen(**chunk) for chunk in self._chunks(i)]) for i in indices]
             return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
 
-        return self._cached("frozen", self._versions(tower.base_layer), encode)
+        return self._cached("frozen", self._versions(tower.base_layer.parameters()), encode)
 
     def train(self, mode: bool = True) -> ClassEncoder:
         """Switch between training and evaluation; what is cached is dropped."""
@@ -120,8 +124,8 @@ class ClassEncoder(nn.Module):
             self._cache[name] = entry
         return entry[1]
 
-    def _versions(self, module: nn.Module) -> tuple:
-        """Changes whenever a parameter of `module` or of the projection is replaced, moved or written to in place."""
-        parameters = [*module.parameters(), *self.tower.projection_parameters()]
+    def _versions(self, *parameters: Iterable[nn.Parameter]) -> tuple:
+        """Changes whenever one of these or the projection is replaced, moved or written to in place."""
+        parameters = chain(*parameters, self.tower.projection_parameters())
         # tensors made in inference mode count no versions
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from .class_encoder import ClassEncoder
@@ -24,7 +22,8 @@ from .functional import mix_embeddings, unit, wide
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .model_card import CardDetails
-from .pictures import read_picture
+from .prediction import predict
+from .tasks import Tasks
 from .texts import TextInputs
 from .tower import SEPTower
 
@@ -65,7 +64,8 @@ class SEPClassifier(nn.Module):
         chunk_size: class texts encoded at a time; see `ClassEncoder`.
 
     Raises:
-        ValueError: no SEP adapter in the model, no classes, a class twice, or a class text that does not fit.
+        ValueError: no SEP adapter in the model, no tower that sees, no classes, a class twice, or a class text that
+            does not fit.
 
     Example:
         >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
@@ -93,6 +93,12 @@ class SEPClassifier(nn.Module):
                 f"The model needs a SEP adapter on a text and an image tower, but has {sorted(towers) or 'none'}. Make "
                 "one with peft.get_peft_model(model, SEPConfig())."
             )
+        seeing = towers["vision"]
+        if seeing.spec.inputs != "pixel_values":
+            raise ValueError(
+                f"SEPClassifier classifies pictures, but {type(seeing.owner).__name__} has a tower that reads "
+                f"{seeing.spec.inputs} in the place of the one that sees."
+            )
         self.model = model
         self.processor = processor
         self.loss_weights = {
@@ -108,6 +114,7 @@ class SEPClassifier(nn.Module):
                 template_inputs = (template_inputs,)
             class_inputs = TaskClasses(dict(class_inputs), tuple(map(dict, template_inputs)))
         self.encoder = ClassEncoder(model, class_inputs, chunk_size)
+        self.tasks = Tasks(model)
         if prototype_weight:
             self.reset_prototypes()
 
@@ -154,13 +161,51 @@ class SEPClassifier(nn.Module):
         Returns:
             self.
         """
-        if not isinstance(classes, TaskClasses):
-            tokenizer = self._need("tokenizer", PreTrainedTokenizerBase, "to read class names")
-            template = template or self.classes.templates or TEMPLATE
-            classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
+        classes = self._tokenized(classes, template)
         self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
         if self.prototypes is not None:
             self.reset_prototypes()
+        return self
+
+    def _tokenized(self, classes: Sequence[str] | TaskClasses, template: str | Sequence[str] | None) -> TaskClasses:
+        if isinstance(classes, TaskClasses):
+            return classes
+        tokenizer = self._need("tokenizer", PreTrainedTokenizerBase, "to read class names")
+        template = template or self.classes.templates or TEMPLATE
+        return TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
+
+    def add_task(
+        self,
+        name: str,
+        classes: Sequence[str] | TaskClasses,
+        adapter: str | None = None,
+        template: str | Sequence[str] | None = None,
+    ) -> SEPClassifier:
+        """Add a task, for `predict(..., task=name)`. Returns self.
+
+        Args:
+            name: of the task.
+            classes, template: as for `set_classes`.
+            adapter: an adapter of the model, or "__base__" for none; None: the one with the task's name.
+
+        Raises:
+            ValueError: the name is taken, there is no such adapter, or a class text does not fit.
+        """
+        self.tasks.check_new(name)
+        classes = self._tokenized(classes, template)
+        self.tasks.add(name, classes, name if adapter is None else adapter, self.encoder.chunk_size)
+        return self
+
+    def load_task(
+        self, path: str | os.PathLike, name: str, *, subfolder: str | None = None, **hub_options
+    ) -> SEPClassifier:
+        """Load what `save_pretrained` wrote as a task and an adapter called `name`; the active one stays. Returns self.
+
+        Raises:
+            TypeError, ValueError, AdapterMismatchError: as `from_pretrained`, or the name is taken; nothing is loaded.
+        """
+        path, options = os.fspath(path), {"subfolder": subfolder, **hub_options}
+        self.tasks.load(name, path, load_classes(path, subfolder, hub_options), self.encoder.chunk_size, **options)
         return self
 
     # prototypes
@@ -251,52 +296,25 @@ class SEPClassifier(nn.Module):
 
     # prediction
 
-    @torch.no_grad()
-    def predict(self, images: Any, top_k: int | None = None, batch_size: int = 32) -> list:
+    def predict(
+        self, images: Any, top_k: int | None = None, batch_size: int = 32, task: str | Sequence[str] | None = None
+    ) -> list:
         """Classify pictures.
 
         Args:
             images: one picture or a list of them; a path, a URL or a `PIL.Image`.
             top_k: how many classes to return a picture, best first; None for all.
             batch_size: pictures encoded at a time.
+            task: a task of `add_task` or `load_task`, or one for each picture; None: the classifier's own classes with
+                the active adapter.
 
         Returns:
             for each picture a list of ``{"label": name, "score": probability}``; for one picture its list alone.
 
         Raises:
-            ValueError: a picture cannot be read, or `top_k` is larger than the number of classes.
+            ValueError: a picture cannot be read, `top_k` is larger than the number of classes, or a task is unknown.
         """
-        count = len(self.classes)
-        top_k = count if top_k is None else top_k
-        if not 1 <= top_k <= count:
-            raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")
-        single = not isinstance(images, (list, tuple))
-        processor = self._need("image_processor", ImageProcessingMixin, "to read pictures")
-        pictures = [read_picture(image) for image in ([images] if single else images)]
-        results = []
-        with self._evaluating():
-            for start in range(0, len(pictures), batch_size):
-                batch = processor(pictures[start : start + batch_size], return_tensors="pt").to(self.device)
-                scores, indices = self(**batch).logits.softmax(dim=-1).topk(top_k, dim=-1)
-                for row_scores, row_indices in zip(scores.tolist(), indices.tolist(), strict=True):
-                    results.append(
-                        [
-                            {"label": self.classes.names[i], "score": score}
-                            for score, i in zip(row_scores, row_indices, strict=True)
-                        ]
-                    )
-        return results[0] if single else results
-
-    @contextmanager
-    def _evaluating(self):
-        training = self.training
-        if training:
-            self.eval()
-        try:
-            yield
-        finally:
-            if training:
-                self.train()
+        return predict(self, images, top_k, batch_size, task)
 
     def _need(self, part: str, kind: type, purpose: str):
         """The processor's part, or the processor where it is that part itself."""

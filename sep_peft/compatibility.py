@@ -44,7 +44,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"The adapter name {name!r} is also the name of a module inside the model, so keys could not be told "
             "apart. Choose another name."
         )
-    if hasattr(nn.ModuleDict(), name):
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"The adapter name {name!r} is also an attribute of the dictionary that holds adapters by name. Choose "
             "another name."
@@ -97,9 +97,8 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
 
 def _check_paths(model: nn.Module, tower: str, spec: TowerSpec) -> None:
     """Every path of a row must lead somewhere."""
-    named = [("path", spec.path, model), ("projection", spec.projection, model)]
-    for field, path, module in named:
-        _check_path(tower, field, path, module)
+    for field in ("path", "projection", "reader", "queries"):
+        _check_path(tower, field, getattr(spec, field), model)
     inside = base_tower(model, spec)
     for field in ("layers", "positions", "entry_embedding", "entry_norm"):
         path = getattr(spec, field)
@@ -107,11 +106,14 @@ def _check_paths(model: nn.Module, tower: str, spec: TowerSpec) -> None:
 
 
 def _check_path(tower: str, field: str, path: str | None, module: nn.Module) -> None:
+    if path is None:
+        return
+    kind = "parameter" if field == "queries" else "module"
     try:
-        module.get_submodule(path or "")
+        module.get_parameter(path) if kind == "parameter" else module.get_submodule(path)
     except AttributeError:
         raise ValueError(
-            f"The row of the {tower} tower names {path} as {field}, but {type(module).__name__} has no such module."
+            f"The row of the {tower} tower names {path} as {field}, but {type(module).__name__} has no such {kind}."
         ) from None
 
 

@@ -41,14 +41,25 @@ SIGLIP_TEXT = TowerSpec(
     insert_at=0,  # there is no BOS
     max_length_padding=True,  # it pools at the last token, whatever that is, and was trained with texts padded to 64
 )
-SIGLIP_VISION = TowerSpec(path="vision_model", layers="encoder.layers", inputs="pixel_values")
+#: Why a tower without its head takes no prompts.
+HEADLESS = "without its pooling head ({}=False) its vision tower has no pooled output of both branches to mix"
+SIGLIP_VISION = TowerSpec(
+    path="vision_model",
+    layers="encoder.layers",
+    inputs="pixel_values",
+    needed_options={"vision_use_head": HEADLESS.format("vision_use_head")},
+)
 
 #: A classification head over the mean of all patches; the tower's own pooling is not used.
-SIGLIP_CLASSIFICATION = Architecture(vision=replace(SIGLIP_VISION, pooled="mean_tokens"), logit_scale=None)
+SIGLIP_CLASSIFICATION = Architecture(
+    vision=replace(SIGLIP_VISION, pooled="mean_tokens", needed_options={}), logit_scale=None
+)
 
 #: Pictures of any shape, padded to one number of patches.
 SIGLIP_2_VISION = replace(SIGLIP_VISION, mask_input="pixel_attention_mask")
-SIGLIP_2_CLASSIFICATION = Architecture(vision=replace(SIGLIP_2_VISION, pooled="mean_tokens"), logit_scale=None)
+SIGLIP_2_CLASSIFICATION = Architecture(
+    vision=replace(SIGLIP_2_VISION, pooled="mean_tokens", needed_options={}), logit_scale=None
+)
 
 #: It pools at the first EOS, also where that is 2 as in the released weights.
 METACLIP_2_TEXT = replace(CLIP_TEXT, text_end="first_eos")
@@ -63,8 +74,8 @@ BERT_TEXT = TowerSpec(
     entry_embedding="embeddings.token_type_embeddings",
     entry_norm="embeddings.LayerNorm",
 )
-#: BERT as a tower; its own pooler is not used.
-CHINESE_CLIP_TEXT = replace(BERT_TEXT, pooled="first_token")
+#: BERT as a tower; its own pooler is not used, and not trained where the tower stands alone.
+ALIGN_TEXT = CHINESE_CLIP_TEXT = FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
 
 VIT_VISION = TowerSpec(
     path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
@@ -79,7 +90,6 @@ BLIP_RETRIEVAL = Architecture(
     logit_scale=None,
 )
 
-FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
 FLAVA_VISION = TowerSpec(
     path="image_model",
     layers="encoder.layer",
@@ -127,6 +137,11 @@ CLIPSEG_SEGMENTATION = Architecture(
 OWL_TEXT = replace(CLIP_TEXT, positions=None, text_end="highest")
 OWL_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm")
 
+XCLIP_TEXT = replace(CLIP_TEXT, text_end="highest")
+#: Prompts and the mix concern each frame of a video alone: the model relates frames behind its projection, and layers
+#: by a message token.
+XCLIP_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm", layer_tokens=1)
+
 #: Padding is masked and left out of the mean that the tower pools, so the text may move up.
 TIPS_2_TEXT = TowerSpec(
     path="text_model",
@@ -142,7 +157,11 @@ TIPS_2_VISION = TowerSpec(path="vision_model", layers="encoder.layer", inputs="p
 #: nothing is padded. So padding decides, and must not be cut off.
 AIM_2_TEXT = replace(CLIP_TEXT, text_end="first_eos", max_length_padding=True)
 AIM_2_VISION = TowerSpec(
-    path="vision_model", layers="encoder.layers", inputs="pixel_values", projection="visual_projection"
+    path="vision_model",
+    layers="encoder.layers",
+    inputs="pixel_values",
+    projection="visual_projection",
+    needed_options={"use_head": HEADLESS.format("use_head")},
 )
 
 GROUPVIT_TEXT = replace(CLIP_TEXT, mixes_behind_projection=True)
@@ -154,11 +173,16 @@ GROUPVIT_VISION = TowerSpec(
     mixes_behind_projection=True,
 )
 
-#: Why BLIP-2 takes no prompts.
+#: The Q-Former reads all tokens of the image tower and makes one embedding per query.
+BLIP_2_VISION = replace(BLIP_VISION, projection="vision_projection", reader="qformer", queries="query_tokens")
+#: Why BLIP-2's other towers take no prompts.
 SHARED_QFORMER = "texts go through the Q-Former, whose layers also read the image tower and its query tokens"
-READ_THROUGH_QFORMER = (
-    "the Q-Former stands between the image tower and the joint space and makes one embedding per query token, so there "
-    "is no pooled output of both branches to mix"
+LANGUAGE_MODEL = "a language model reads texts and what the Q-Former makes of pictures, and no joint space is there"
+BLIP_2_TEXT = TowerSpec(path="qformer", layers="encoder.layer", inputs="input_ids", refused=SHARED_QFORMER)
+BLIP_2_GENERATION = Architecture(
+    text=replace(BLIP_2_TEXT, path="language_model", refused=LANGUAGE_MODEL),
+    vision=replace(BLIP_2_VISION, refused=LANGUAGE_MODEL),
+    logit_scale=None,
 )
 
 CLVP_TEXT = TowerSpec(
@@ -171,6 +195,8 @@ CLVP_TEXT = TowerSpec(
     rotary="rotary_pos_emb",
     projected="embeds",
 )
+#: It stands in the place of the tower that sees, and reads the ids of speech tokens.
+CLVP_SPEECH = replace(CLVP_TEXT, path="speech_encoder_model", projection="speech_encoder_model.projection")
 VIDEOPRISM_TEXT = TowerSpec(
     path="text_model",
     layers="layers",
@@ -227,12 +253,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         variants={"CLIPVisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
     ),
     "align": Architecture(
-        text=replace(BERT_TEXT, pooled="first_token"),
+        text=ALIGN_TEXT,
         vision=replace(CONVOLUTIONAL_VISION, projection=None),
         logit_scale="temperature",
         scale="divide",
     ),
+    "align_text_model": Architecture(text=replace(ALIGN_TEXT, path="", projection=None), logit_scale=None),
     "blip": Architecture(BLIP_TEXT, BLIP_VISION, variants={"BlipForImageTextRetrieval": BLIP_RETRIEVAL}),
+    "blip_text_model": Architecture(text=replace(BLIP_TEXT, path="", projection=None), logit_scale=None),
+    "blip_vision_model": Architecture(vision=replace(BLIP_VISION, path="", projection=None), logit_scale=None),
     # the scale of the logits per audio; those per text have one of their own
     "clap": Architecture(replace(BERT_TEXT, mixes_behind_projection=True), CLAP_AUDIO, logit_scale="logit_scale_a"),
     "clap_text_model": Architecture(
@@ -245,8 +274,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "flava": Architecture(FLAVA_TEXT, FLAVA_VISION, variants={"FlavaForPreTraining": FLAVA_PRETRAINING}),
-    # Prompts and the mix concern each frame of a video alone: the model relates frames behind its projection.
-    "xclip": Architecture(replace(CLIP_TEXT, text_end="highest"), replace(CLIP_VISION, entry_norm="pre_layernorm")),
+    "flava_text_model": Architecture(text=replace(FLAVA_TEXT, path="", projection=None), logit_scale=None),
+    "flava_image_model": Architecture(vision=replace(FLAVA_VISION, path="", projection=None), logit_scale=None),
+    "xclip": Architecture(XCLIP_TEXT, XCLIP_VISION),
+    "xclip_text_model": Architecture(text=replace(XCLIP_TEXT, path="", projection=None), logit_scale=None),
+    "xclip_vision_model": Architecture(vision=replace(XCLIP_VISION, path="", projection=None), logit_scale=None),
     "siglip": Architecture(
         SIGLIP_TEXT,
         SIGLIP_VISION,
@@ -277,12 +309,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         variants={"MetaClip2VisionModelWithProjection": Architecture(vision=CLIP_VISION, logit_scale=None)},
     ),
     "chinese_clip": Architecture(CHINESE_CLIP_TEXT, CLIP_VISION),
+    "chinese_clip_text_model": Architecture(
+        text=replace(CHINESE_CLIP_TEXT, path="", projection=None), logit_scale=None
+    ),
+    "chinese_clip_vision_model": Architecture(vision=CLIP_VISION_ALONE, logit_scale=None),
     "altclip": Architecture(ALTCLIP_TEXT, CLIP_VISION),
+    "altclip_text_model": Architecture(text=replace(ALTCLIP_TEXT, path="", projection=None), logit_scale=None),
+    "altclip_vision_model": Architecture(vision=CLIP_VISION_ALONE, logit_scale=None),
     "clipseg": Architecture(CLIP_TEXT, CLIP_VISION, variants={"CLIPSegForImageSegmentation": CLIPSEG_SEGMENTATION}),
+    "clipseg_text_model": Architecture(text=CLIP_TEXT_ALONE, logit_scale=None),
+    "clipseg_vision_model": Architecture(vision=CLIP_VISION_ALONE, logit_scale=None),
     "owlvit": Architecture(OWL_TEXT, OWL_VISION),
+    "owlvit_text_model": Architecture(text=replace(OWL_TEXT, projection=None), logit_scale=None),
+    "owlvit_vision_model": Architecture(vision=replace(OWL_VISION, projection=None), logit_scale=None),
     "owlv2": Architecture(OWL_TEXT, OWL_VISION),
+    "owlv2_text_model": Architecture(text=replace(OWL_TEXT, projection=None), logit_scale=None),
+    "owlv2_vision_model": Architecture(vision=replace(OWL_VISION, projection=None), logit_scale=None),
     "tipsv2": Architecture(TIPS_2_TEXT, TIPS_2_VISION, logit_scale="temperature", scale="divide"),
+    "tipsv2_text_model": Architecture(text=replace(TIPS_2_TEXT, path=""), logit_scale=None),
+    "tipsv2_vision_model": Architecture(vision=replace(TIPS_2_VISION, path=""), logit_scale=None),
     "aimv2": Architecture(AIM_2_TEXT, AIM_2_VISION, max_scale="max_log_logit_scale"),
+    "aimv2_text_model": Architecture(text=replace(AIM_2_TEXT, path="", projection=None), logit_scale=None),
+    "aimv2_vision_model": Architecture(vision=replace(AIM_2_VISION, path="", projection=None), logit_scale=None),
     "groupvit": Architecture(GROUPVIT_TEXT, GROUPVIT_VISION),
     "groupvit_text_model": Architecture(
         text=replace(GROUPVIT_TEXT, projection=None, mixes_behind_projection=False), logit_scale=None
@@ -291,20 +339,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=replace(GROUPVIT_VISION, projection=None, mixes_behind_projection=False), logit_scale=None
     ),
     "blip-2": Architecture(
-        text=TowerSpec(path="qformer", layers="encoder.layer", inputs="input_ids", refused=SHARED_QFORMER),
-        vision=TowerSpec(
-            path="vision_model", layers="encoder.layers", inputs="pixel_values", refused=READ_THROUGH_QFORMER
-        ),
+        text=BLIP_2_TEXT,
+        vision=BLIP_2_VISION,
         logit_scale=None,
+        variants={
+            "Blip2VisionModelWithProjection": Architecture(vision=BLIP_2_VISION, logit_scale=None),
+            "Blip2Model": BLIP_2_GENERATION,
+            "Blip2ForConditionalGeneration": BLIP_2_GENERATION,
+        },
     ),
-    "clvp": Architecture(
-        text=CLVP_TEXT,
-        vision=replace(
-            CLVP_TEXT,
-            path="speech_encoder_model",
-            refused="its other tower reads speech tokens that the model's own decoder makes from the text",
-        ),
-    ),
+    "blip_2_vision_model": Architecture(vision=replace(BLIP_VISION, path="", projection=None), logit_scale=None),
+    "clvp": Architecture(CLVP_TEXT, CLVP_SPEECH),
     "clvp_encoder": Architecture(
         text=replace(CLVP_TEXT, path="", projection="projection"),
         logit_scale=None,
@@ -314,5 +359,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=VIDEOPRISM_VIDEO,
         logit_scale=None,
     ),
+    "videoprism_vision_model": Architecture(vision=replace(VIDEOPRISM_VIDEO, path=""), logit_scale=None),
     "videoprism_text_model": Architecture(text=replace(VIDEOPRISM_TEXT, path=""), logit_scale=None),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -113,6 +115,54 @@ class SEPProjection(Wrapper):
         if pooled.shape[-1] == self.width:
             return self.base_layer(pooled)
         return pooled[..., self.width :]
+
+
+class SEPReader(Wrapper):
+    """A module that reads all tokens of a tower by cross attention, behind which both branches are mixed.
+
+    The tower hands the tokens of both branches on side by side: (B, L, 2 D) instead of (B, L, D). Each branch is read
+    alone, and what comes out is mixed token by token. Anything else is read as it is. To PEFT this is no layer of SEP,
+    so that the module may be among `modules_to_save`.
+
+    Args:
+        base_layer: the module; it takes `encoder_hidden_states` and returns a `last_hidden_state` first.
+        width: D.
+        mix: makes one of two outputs, prompted and frozen, each (B, Q, E) -> (B, Q, E). The method of a module that
+            has an `owner`.
+    """
+
+    def __init__(self, base_layer: nn.Module, width: int, mix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        super().__init__(base_layer)
+        self.width = width
+        self._mix = _Method(mix)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module; PEFT asks for it to unload."""
+        return self.base_layer
+
+    def forward(self, *args, encoder_hidden_states: torch.Tensor | None = None, **kwargs):
+        if encoder_hidden_states is None or encoder_hidden_states.shape[-1] == self.width:
+            return self.base_layer(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)
+        prompted, frozen = (
+            self.base_layer(*args, encoder_hidden_states=states, **kwargs)
+            for states in encoder_hidden_states.split(self.width, dim=-1)
+        )
+        mixed = self._mix.method(prompted[0], frozen[0])
+        if isinstance(prompted, tuple):
+            return (mixed, *prompted[1:])
+        prompted.last_hidden_state = mixed
+        return prompted
+
+
+class _Method:
+    """The method of a module, which is copied with the module's owner and stays the same one in any other copy."""
+
+    def __init__(self, method: Callable):
+        self.method = method
+
+    def __deepcopy__(self, memo: dict) -> _Method:
+        owner_is_copied = id(self.method.__self__.owner) in memo
+        return _Method(copy.deepcopy(self.method, memo) if owner_is_copied else self.method)
 
 
 def layer_lists(tower: nn.Module, path: str) -> list[nn.ModuleList]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -11,12 +15,18 @@ from torch import nn
 
 from .architectures import Architecture
 from .checkpoint import check_keys
+from .combine import check_combination, weighted_sum
 from .compatibility import check_adapter_name, check_fit, target_towers
 from .config import SEPConfig
-from .layer import SEPLayer, SEPProjection
+from .layer import SEPLayer, SEPProjection, SEPReader
+from .mixed_batch import check_names, check_rows, chosen_adapters
 from .registration import PREFIX
 from .resolve import find_architecture
 from .tower import ROOT_CHILD, SEPTower
+
+
+#: Methods of models that take `adapter_names` as well, beside the forward.
+FEATURE_METHODS = ("get_image_features", "get_text_features", "get_video_features")
 
 
 class SEPModel(BaseTuner):
@@ -99,7 +109,7 @@ class SEPModel(BaseTuner):
         target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, SEPProjection):  # a copy that `modules_to_save` trained
+        if isinstance(new_module, (SEPProjection, SEPReader)):  # a copy that `modules_to_save` trained
             new_module = new_module.base_layer
         if new_module is parent:  # unloading a model that is a tower itself
             delattr(parent, child_name)
@@ -134,6 +144,70 @@ class SEPModel(BaseTuner):
                 f"One SEP adapter can be active at a time, but got {list(adapter_name)}. Pass a single name."
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose parameters are the weighted sum of those of others, a "model soup".
+
+        It is not active, and not trained. Adapters that grew from one start, such as runs with different seeds of the
+        data order or stages of one run, are worth to be averaged; ones that were initialized apart are not.
+
+        Args:
+            adapters: names of adapters of the same options.
+            weights: one for each, taken as they are; an average has weights that sum to 1.
+            adapter_name: name of the new adapter.
+
+        Raises:
+            ValueError: see `combine.check_combination`; raised before the model is changed.
+        """
+        check_combination(adapters, weights, adapter_name, self.peft_config)
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        for tower in self.towers.values():
+            sources = zip(*(tower.adapter_parameters(name) for name in adapters), strict=True)
+            for target, parameters in zip(tower.adapter_parameters(adapter_name), sources, strict=True):
+                target.data = weighted_sum(parameters, weights)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """What PEFT runs a forward in: `adapter_names` holds for this call and this thread."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with self._choosing(names, self.model.forward, args, kwargs):
+            yield
+
+    @contextmanager
+    def _choosing(self, names: list[str], call: Callable, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Let each row of a call's inputs use the adapter of its name.
+
+        Raises:
+            TypeError: `names` is no list.
+            ValueError: the model is in training mode, a name is unknown, or their number is not that of the rows.
+        """
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        inputs = dict(zip(inspect.signature(call).parameters, args, strict=False)) | kwargs
+        check_rows(names, inputs, (tower.spec.inputs for tower in self.towers.values()))
+        check_names(names, self.peft_config)
+        with chosen_adapters.set(tuple(names)):
+            yield
+
+    def __getattr__(self, name: str):
+        found = super().__getattr__(name)
+        return self._with_adapter_names(found) if name in FEATURE_METHODS else found
+
+    def _with_adapter_names(self, method: Callable) -> Callable:
+        """A method of the model that takes `adapter_names` too; ignored where the adapters are disabled."""
+
+        @wraps(method)
+        def call(*args, adapter_names: list[str] | None = None, **kwargs):
+            if adapter_names is None or any(tower.disable_adapters for tower in self.towers.values()):
+                return method(*args, **kwargs)
+            with self._choosing(adapter_names, method, args, kwargs):
+                return method(*args, **kwargs)
+
+        return call
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(

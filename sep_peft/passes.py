@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from .layer import SEPEncoderLayer
 
 
-class _CurrentPass:
-    """The pass that runs in this thread, if any.
+class Current:
+    """A value that belongs to the running call of this thread; None outside of one.
 
     torch.compile cannot trace `ContextVar.get`; while it traces, under its own lock, a plain attribute serves.
     """
 
-    def __init__(self):
-        self._context = ContextVar("sep_peft_current_pass", default=None)
+    def __init__(self, name: str):
+        self._context = ContextVar(name, default=None)
         self._traced = None
 
     def get(self):
@@ -51,8 +51,8 @@ class _CurrentPass:
                 self._context.reset(token)
 
 
-#: What the wrappers inside the towers ask.
-current_pass = _CurrentPass()
+#: The pass through a tower that runs in this thread; what the wrappers inside the towers ask.
+current_pass = Current("sep_peft_current_pass")
 
 
 class FrozenPass:

@@ -46,7 +46,11 @@ def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture
             raise ValueError(
                 f"SEP knows models of type {model_type!r} with a {spec.path!r}, but {type(model).__name__} has none."
             )
-    return row
+    towers = {
+        name: spec if spec.refused else _check_options(spec, model.get_submodule(spec.path).config)
+        for name, spec in row.towers.items()
+    }
+    return replace(row, **towers)
 
 
 def _find_tower(config, rows: dict[str, TowerSpec]) -> TowerSpec:
@@ -57,8 +61,16 @@ def _find_tower(config, rows: dict[str, TowerSpec]) -> TowerSpec:
             f"SEP does not know a tower of model type {config.model_type!r} inside a VisionTextDualEncoderModel; it "
             f"knows {', '.join(known)}."
         )
-    row = rows[config.model_type]
-    for option, reason in row.refused_options.items():
-        if getattr(config, option):
-            return replace(row, refused=reason)
+    row = _check_options(rows[config.model_type], config)
     return replace(row, leading_tokens=row.leading_tokens + getattr(config, "num_register_tokens", 0))
+
+
+def _check_options(spec: TowerSpec, config) -> TowerSpec:
+    """The row of a tower, refused where options of its configuration leave no place for prompts."""
+    for option, reason in spec.refused_options.items():
+        if getattr(config, option):
+            return replace(spec, refused=reason)
+    for option, reason in spec.needed_options.items():
+        if not getattr(config, option):
+            return replace(spec, refused=reason)
+    return spec

@@ -9,19 +9,20 @@ Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from . import functional, texts
+from . import mixed_batch, mixing, records, texts
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
-from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, layer_lists
+from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, SEPReader, layer_lists
+from .mixed_batch import by_rows, chosen_adapters
 from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
+from .settings import TowerSettings
 
 
 #: Standard deviation of fresh prompts.
@@ -32,36 +33,8 @@ ROOT_CHILD = "prompted"
 SHARED = "shared"
 
 
-@dataclass(frozen=True)
-class TowerSettings:
-    """What one adapter wants of one tower; `num_prompts=0` leaves the tower alone."""
-
-    num_prompts: int
-    start_layer: int
-    fusion_layers: tuple[int, ...]
-    share_fusion: bool
-    frozen_weight: float
-    batch_coupled: bool
-
-    @classmethod
-    def from_config(cls, config: SEPConfig, tower: str, num_layers: int) -> TowerSettings:
-        layers = config.layers_of(tower)
-        if config.fusion == "none":
-            layers = ()
-        elif layers is None:
-            layers = range(config.start_layer + 1, num_layers)
-        return cls(
-            num_prompts=config.prompts_of(tower),
-            start_layer=config.start_layer,
-            fusion_layers=tuple(layers),
-            share_fusion=config.share_fusion,
-            frozen_weight=config.frozen_weight,
-            batch_coupled=config.batch_coupled,
-        )
-
-
 class Branches(NamedTuple):
-    """Projected, not yet normalized embeddings of both branches of a tower, each (B, E)."""
+    """Projected, not yet normalized embeddings of both branches of a tower, each (B, E), or (B, Q, E) with a reader."""
 
     prompted: torch.Tensor
     frozen: torch.Tensor
@@ -70,9 +43,11 @@ class Branches(NamedTuple):
 class SEPTower(SEPLayer):
     """A tower with prompts and fusions per adapter.
 
-    Called like the tower it wraps, and returns what the tower returns: `last_hidden_state` and `hidden_states` are
-    those of the prompted pass without the prompts, `pooler_output` is the mix of both passes that comes out of the
-    model's projection as SEP's embedding (see `functional.frozen_share`), so the model around it needs no change.
+    Called like the tower it wraps, and returns what the tower returns: `last_hidden_state`, `hidden_states` and
+    `attentions` are those of the prompted pass without the prompts (see `records`), `pooler_output` is the mix of both
+    passes that comes out of the model's projection as SEP's embedding (see `functional.frozen_share`), so the model
+    around it needs no change. Where a reader follows (`TowerSpec.reader`), `last_hidden_state` holds the tokens of both
+    passes side by side.
 
     Args:
         base_layer: the tower.
@@ -184,7 +159,7 @@ class SEPTower(SEPLayer):
             layer._active_adapter = self._active_adapter
 
     def _wrap_inner(self) -> None:
-        """Put the wrappers around the encoder layers, the position embedding and a projection to mix behind, once."""
+        """Put the wrappers around the encoder layers, the position embedding and what the mix happens behind, once."""
         if self._inner:
             return
         for layers in self._layer_lists():
@@ -196,16 +171,21 @@ class SEPTower(SEPLayer):
             self._set_positions(wrapped)
             self._inner += (wrapped,)
         if self.spec.mixes_behind_projection:
-            wrapped = SEPProjection(self._projection(), self.hidden_size)
-            parent, _, name = self.spec.projection.rpartition(".")
-            setattr(self.owner.get_submodule(parent), name, wrapped)
+            self._set_in_owner(self.spec.projection, SEPProjection(self._projection(), self.hidden_size))
+        if self.spec.reader is not None:
+            reader = self.owner.get_submodule(self.spec.reader)
+            self._set_in_owner(self.spec.reader, SEPReader(reader, self.hidden_size, self.mix_read))
+
+    def _set_in_owner(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.owner.get_submodule(parent), name, module)
 
     def _set_positions(self, module: nn.Module) -> None:
         parent, _, name = self.spec.positions.rpartition(".")
         setattr(self.base_layer.get_submodule(parent), name, module)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
-        """The tower as it was, without any wrapper; whatever wraps the projection is the model's to remove."""
+        """The tower as it was, without any wrapper; what wraps the projection or a reader is the model's to remove."""
         if self._inner:
             for layers in self._layer_lists():
                 for position, layer in enumerate(layers):
@@ -222,17 +202,22 @@ class SEPTower(SEPLayer):
     # forward
 
     def forward(self, *args, **kwargs):
-        adapter = self._prompting_adapter()
+        if isinstance(chosen_adapters.get(), tuple):
+            return mixed_batch.forward(self, self._bind(args, kwargs))
+        adapter = self.prompting_adapter()
         if adapter is None:
             return self._call_base(*args, **kwargs)
         inputs = self._bind(args, kwargs)
-        return_dict = inputs.pop("return_dict", None)
-        if return_dict is None:
-            return_dict = getattr(self.base_layer.config, "return_dict", True)
+        return_dict = self.pop_return_dict(inputs)
         prompted, frozen = self._run(adapter, inputs)
         if frozen is not None:
-            self._mix_outputs(prompted, frozen, inputs, self.sep_settings[adapter].frozen_weight)
+            mixing.mix_outputs(self, prompted, frozen, inputs)
         return prompted if return_dict else prompted.to_tuple()
+
+    def pop_return_dict(self, inputs: dict) -> bool:
+        """Take `return_dict` out of the tower's inputs; None is what the tower's configuration says."""
+        return_dict = inputs.pop("return_dict", None)
+        return getattr(self.base_layer.config, "return_dict", True) if return_dict is None else return_dict
 
     def _call_base(self, *args, **kwargs):
         """The tower as it is."""
@@ -240,6 +225,7 @@ class SEPTower(SEPLayer):
             return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
+    @by_rows
     def embed(self, *args, trace: dict[int, FusionTrace] | None = None, **kwargs) -> Branches:
         """Both branches of the active adapter, projected, not normalized, not mixed.
 
@@ -247,31 +233,36 @@ class SEPTower(SEPLayer):
         one. The frozen branch is always computed, also with ``frozen_weight=0``.
         """
         inputs = self._bind(args, kwargs)
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
         prompted, frozen = self._run(adapter, inputs, trace, need_frozen=True)
-        return Branches(*(self.project(self._pooled(output, inputs)) for output in (prompted, frozen)))
+        return Branches(*(self.project(mixing.pooled(self, output, inputs)) for output in (prompted, frozen)))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
         inputs = self._bind(args, kwargs)
         with torch.no_grad():
-            return self.project(self._pooled(self._call_base(**inputs, return_dict=True), inputs))
+            return self.project(mixing.pooled(self, self._call_base(**inputs, return_dict=True), inputs))
 
+    @by_rows
     def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized."""
         inputs = self._bind(args, kwargs)
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
-        return self.project(self._pooled(self._run_prompted(adapter, inputs, None, None), inputs))
+        return self.project(mixing.pooled(self, self._run_prompted(adapter, inputs, None, None), inputs))
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The model's own projection into the joint space, (B, D) -> (B, E)."""
         projection = self._projection()
         return pooled if projection is None else projection(pooled)
+
+    def mix_read(self, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        """What a reader has made of both branches, each (B, Q, D) -> its mix (B, Q, D), for the projection to map."""
+        return mixing.mix_read(self, prompted, frozen)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own projection."""
@@ -300,7 +291,7 @@ class SEPTower(SEPLayer):
     @property
     def active_settings(self) -> TowerSettings | None:
         """Settings of the active adapter where it puts prompts into this tower."""
-        adapter = self._prompting_adapter()
+        adapter = self.prompting_adapter()
         return None if adapter is None else self.sep_settings[adapter]
 
     def position_shift(self, settings: TowerSettings) -> int:
@@ -308,10 +299,11 @@ class SEPTower(SEPLayer):
         has_room = self.spec.positions is not None or self.spec.rotary is not None
         return settings.num_prompts if settings.start_layer == 0 and has_room else 0
 
-    def _prompting_adapter(self) -> str | None:
+    def prompting_adapter(self) -> str | None:
         if self.disable_adapters:
             return None
-        for name in self.active_adapters:
+        chosen = chosen_adapters.get()
+        for name in self.active_adapters if chosen is None else (chosen,):
             if name in self.sep_prompts:
                 return name
         return None
@@ -330,16 +322,7 @@ class SEPTower(SEPLayer):
                 frozen = self._call_base(**inputs, return_dict=True)
         prompted = self._run_prompted(adapter, inputs, frozen_pass, trace)
         if frozen_pass is not None:
-            for name in ("hidden_states", "attentions"):
-                if prompted.get(name) is None:
-                    continue
-                known, recorded, shared = tuple(frozen[name]), tuple(prompted[name]), settings.start_layer
-                if self.spec.in_stages:  # one record a stage
-                    shared = sum(settings.start_layer > end for end in self._last_layers())
-                shared += name == "hidden_states"  # the input of what has the first prompts
-                # from the end, because some families record the layers that were left out and others do not
-                own = len(known) - shared
-                prompted[name] = known[:shared] + recorded[len(recorded) - own :]
+            records.prepend_shared(prompted, frozen, self.spec, settings.start_layer, self._last_layers())
         return prompted, frozen
 
     def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):
@@ -364,20 +347,8 @@ class SEPTower(SEPLayer):
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
-        if output.get("hidden_states") is not None and not self.spec.in_stages:
-            shape = prompted_pass.prompted_shape
-            output["hidden_states"] = tuple(self._strip(state, count, shape) for state in output["hidden_states"])
+        records.strip(output, self.spec, count, prompted_pass.prompted_shape)
         return output
-
-    def _strip(self, state: torch.Tensor | None, count: int, prompted: tuple[int, int]) -> torch.Tensor | None:
-        """A recorded hidden state without the prompts, where it has them: (B, L + n, D) -> (B, L, D).
-
-        States of another shape than `prompted` have none, be they from before or behind the layers that prompts pass.
-        """
-        if state is None or tuple(state.shape[:2]) != prompted:
-            return state
-        position = prompted[1] - count if self.spec.insert_at is None else self.spec.insert_at
-        return functional.split_prompts(state, count, position)[0]
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
         """The learned prompts (n, D) as they enter the first prompted layer."""
@@ -400,51 +371,3 @@ class SEPTower(SEPLayer):
             return {}
         fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
-
-    def _pooled(self, output, inputs: dict) -> torch.Tensor:
-        """What the model pools from the tower's output for these inputs, (B, D)."""
-        if self.spec.pooled == "pooler_output":
-            return output.pooler_output.flatten(0, -2)  # where it is (B, 1, D), from one query of a pooling head
-        if self.spec.pooled == "first_token":
-            return output.last_hidden_state[:, 0]
-        leading, mask = self.spec.leading_tokens, inputs.get(self.spec.mask_input)
-        states = output.last_hidden_state[:, leading:]
-        if mask is None:
-            return states.mean(dim=1)
-        weights = mask[:, leading:, None].to(states.dtype)  # (B, L, 1)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def _mix_outputs(self, prompted, frozen, inputs: dict, frozen_weight: float) -> None:
-        """Put into the prompted output what the model pools SEP's embedding from.
-
-        With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
-        where their mean is pooled. Where the projection is not affine, the same of the projected outputs follows what
-        the prompted pass has pooled.
-        """
-        a, b = self._pooled(prompted, inputs), self._pooled(frozen, inputs)
-        projected_a, projected_b = self.project(a), self.project(b)
-        share = functional.frozen_share(projected_a, projected_b, frozen_weight)  # (B, 1)
-
-        def mixed(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-            return (share * b + (1 - share) * a).to(a.dtype)
-
-        if self.spec.mixes_behind_projection:
-            embedding = mixed(projected_a, projected_b, share)
-            prompted.pooler_output = torch.cat([a, embedding.to(a.dtype)], dim=-1)  # (B, D + E), see `SEPProjection`
-            return
-        if self.spec.pooled == "pooler_output":
-            pooled = mixed(a, b, share)
-            if self.spec.unit_option is not None and getattr(self.base_layer.config, self.spec.unit_option):
-                pooled = functional.unit(pooled)
-            prompted.pooler_output = pooled.view_as(prompted.pooler_output)
-            if self.spec.projected is not None:
-                prompted[self.spec.projected] = self.project(pooled)
-            return
-        states, frozen_states = prompted.last_hidden_state, frozen.last_hidden_state
-        if self.spec.pooled == "mean_tokens":
-            prompted.last_hidden_state = mixed(states, frozen_states, share[:, None])
-        else:
-            first = mixed(a, b, share)[:, None]  # (B, 1, D)
-            prompted.last_hidden_state = torch.cat([first, states[:, 1:]], dim=1)
-            if self.spec.pooler_repeats:
-                prompted.pooler_output = first[:, 0]

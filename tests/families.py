@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers as hf
@@ -41,6 +41,8 @@ class Case:
         one_image: makes the inputs of the image tower for one input all of whose frames are one picture; None where
             `image` makes these.
         embeddings: what makes the tokens of a picture, below the image tower.
+        speech: makes the inputs of the tower that hears in the place of one that sees, as `text` does; None where none
+            does.
     """
 
     config: Callable[[], hf.PretrainedConfig]
@@ -62,6 +64,17 @@ class Case:
     copied_at: int = 1
     one_image: Callable[[], Inputs] | None = None
     embeddings: str = "embeddings"
+    speech: Callable[..., Inputs] | None = None
+
+    def words(self, tower: str) -> Callable[..., Inputs] | None:
+        """What makes the inputs of a tower that reads ids; None for one that sees, or where there is none."""
+        return self.text if tower == "text" else self.speech
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers that prompts are tested in."""
+        there = {"text": self.text is not None, "vision": self.image is not None or self.speech is not None}
+        return tuple(tower for tower in there if there[tower])
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
         """The model with seeded weights, norms and biases away from zero and one."""
@@ -267,6 +280,34 @@ def xclip_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Te
     return frames
 
 
+def clvp_features(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """The model speaks by itself, so what it has said is heard again in the place of the case's own speech."""
+    if tower == "text":
+        return output["text_embeds"]
+    said = []
+    with model.speech_encoder_model.register_forward_pre_hook(
+        lambda module, args, kwargs: said.append(kwargs["input_ids"]), with_kwargs=True
+    ):
+        model(**CASES["clvp"].inputs())
+    heard = model.get_speech_features(speech_ids=said[0])
+    torch.testing.assert_close(torch.nn.functional.normalize(heard, dim=-1), output["speech_embeds"])
+    inputs = CASES["clvp"].speech([5, 4, 7])
+    return model.get_speech_features(speech_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+def blip_2_config() -> hf.Blip2Config:
+    return hf.Blip2Config(
+        vision_config=vision_size(),
+        qformer_config=text_size(
+            hidden_size=24, encoder_hidden_size=WIDTH, cross_attention_frequency=1, use_qformer_text_input=True
+        ),
+        text_config={"model_type": "opt", "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 1, "vocab_size": 60}
+        | {"num_attention_heads": 2, "word_embed_proj_dim": 32},
+        num_query_tokens=4,
+        image_text_hidden_size=20,
+    )
+
+
 CASES: dict[str, Case] = {
     "clip": Case(
         config=lambda: hf.CLIPConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
@@ -387,6 +428,19 @@ CASES: dict[str, Case] = {
         attentions=("eager",),
         whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3) | {"use_itm_head": False},
         features=blip_retrieval_features,
+    ),
+    "blip_2 retrieval": Case(
+        config=blip_2_config,
+        model=hf.Blip2ForImageTextRetrieval,
+        image=pictures(),
+        options={"num_text_prompts": 0},
+        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3),
+    ),
+    "blip_2 vision with projection": Case(
+        config=blip_2_config, model=hf.Blip2VisionModelWithProjection, image=pictures()
+    ),
+    "blip_2 vision": Case(
+        config=lambda: hf.Blip2VisionConfig(**vision_size()), model=hf.Blip2VisionModel, image=pictures()
     ),
     "flava": Case(
         config=flava_config,
@@ -600,7 +654,8 @@ CASES: dict[str, Case] = {
         text=words(bos=None, eos=None, pad=0),
         attentions=("eager",),
         pools_all=True,
-        options={"num_vision_prompts": 0},
+        speech=words(bos=None, eos=None, pad=0),
+        features=clvp_features,
         whole=lambda: (
             words(bos=None, eos=None, pad=0)([5, 4, 7])
             | {"input_features": torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(5))}
@@ -633,4 +688,55 @@ CASES: dict[str, Case] = {
         shifts=False,
         causal_without_mask=False,
     ),
+}
+
+
+def first_token(model: torch.nn.Module, output: dict, tower: str) -> torch.Tensor:
+    """What the families pool whose towers have a pooler that they do not use."""
+    return output["last_hidden_state"][:, 0]
+
+
+def bare(name: str, tower: str, model: type, **changes) -> Case:
+    """One tower of a case, as a model of its own."""
+    case, left_out = CASES[name], {"text": "image", "vision": "text"}[tower]
+
+    def config() -> hf.PretrainedConfig:
+        whole = case.config()
+        return whole.text_config if tower == "text" else getattr(whole, "vision_config", None) or whole.image_config
+
+    alone = {"config": config, "model": model, left_out: None, "whole": None, "features": None, "options": {}}
+    return replace(case, **(alone | {"compiled": False} | changes))
+
+
+CASES |= {
+    f"{name} {tower} alone": bare(name, tower, model, **changes)
+    for name, tower, model, changes in [
+        ("chinese_clip", "text", hf.ChineseCLIPTextModel, {"features": first_token}),
+        ("chinese_clip", "vision", hf.ChineseCLIPVisionModel, {}),
+        ("altclip", "text", hf.AltCLIPTextModel, {}),
+        ("altclip", "vision", hf.AltCLIPVisionModel, {}),
+        ("clipseg", "text", hf.CLIPSegTextModel, {}),
+        ("clipseg", "vision", hf.CLIPSegVisionModel, {}),
+        ("owlvit", "text", hf.OwlViTTextModel, {}),
+        ("owlvit", "vision", hf.OwlViTVisionModel, {}),
+        ("owlv2", "text", hf.Owlv2TextModel, {}),
+        ("owlv2", "vision", hf.Owlv2VisionModel, {}),
+        ("tipsv2", "text", hf.Tipsv2TextModel, {}),
+        ("tipsv2", "vision", hf.Tipsv2VisionModel, {}),
+        ("aimv2", "text", hf.Aimv2TextModel, {}),
+        ("aimv2", "vision", hf.Aimv2VisionModel, {}),
+        ("xclip", "text", hf.XCLIPTextModel, {}),
+        ("xclip", "vision", hf.XCLIPVisionModel, {"whole": lambda: pictures()(6)}),
+        ("blip", "text", hf.BlipTextModel, {}),
+        ("blip", "vision", hf.BlipVisionModel, {}),
+        ("flava", "text", hf.FlavaTextModel, {"features": first_token}),
+        ("flava", "vision", hf.FlavaImageModel, {"features": first_token}),
+        ("align", "text", hf.AlignTextModel, {"features": first_token}),
+        (
+            "videoprism",
+            "vision",
+            hf.VideoPrismVideoModel,
+            {"features": lambda model, output, tower: output.pooler_output[:, 0]},
+        ),
+    ]
 }

@@ -24,9 +24,7 @@ def tested() -> dict[tuple[str, str], set[str]]:
     found: dict[tuple[str, str], set[str]] = {}
     for case in CASES.values():
         config = case.config()
-        for tower, make in (("text", case.text), ("vision", case.image)):
-            if make is None:
-                continue
+        for tower in case.towers:
             model_type = config.model_type
             if model_type == DUAL_ENCODER:
                 model_type = f"{DUAL_ENCODER}: {getattr(config, f'{tower}_config').model_type}"
@@ -41,7 +39,7 @@ def rows() -> list[tuple[str, str, TowerSpec]]:
         towers = {}
         for one in (*architecture.variants.values(), architecture):
             towers |= one.towers
-        found += [(model_type, tower, spec) for tower, spec in towers.items()]
+        found += [(model_type, tower, towers[tower]) for tower in ("text", "vision") if tower in towers]
     for tower, table in (("text", DUAL_ENCODER_TEXT), ("vision", DUAL_ENCODER_VISION)):
         found += [(f"{DUAL_ENCODER}: {model_type}", tower, spec) for model_type, spec in sorted(table.items())]
     return found
@@ -53,12 +51,14 @@ def describe_prompts(spec: TowerSpec) -> str:
     where = "in front" if spec.insert_at == 0 else "behind the first token"
     if spec.inputs != "input_ids":
         return where
-    return f"{where}, {'text moves up' if spec.positions else 'no position of their own'}"
+    return f"{where}, {'tokens move up' if spec.positions or spec.rotary else 'no position of their own'}"
 
 
 def describe_mix(spec: TowerSpec) -> str:
     if spec.projection is None:
         return "in the tower's output"
+    if spec.reader is not None:
+        return f"behind `{spec.reader}`, before the projection"
     return "behind the projection" if getattr(spec, "mixes_behind_projection", False) else "before the projection"
 
 
@@ -71,8 +71,14 @@ def render() -> str:
         if spec.refused is not None:
             refusals.append(f"- `{model_type}`, {tower} tower: {spec.refused}.")
             continue
+        for word, options in (("with", spec.refused_options), ("without", spec.needed_options)):
+            refusals += [f"- `{model_type}`, {tower} tower {word} `{name}`: {why}." for name, why in options.items()]
         attentions = ", ".join(sorted(tests[model_type, tower]))  # a row without a case is an error
         lines.append(f"| `{model_type}` | {tower} | {describe_prompts(spec)} | {describe_mix(spec)} | {attentions} |")
+    for _, architecture in sorted(ARCHITECTURES.items()):
+        for name, variant in architecture.variants.items():
+            refused = {tower: spec.refused for tower, spec in variant.towers.items() if spec.refused is not None}
+            refusals += [f"- `{name}`, {tower} tower: {reason}." for tower, reason in refused.items()]
     if refusals:
         lines += ["", "Refused, before the model is touched:", "", *refusals]
     return "\n".join(lines) + "\n"

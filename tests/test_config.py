@@ -227,7 +227,7 @@ DOTTED_NAME = "An adapter name must not be empty nor contain a dot, but got {!r}
 BAD_NAMES = [
     *((name, PREFIX_NAME.format(name) + "name.") for name in ("sep", "e", "sep_")),
     *((name, MODULE_NAME.format(name) + "Choose another name.") for name in ("text_model", "3", "attention", "shared")),
-    *((name, ATTRIBUTE_NAME.format(name) + "another name.") for name in ("train", "float", "update", "keys")),
+    *((name, ATTRIBUTE_NAME.format(name) + "another name.") for name in ("train", "float", "update", "keys", "copy")),
     *((name, DOTTED_NAME.format(name)) for name in ("a.b", "")),
 ]
 

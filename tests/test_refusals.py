@@ -8,7 +8,7 @@ import transformers as hf
 from families import BERT_WORDS, CASES, pictures, text_size, vision_size
 from peft import get_peft_model
 
-from sep_peft import SEPConfig
+from sep_peft import SEPConfig, functional
 from sep_peft.families import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
 
 
@@ -107,6 +107,51 @@ def test_the_other_tower_still_takes_prompts():
     assert list(adapted.base_model.towers) == ["text"]
     assert torch.equal(after.image_embeds, before.image_embeds)
     assert not torch.equal(after.text_embeds, before.text_embeds)
+
+
+HEADLESS = (
+    "num_vision_prompts must be 0 for this model, because without its pooling head ({}=False) its vision tower has no "
+    "pooled output of both branches to mix."
+)
+
+
+def headless(name: str, option: str) -> hf.PreTrainedModel:
+    config = CASES[name].config()
+    setattr(config if name.endswith(("vision", "alone")) else config.vision_config, option, False)
+    return CASES[name].model._from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("siglip", "vision_use_head"),
+        ("siglip vision", "vision_use_head"),
+        ("siglip2", "vision_use_head"),
+        ("siglip2 vision", "vision_use_head"),
+        ("bert and siglip", "vision_use_head"),
+        ("aimv2", "use_head"),
+        ("aimv2 vision alone", "use_head"),
+    ],
+)
+def test_image_towers_without_their_head(name, option):
+    assert_refused(headless(name, option), HEADLESS.format(option))
+
+
+@pytest.mark.parametrize("name", ["siglip image classification", "siglip2 image classification"])
+@torch.no_grad()
+def test_classification_does_without_the_head(name):
+    """It takes the mean of all patches."""
+    model = headless(name, "vision_use_head")
+    before = model(**CASES[name].image(3)).logits
+    adapted = get_peft_model(model, SEPConfig(num_vision_prompts=2)).eval()
+    after = adapted(**CASES[name].image(3)).logits
+    layer = adapted.base_model.towers["vision"]
+    mix = functional.mix_embeddings(*layer.embed(**CASES[name].image(3)), 0.5)
+    seen = []
+    with model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        assert torch.equal(adapted(**CASES[name].image(3)).logits, after)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(functional.unit(seen[0]), mix, rtol=1e-4, atol=2e-5)
 
 
 def test_a_model_type_without_a_row():

@@ -7,7 +7,7 @@ import torch
 from families import CASES
 from test_families import adapt, tower_inputs, tower_of
 
-from sep_peft import functional
+from sep_peft import SEPClassifier, functional
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ def test_the_mix_has_unit_length_where_the_pooled_output_has(name, tower):
 
 
 @pytest.mark.parametrize("frozen_weight", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["clvp", "clvp encoder"])
+@pytest.mark.parametrize(("name", "tower"), [("clvp", "text"), ("clvp", "vision"), ("clvp encoder", "text")])
 @torch.no_grad()
-def test_projected_outputs_belong_to_the_pooled_ones(name, frozen_weight):
+def test_projected_outputs_belong_to_the_pooled_ones(name, tower, frozen_weight):
     case = CASES[name]
-    layer = tower_of(adapt(case, frozen_weight=frozen_weight), "text")
-    output = layer(**case.text([5, 4, 7]))
+    layer = tower_of(adapt(case, frozen_weight=frozen_weight), tower)
+    output = layer(**tower_inputs(case, tower))
     torch.testing.assert_close(output.embeds, layer.base_layer.projection(output.pooler_output))
 
 
@@ -56,3 +56,13 @@ def test_causal_masks_take_prompts_before_the_first_token(dtype):
         lowest = torch.finfo(dtype).min
         visible, expected = torch.where(visible, 0.0, lowest), torch.where(expected, 0.0, lowest)
     assert torch.equal(functional.extend_mask(visible[None, None], 2, 0, causal=True)[0, 0], expected)
+
+
+def test_speech_is_not_classified():
+    case = CASES["clvp"]
+    with pytest.raises(ValueError) as caught:
+        SEPClassifier(adapt(case), case.text([3, 4]))
+    assert str(caught.value) == (
+        "SEPClassifier classifies pictures, but ClvpModelForConditionalGeneration has a tower that reads input_ids in "
+        "the place of the one that sees."
+    )

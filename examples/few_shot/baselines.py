@@ -1,0 +1,154 @@
+"""Classifiers to compare SEP with: any CLIP-like model as it is or under LoRA, a linear probe, and Tip-Adapter."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+from sep_peft.classes import TaskClasses
+
+
+class PlainClassifier(nn.Module):
+    """Classifies by the model's own embeddings of pictures and of the template with the class names.
+
+    Trains whatever of the model requires gradients, by cross entropy.
+
+    Args:
+        model: with `get_image_features`, `get_text_features` and `logit_scale`, or a PEFT model around one.
+        processor: of transformers, with a tokenizer.
+        classes: C class names.
+        template: text with ``{}`` in place of the name.
+    """
+
+    def __init__(self, model: nn.Module, processor, classes: tuple[str, ...], template: str):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.template = template
+        self.set_classes(classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.classes.names)
+
+    def set_classes(self, names) -> PlainClassifier:
+        self.classes = TaskClasses.from_names(names, self.processor, self.template)
+        self._text: torch.Tensor | None = None
+        return self
+
+    def train(self, mode: bool = True) -> PlainClassifier:
+        self._text = None
+        return super().train(mode)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
+        """(B, 3, H, W) -> logits (B, C), and with labels (B,) the cross entropy."""
+        logits = self.logits(self.image_embeds(pixel_values))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ModelOutput(loss=loss, logits=logits)
+
+    def image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, E), of unit length."""
+        return unit_features(self.model.get_image_features(pixel_values=pixel_values))
+
+    def text_embeds(self) -> torch.Tensor:
+        """(C, E), of unit length; in evaluation encoded once."""
+        if self.training or self._text is None:
+            device = next(self.model.parameters()).device
+            inputs = {key: value.to(device) for key, value in self.classes.template_inputs[0].items()}
+            text = unit_features(self.model.get_text_features(**inputs))
+            if self.training:
+                return text
+            self._text = text
+        return self._text
+
+    def logits(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, E) -> (B, C)."""
+        logits = self.model.logit_scale.exp() * image @ self.text_embeds().T
+        return logits + getattr(self.model, "logit_bias", 0.0)
+
+
+class LinearProbe(PlainClassifier):
+    """Logistic regression on the frozen image embeddings; it knows the classes of its pictures only.
+
+    The strength of the regularization is chosen on validation pictures.
+    """
+
+    strengths = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
+    def can_classify(self, names: list[str]) -> bool:
+        return names == self.trained_classes
+
+    @torch.enable_grad()
+    def fit(self, features, labels, val_features, val_labels) -> dict[str, float]:
+        """Features (N, E) and labels (N,), and the same of validation pictures; returns what was chosen."""
+        self.trained_classes = self.class_names
+        probes = {}
+        for strength in self.strengths:
+            probe = self._solve(features, labels, strength)
+            probes[strength] = (probe(val_features).argmax(dim=1) == val_labels).float().mean().item(), probe
+        strength = max(probes, key=lambda s: probes[s][0])
+        self.probe = probes[strength][1].requires_grad_(False)
+        return {"l2": strength, "validation accuracy": 100 * probes[strength][0]}
+
+    def _solve(self, features: torch.Tensor, labels: torch.Tensor, strength: float) -> nn.Linear:
+        probe = nn.Linear(features.shape[1], len(self.classes), device=features.device)
+        nn.init.zeros_(probe.weight)
+        nn.init.zeros_(probe.bias)
+        optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(probe(features), labels) + strength * probe.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return probe
+
+    def logits(self, image: torch.Tensor) -> torch.Tensor:
+        return self.probe(image)
+
+
+class TipAdapter(PlainClassifier):
+    """Tip-Adapter (arXiv 2111.03930): a cache of the training pictures' embeddings beside zero-shot, without training.
+
+    ::
+
+        logits = scale f W^T + alpha exp(-beta (1 - f F^T)) Y
+
+    with frozen embeddings f of the picture, W of the class texts, F of the cached pictures and their one-hot labels Y.
+    alpha and beta are chosen on validation pictures. Classes without cached pictures are classified by zero-shot.
+    """
+
+    alphas = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    betas = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+    @torch.no_grad()
+    def fit(self, features, labels, val_features, val_labels) -> dict[str, float]:
+        """Features (N, E) and labels (N,), and the same of validation pictures; returns what was chosen."""
+        self.keys = features
+        self.values = F.one_hot(labels, len(self.classes)).to(features.dtype)  # (N, C)
+        self.trained_classes = self.class_names
+        scores = {}
+        for alpha, beta in itertools.product(self.alphas, self.betas):
+            self.alpha, self.beta = alpha, beta
+            right = self.logits(val_features).argmax(dim=1) == val_labels
+            scores[alpha, beta] = right.float().mean().item()
+        self.alpha, self.beta = max(scores, key=scores.get)
+        return {"alpha": self.alpha, "beta": self.beta, "validation accuracy": 100 * scores[self.alpha, self.beta]}
+
+    def logits(self, image: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(image)
+        if self.class_names != self.trained_classes:
+            return logits
+        affinity = (-self.beta * (1 - image @ self.keys.T)).exp()  # (B, N)
+        return logits + self.alpha * affinity @ self.values
+
+
+def unit_features(features) -> torch.Tensor:
+    """Embeddings of unit length in fp32, from a tensor or an output that holds them."""
+    return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)

@@ -1,0 +1,130 @@
+"""Methods as files: what a JSON file in the folder `methods` may say, and the classifier that it stands for.
+
+    {
+      "description": "SEP with low-rank, shared fusion",
+      "learner": "sep",
+      "config": {"fusion_rank": 4, "share_fusion": true},
+      "loss": {"text_weight": 8.0},
+      "recipe": {"learning_rate": 0.0025, "epochs": 20}
+    }
+
+`learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
+`SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import LinearProbe, PlainClassifier, TipAdapter
+from peft import LoraConfig, get_peft_model
+from selection import random_selection
+from torch import nn
+from transformers import AutoModel
+
+from sep_peft import SEPClassifier, SEPConfig
+
+
+LEARNERS = ("zero-shot", "sep", "lora", "linear-probe", "tip-adapter")
+#: Learners that see the training pictures once, as frozen features, and take no gradient steps through the towers.
+FEATURE_LEARNERS = {"linear-probe": LinearProbe, "tip-adapter": TipAdapter}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How gradients are used; the defaults are the published ones.
+
+    Args:
+        learning_rate: highest of the cosine schedule.
+        epochs: passes over the training pictures.
+        batch_size: pictures a step, over all processes.
+        warmup_epochs: epochs in which the learning rate rises to its highest.
+        adam_epsilon, weight_decay: of AdamW.
+        smallest_crop: least share of a picture's area that augmentation keeps.
+    """
+
+    learning_rate: float = 2.5e-3
+    epochs: int = 50
+    batch_size: int = 32
+    warmup_epochs: int = 1
+    adam_epsilon: float = 1e-3
+    weight_decay: float = 0.0
+    smallest_crop: float = 0.08
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with all its settings; see the head of this file."""
+
+    name: str
+    learner: str
+    description: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+    selection: str = "representative"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes gradient steps."""
+        return self.learner in ("sep", "lora")
+
+    def evaluating(self) -> AbstractContextManager:
+        """Surrounds everything that runs the model: the ablation of the token selection lives there."""
+        return random_selection() if self.selection == "random" else nullcontext()
+
+
+def read_method(path: Path, **overrides: Any) -> Method:
+    """Read a method's file.
+
+    Args:
+        overrides: entries of the recipe to replace.
+
+    Raises:
+        ValueError: an entry is unknown, or `learner` or `selection` has a value that is not allowed.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    check_names(path, data, {f.name for f in fields(Method)} - {"name"})
+    recipe = {**data.pop("recipe", {}), **overrides}
+    check_names(path, recipe, {f.name for f in fields(Recipe)})
+    method = Method(name=path.stem, recipe=Recipe(**recipe), **data)
+    if method.learner not in LEARNERS:
+        raise ValueError(f"{path}: learner must be one of {', '.join(LEARNERS)}, but is {method.learner!r}.")
+    if method.selection not in ("representative", "random"):
+        raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
+    if method.selection == "random" and method.learner != "sep":
+        raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
+    return method
+
+
+def check_names(path: Path, data: dict, allowed: set[str]) -> None:
+    if unknown := sorted(set(data) - allowed):
+        raise ValueError(f"{path}: unknown entries {unknown}; these are allowed: {', '.join(sorted(allowed))}.")
+
+
+def build_classifier(
+    method: Method, model_name: str, processor, classes: tuple[str, ...], template: str, **model_options
+) -> nn.Module:
+    """The classifier of a method: `set_classes(names)`, and `(pixel_values, labels)` -> `loss` and `logits`."""
+    model = AutoModel.from_pretrained(model_name, **model_options)
+    model.requires_grad_(False)
+    if method.learner == "sep":
+        model = get_peft_model(model, SEPConfig(**method.config))
+        return SEPClassifier.from_class_names(model, processor, classes, template, **method.loss)
+    if method.learner == "lora":
+        model = get_peft_model(model, LoraConfig(**method.config))
+    kind = FEATURE_LEARNERS.get(method.learner, PlainClassifier)
+    return kind(model, processor, classes, template)
+
+
+def trainable(classifier: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter of everything that is trained."""
+    return {name: p for name, p in classifier.named_parameters() if p.requires_grad}

@@ -1,0 +1,202 @@
+"""Run few-shot benchmarks: one cell or many, each a folder that is skipped once finished and resumed once killed.
+
+    python examples/few_shot/run.py --data-root data --protocol base-to-new --dataset caltech101 --method sep lora
+
+Several processes or machines: `accelerate launch examples/few_shot/run.py ...`, with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from evaluation import evaluate, features
+from methods import Method, build_classifier, read_method
+from protocols import PROTOCOLS, Plan
+from readers import PictureSet, read_dataset
+from run_folder import RunFolder, write_json
+from torch import nn
+from training import fit
+from transformers import AutoProcessor
+from transformers.utils import logging
+
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.disable_progress_bar()
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.precision)
+    methods = [read_method(find(HERE / "methods", name), **args.recipe) for name in args.method]
+    data = {
+        name: read_dataset(find(HERE / "data_sets", name), args.data_root) for name in (*args.dataset, *args.targets)
+    }
+    for dataset, shots, method, seed in itertools.product(args.dataset, args.shots, methods, args.seeds):
+        plan = make_plan(args, data, dataset, shots, seed)
+        place = Path(dataset).stem + (f"-without-{args.held_out}" if args.held_out else "")
+        path = args.output / args.protocol / place / method.name / f"shots_{shots}" / f"seed_{seed}"
+        run_cell(path, Cell(args.protocol, place, method, plan, shots, seed), args, accelerator)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number, or a few, of a table."""
+
+    protocol: str
+    dataset: str
+    method: Method
+    plan: Plan
+    shots: int
+    seed: int
+
+    def settings(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        return {
+            "protocol": self.protocol,
+            "dataset": self.dataset,
+            "classes": self.plan.data.classes,
+            "template": self.plan.data.template,
+            "evaluations": [f"{e.name}: {e.split}" for e in self.plan.evaluations],
+            "method": self.method.to_dict(),
+            "shots": self.shots,
+            "seed": self.seed,
+            "model": args.model,
+            "precision": args.precision,
+            "attention": args.attention,
+        }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), required=True)
+    parser.add_argument("--method", nargs="+", required=True, help="files in methods/, or paths of such files")
+    parser.add_argument("--shots", type=int, nargs="+", default=[16], help="training pictures per class")
+    parser.add_argument("--targets", nargs="*", default=[], help="data sets to test on, for cross-dataset")
+    parser.add_argument("--held-out", help="domain to test on, for domain-generalization with several domains")
+    parser.add_argument("--recipe", nargs="*", default=[], metavar="NAME=VALUE", help="replace entries of the recipe")
+    args = parser.parse_args()
+    if min(args.shots) < 1:
+        parser.error("--shots must be at least 1")
+    if args.targets and args.protocol != "cross-dataset":
+        parser.error("--targets is for --protocol cross-dataset")
+    if args.held_out and args.protocol != "domain-generalization":
+        parser.error("--held-out is for --protocol domain-generalization")
+    args.recipe = parse_changes(parser, args.recipe)
+    return args
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every script that runs cells."""
+    parser.add_argument("--dataset", nargs="+", required=True, help="files in data_sets/, or paths of such files")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all pictures")
+    parser.add_argument("--model", default=str(HERE.parent / "assets" / "clip-small"), help="name on the Hub or path")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=Path("outputs/few_shot"), help="runs go below this folder")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), help="implementation; default: the model's own")
+    parser.add_argument("--save-adapters", action="store_true", help="keep the trained adapters")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+
+
+def parse_changes(parser: argparse.ArgumentParser, changes: list[str]) -> dict[str, float]:
+    """["epochs=2"] -> {"epochs": 2}."""
+    try:
+        pairs = dict(change.split("=") for change in changes)
+        return {name: int(value) if value.isdigit() else float(value) for name, value in pairs.items()}
+    except ValueError:
+        parser.error(f"--recipe takes NAME=NUMBER, but got {' '.join(changes)}")
+
+
+def find(folder: Path, name: str) -> Path:
+    """A file by its name in `folder`, or by its path.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists the names.
+    """
+    for path in (folder / f"{name}.json", Path(name)):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+    raise FileNotFoundError(f"{name!r} is neither a file nor one of {names}.")
+
+
+def make_plan(args, data: dict[str, PictureSet], dataset: str, shots: int, seed: int) -> Plan:
+    options: dict[str, Any] = {}
+    if args.protocol == "cross-dataset":
+        options["targets"] = [data[name] for name in args.targets if name != dataset]
+    if args.protocol == "domain-generalization":
+        options["held_out"] = args.held_out
+    return PROTOCOLS[args.protocol](data[dataset], shots, seed, **options)
+
+
+def run_cell(path: Path, cell: Cell, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Train and evaluate one method on one plan, unless that is done."""
+    folder = RunFolder(path, cell.settings(args))
+    if folder.finished:
+        accelerator.print(f"{path}: finished before")
+        return
+    pictures = cell.plan.pictures
+    write_json(path / "draw.json", {"train": pictures.train, "unreadable": pictures.unreadable})
+    accelerator.print(f"{path}: {len(pictures.train)} training pictures of {len(cell.plan.data.classes)} classes")
+    for key in pictures.unreadable:
+        accelerator.print(f"  cannot be read, replaced by another: {key}")
+    outcome = train_and_evaluate(cell, args, accelerator, path)
+    if accelerator.is_main_process:
+        folder.finish(outcome)
+    accelerator.wait_for_everyone()
+    for name, result in outcome["results"].items():
+        accelerator.print(f"  {name}: {result['accuracy']:.1f} %" if result else f"  {name}: not defined")
+        for key in result["unreadable"] if result else ():
+            accelerator.print(f"  cannot be read, left out: {key}")
+
+
+def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """Results per evaluation, the log, times and sizes."""
+    method, plan = cell.method, cell.plan
+    set_seed(cell.seed)
+    options = {} if args.attention is None else {"attn_implementation": args.attention}
+    processor = AutoProcessor.from_pretrained(args.model)
+    pictures = processor.image_processor
+    classifier = build_classifier(method, args.model, processor, plan.data.classes, plan.data.template, **options)
+    classifier.to(accelerator.device)
+    log, chosen, start = [], {}, time.perf_counter()
+    with method.evaluating():
+        if method.trains:
+            log = fit(classifier, method, plan, pictures, accelerator, folder, cell.seed, args.workers)
+        elif hasattr(classifier, "fit"):
+            classifier.eval()
+            parts = (plan.pictures.train, plan.pictures.val or plan.pictures.train)
+            chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, pictures)))
+        seconds = time.perf_counter() - start
+        if args.save_adapters and method.learner == "sep" and accelerator.is_main_process:
+            classifier.save_pretrained(folder / "adapter")
+        results = {}
+        for evaluation in plan.evaluations:
+            results[evaluation.name] = evaluate(classifier, evaluation, pictures, accelerator, args.workers)
+    return {
+        "results": results,
+        "chosen": chosen,
+        "log": log,
+        "trained_parameters": count_trained(classifier),
+        "training_seconds": seconds,
+        "evaluation_seconds": time.perf_counter() - start - seconds,
+        "processes": accelerator.num_processes,
+    }
+
+
+def count_trained(classifier: nn.Module) -> int:
+    """Parameters that the adapter keeps; the prototypes of the loss are thrown away."""
+    return sum(p.numel() for name, p in classifier.named_parameters() if p.requires_grad and name != "prototypes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Training with Accelerate: one process or many, killed and resumed, always the same pictures in the same order."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from evaluation import batches
+from methods import Method, trainable
+from protocols import Plan
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+from transforms import TrainTransform
+
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class TrainPictures(Dataset):
+    """Augmented pictures; what happens to one depends on the seed, the epoch and its place in the draw alone."""
+
+    def __init__(self, plan: Plan, transform: TrainTransform, seed: int):
+        self.plan, self.transform, self.seed, self.epoch = plan, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.plan.pictures.train)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        sample = self.plan.pictures.train[index]
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        return self.transform(self.plan.data.open(sample.key), rng), sample.label
+
+
+def fit(
+    classifier,
+    method: Method,
+    plan: Plan,
+    image_processor,
+    accelerator: Accelerator,
+    folder: Path,
+    seed: int,
+    workers: int,
+) -> list[dict[str, Any]]:
+    """Train the classifier in place, or go on where a checkpoint in `folder` stands.
+
+    Returns:
+        a dict per epoch: loss, its parts, accuracy on the training pictures, learning rate.
+    """
+    recipe = method.recipe
+    classifier.to(accelerator.device)
+    start_prototypes(classifier, plan, image_processor)
+    parameters = trainable(classifier)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=recipe.weight_decay
+    )
+    pictures = TrainPictures(plan, TrainTransform(image_processor, recipe.smallest_crop), seed)
+    steps = -(-len(pictures) // recipe.batch_size)
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_epochs * steps, recipe.epochs * steps)
+    log = resume(folder / CHECKPOINT, parameters, optimizer, schedule)
+    model, optimizer = accelerator.prepare(classifier, optimizer)
+    model.train()
+    bar = tqdm(
+        total=recipe.epochs * steps, initial=len(log) * steps, leave=False, disable=not accelerator.is_main_process
+    )
+    for epoch in range(len(log), recipe.epochs):
+        set_seed(seed * 1000 + epoch)  # dropout, where a method has it
+        pictures.epoch = epoch
+        log.append(one_epoch(model, optimizer, schedule, pictures, recipe.batch_size, accelerator, seed, workers, bar))
+        if accelerator.is_main_process:
+            save(folder / CHECKPOINT, parameters, optimizer, schedule, log)
+        accelerator.wait_for_everyone()
+    bar.close()
+    # later calls are evaluations, with other classes, outside of DistributedDataParallel
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return log
+
+
+def one_epoch(model, optimizer, schedule, pictures, batch_size, accelerator, seed, workers, bar) -> dict[str, Any]:
+    """One pass over the pictures; a global batch is shared out among the processes.
+
+    Each process weighs its mean loss by its share of the batch, so that the gradient is that of the whole batch.
+    """
+    shares, sizes = share_out(len(pictures), batch_size, accelerator, seed * 1000 + pictures.epoch)
+    loader = DataLoader(pictures, batch_sampler=shares, num_workers=workers)
+    sums = torch.zeros(2, device=accelerator.device)  # loss, right
+    for (pixels, labels), (own, whole) in zip(loader, sizes, strict=True):
+        pixels, labels = pixels.to(accelerator.device), labels.to(accelerator.device)
+        output = model(pixel_values=pixels, labels=labels)
+        share = own / whole
+        accelerator.backward(output.loss * share * accelerator.num_processes)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        right = (output.logits.detach()[:own].argmax(dim=1) == labels[:own]).sum()
+        sums += torch.stack([output.loss.detach() * own, right])
+        bar.update()
+        bar.set_postfix(epoch=pictures.epoch + 1, loss=f"{output.loss.item():.3f}", acc=f"{right / max(own, 1):.0%}")
+    loss, right = (accelerator.reduce(sums, "sum") / len(pictures)).tolist()
+    return {"epoch": pictures.epoch + 1, "loss": loss, "accuracy": 100 * right, "lr": schedule.get_last_lr()[0]}
+
+
+def share_out(count: int, batch_size: int, accelerator: Accelerator, seed: int):
+    """Indices of this process for each batch of a shuffled epoch, and (pictures of its own, of the whole batch).
+
+    A process without a picture in the last batch gets one that counts 0, because all processes must take part.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    shares, sizes = [], []
+    for start in range(0, count, batch_size):
+        batch = order[start : start + batch_size]
+        own = batch[accelerator.process_index :: accelerator.num_processes]
+        shares.append(own or batch[:1])
+        sizes.append((len(own), len(batch)))
+    return shares, sizes
+
+
+def start_prototypes(classifier, plan: Plan, image_processor) -> None:
+    """Class means of the frozen embeddings of the training pictures, where the loss has prototypes."""
+    if getattr(classifier, "prototypes", None) is None:
+        return
+    loader = batches(plan.data, plan.pictures.train, image_processor)
+    classifier.reset_prototypes(
+        {"pixel_values": pixels, "labels": labels} for pixels, labels, _ in loader if pixels is not None
+    )
+
+
+def save(path: Path, parameters, optimizer, schedule, log) -> None:
+    """Written to a temporary name and renamed, so a kill leaves the checkpoint before."""
+    state = {
+        "parameters": {name: p.detach() for name, p in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "log": log,
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def resume(path: Path, parameters, optimizer, schedule) -> list[dict[str, Any]]:
+    """Take up a checkpoint, if there is one; returns the log of the epochs that are done."""
+    if not path.exists():
+        return []
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, parameter in parameters.items():
+        parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["log"]

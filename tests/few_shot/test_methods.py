@@ -1,0 +1,156 @@
+"""Methods as files, and the baselines behind them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from baselines import LinearProbe, TipAdapter
+from methods import Recipe, build_classifier, read_method, trainable
+from transformers import AutoProcessor
+
+
+NAMES = ("butterfly", "lamp", "pizza")
+
+
+@pytest.fixture
+def build(assets):
+    model = str(assets / "clip-small")
+    processor = AutoProcessor.from_pretrained(model)
+
+    def make(method, classes=NAMES):
+        torch.manual_seed(0)
+        return build_classifier(method, model, processor, classes, "a photo of a {}.")
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(**entries):
+        (tmp_path / "mine.json").write_text(json.dumps(entries))
+        return tmp_path / "mine.json"
+
+    return make
+
+
+def shipped(scripts):
+    return sorted((scripts / "methods").glob("*.json"))
+
+
+def test_every_shipped_method_classifies(scripts, build):
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    files = shipped(scripts)
+    assert {"zero-shot", "coop", "kgcoop", "vpt", "joint", "lora", "sep", "sep-published", "sep-compact"} <= {
+        file.stem for file in files
+    }
+    for file in files:
+        method = read_method(file)
+        assert method.description, file
+        classifier = build(method)
+        assert bool(trainable(classifier)) == method.trains, file
+        if method.trains:
+            output = classifier.train()(pixel_values=pixels, labels=torch.tensor([0, 1, 2, 0]))
+            assert output.logits.shape == (4, 3)
+            output.loss.backward()
+            silent = [name for name, p in trainable(classifier).items() if p.grad is None]
+            assert not silent, (file, silent)
+
+
+def test_tuning_candidates_fit_their_methods(scripts):
+    from tune import change, title
+
+    for file in sorted((scripts / "tuning").glob("*.json")):
+        method = read_method(scripts / "methods" / file.name)
+        candidates = json.loads(file.read_text())
+        changed = [change(method, changes) for changes in candidates]
+        assert len({title(changes) for changes in candidates}) == len(candidates)
+        assert len(set(map(repr, changed))) == len(candidates), file
+
+
+def test_recipe_and_overrides(write):
+    file = write(learner="sep", recipe={"epochs": 3, "learning_rate": 0.1})
+    assert read_method(file).recipe == Recipe(epochs=3, learning_rate=0.1)
+    assert read_method(file, epochs=1).recipe == Recipe(epochs=1, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
+         "config, description, learner, loss, recipe, selection."),
+        ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
+         "batch_size, epochs, learning_rate, smallest_crop, warmup_epochs, weight_decay."),
+        ({"learner": "svm"}, "{file}: learner must be one of zero-shot, sep, lora, linear-probe, tip-adapter, "
+         "but is 'svm'."),
+        ({"learner": "sep", "selection": "all"}, '{file}: selection must be "representative" or "random", '
+         "but is 'all'."),
+        ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_method(write, entries, message):
+    file = write(**entries)
+    with pytest.raises(ValueError) as error:
+        read_method(file)
+    assert str(error.value) == message.format(file=file)
+
+
+def test_random_selection_changes_sep_and_can_be_repeated(scripts, build):
+    method = read_method(scripts / "methods" / "ablation-random-tokens.json")
+    classifier = build(method).eval()
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        usual = classifier(pixel_values=pixels).logits
+        with method.evaluating():
+            first = classifier.set_classes(NAMES)(pixel_values=pixels).logits
+        with method.evaluating():
+            again = classifier.set_classes(NAMES)(pixel_values=pixels).logits
+        after = classifier.set_classes(NAMES)(pixel_values=pixels).logits
+    assert torch.equal(first, again) and not torch.allclose(first, usual, atol=1e-4)
+    assert torch.equal(after, usual)
+
+
+def test_zero_shot_is_the_model(scripts, build, assets):
+    classifier = build(read_method(scripts / "methods" / "zero-shot.json")).eval()
+    processor = AutoProcessor.from_pretrained(assets / "clip-small")
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    texts = processor.tokenizer([f"a photo of a {name}." for name in NAMES], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = classifier.model(pixel_values=pixels, **texts).logits_per_image
+        assert torch.allclose(classifier(pixel_values=pixels).logits, expected, atol=1e-4)
+
+
+def features(count, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=-1)
+
+
+def test_tip_adapter_is_its_formula(scripts, build):
+    classifier = build(read_method(scripts / "methods" / "tip-adapter.json")).eval()
+    assert isinstance(classifier, TipAdapter)
+    keys, labels, queries = features(6, 128, 1), torch.tensor([0, 0, 1, 1, 2, 2]), features(4, 128, 2)
+    chosen = classifier.fit(keys, labels, features(9, 128, 3), torch.arange(9) % 3)
+    text = classifier.text_embeds()
+    for query, found in zip(queries, classifier.logits(queries), strict=True):
+        for c in range(3):
+            cached = sum(
+                torch.exp(-chosen["beta"] * (1 - query @ key)) for key, y in zip(keys, labels, strict=True) if y == c
+            )
+            expected = classifier.model.logit_scale.exp() * query @ text[c] + chosen["alpha"] * cached
+            assert torch.allclose(found[c], expected, atol=1e-4)
+    classifier.set_classes(("crab", "chair"))
+    expected = classifier.model.logit_scale.exp() * queries @ classifier.text_embeds().T
+    assert torch.allclose(classifier.logits(queries), expected, atol=1e-5)
+
+
+def test_linear_probe_learns_and_knows_its_classes(scripts, build):
+    classifier = build(read_method(scripts / "methods" / "linear-probe.json"))
+    assert isinstance(classifier, LinearProbe)
+    centres = features(3, 128, 1)
+    labels = torch.arange(30) % 3
+    noisy = [torch.nn.functional.normalize(centres[labels] + 0.3 * features(30, 128, seed), dim=-1) for seed in (2, 3)]
+    chosen = classifier.fit(noisy[0], labels, noisy[1], labels)
+    assert chosen["validation accuracy"] == 100
+    assert (classifier.logits(noisy[1]).argmax(dim=1) == labels).all()
+    assert classifier.can_classify(list(NAMES)) and not classifier.can_classify(["crab", "chair"])

@@ -1,0 +1,118 @@
+"""Runs: resumed, shared out among processes, skipped, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training import share_out
+
+
+NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
+
+
+@pytest.fixture
+def command(assets, scripts, describe, tmp_path):
+    """Arguments of a small run; `launcher` stands before the script."""
+    data = describe("four", reader="folder", root="caltech101", classes=NAMES)
+    method = describe(
+        "tiny",
+        learner="sep",
+        config={"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4},
+        recipe={"epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8},
+    )
+
+    def make(output, *options, launcher=(sys.executable,)):
+        arguments = ["--protocol", "base-to-new", "--data-root", assets, "--dataset", data, "--method", method]
+        arguments += ["--model", assets / "clip-small", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
+        return [str(part) for part in (*launcher, scripts / "run.py", *arguments, *options)]
+
+    return make
+
+
+def run(command, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def results(output):
+    (file,) = output.rglob("results.json")
+    found = json.loads(file.read_text())
+    return {key: found[key] for key in ("results", "log", "trained_parameters")}
+
+
+def test_killed_run_goes_on_and_ends_the_same(command, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(command(whole))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 300
+    while not list(killed.rglob("checkpoint.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (checkpoint,) = killed.rglob("checkpoint.pt")
+    assert not list(killed.rglob("results.json"))
+    done = len(torch.load(checkpoint, weights_only=True)["log"])
+    assert 1 <= done < 3
+    assert "3/3" not in run(command(killed))
+    assert results(killed) == results(whole)
+    assert not list(killed.rglob("checkpoint.pt")) and not list(killed.rglob("*.tmp"))
+
+    assert "finished before" in run(command(whole))
+    refused = subprocess.run(command(whole, "--precision", "bf16"), capture_output=True, text=True)
+    assert refused.returncode != 0
+    folder = next(whole.rglob("settings.json")).parent
+    assert (
+        f"ValueError: {folder} holds a run with other settings (precision differ). Choose another --output, or remove "
+        "that folder." in refused.stderr
+    )
+
+
+def test_two_processes_equal_one(command, tmp_path):
+    """Ten pictures in batches of five: the processes get three and two of each."""
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launcher = (
+        sys.executable,
+        *launcher,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(command(one))
+    run(command(two, launcher=launcher))
+    single, double = results(one), results(two)
+    assert json.loads(next(two.rglob("results.json")).read_text())["processes"] == 2
+    for a, b in zip(single["log"], double["log"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["accuracy"] == b["accuracy"]
+    for name in ("base", "new"):
+        assert single["results"][name]["total"] == double["results"][name]["total"]
+        assert abs(single["results"][name]["right"] - double["results"][name]["right"]) <= 1
+
+
+@pytest.mark.parametrize(("count", "batch", "processes"), [(10, 5, 2), (7, 4, 3), (4, 4, 1), (9, 4, 4)])
+def test_shares_are_the_whole(count, batch, processes):
+    ranks = [SimpleNamespace(process_index=i, num_processes=processes) for i in range(processes)]
+    shared = [share_out(count, batch, rank, seed=3) for rank in ranks]
+    seen = []
+    for step in range(-(-count // batch)):
+        parts = [(indices[step], *sizes[step]) for indices, sizes in shared]
+        assert {whole for _, _, whole in parts} == {sum(own for _, own, _ in parts)}
+        assert all(len(indices) == max(own, 1) for indices, own, _ in parts)
+        seen += [index for indices, own, _ in parts for index in indices[:own]]
+    assert sorted(seen) == list(range(count))
+    assert shared[0] == share_out(count, batch, ranks[0], seed=3) != share_out(count, batch, ranks[0], seed=4)

@@ -1,0 +1,67 @@
+"""transformers' pipelines give SEP's predictions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_classifier import NAMES, PICTURES, processor, scores_of, small_model  # noqa: F401
+from transformers import pipeline
+
+from sep_peft import ImageClassifier, SEPClassifier
+
+
+LABELS = [name.replace("_", " ") for name in NAMES]
+
+
+def assert_close(found: list[list[dict]], expected: list[list[dict]], labels: list[str]) -> None:
+    for prediction, other in zip(found, expected, strict=True):
+        assert scores_of(prediction, labels) == pytest.approx(scores_of(other, labels), abs=1e-5)
+        assert [entry["label"] for entry in prediction] == [entry["label"] for entry in other]
+
+
+@pytest.mark.parametrize("template", ["{}.", "a photo of a {}."])
+def test_zero_shot_image_classification(template, small_model, processor):  # noqa: F811
+    """Both branches read the same text: so does a classifier whose class names are these texts, and has no template."""
+    tokens = processor.tokenizer([template.format(label) for label in LABELS], padding=True, return_tensors="pt")
+    classifier = SEPClassifier(small_model, dict(tokens), processor=processor).eval()
+    expected = classifier.predict(PICTURES)
+    for prediction in expected:
+        for entry in prediction:
+            entry["label"] = LABELS[int(entry["label"].removeprefix("class "))]
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    for model in (small_model, small_model.get_base_model()):
+        classify = pipeline("zero-shot-image-classification", model=model, device="cpu", **parts)
+        pictures = [str(path) for path in PICTURES]
+        found = classify(pictures, candidate_labels=LABELS, hypothesis_template=template)
+        assert_close(found, expected, LABELS)
+
+
+def test_zero_shot_with_the_bare_name_is_the_classifier_whose_template_is_the_bare_name(small_model, processor):  # noqa: F811
+    classifier = SEPClassifier.from_class_names(small_model, processor, LABELS, template="{}.").eval()
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    classify = pipeline("zero-shot-image-classification", model=small_model, device="cpu", **parts)
+    found = classify([str(path) for path in PICTURES], candidate_labels=LABELS, hypothesis_template="{}.")
+    assert_close(found, classifier.predict(PICTURES), LABELS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_image_classification(training, small_model, processor):  # noqa: F811
+    """The classifier itself, with a text for each branch."""
+    classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).train(training)
+    expected = classifier.predict(PICTURES)
+    model = ImageClassifier(classifier)
+    classify = pipeline("image-classification", model=model, image_processor=processor.image_processor, device="cpu")
+    pictures = [str(path) for path in PICTURES]
+    assert_close(classify(pictures), expected, NAMES)
+    assert_close(classify(pictures, batch_size=3), expected, NAMES)
+    (best,) = classify(pictures[0], top_k=1)
+    assert best["label"] == expected[0][0]["label"]
+
+
+def test_what_the_pipeline_reads(small_model, processor):  # noqa: F811
+    classifier = SEPClassifier.from_class_names(small_model, processor, NAMES)
+    model = ImageClassifier(classifier)
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.num_labels == 4
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert not any(module.training for module in model.modules())
