@@ -13,6 +13,19 @@ from .checkpoint import check_folder
 from .registration import peft_type
 
 
+#: What the paper and its released code use, whatever the defaults of `SEPConfig` are.
+PUBLISHED = {
+    "num_text_prompts": 6,
+    "num_vision_prompts": 4,
+    "fusion_rank": None,
+    "fusion_hidden_size": 256,
+    "share_fusion": False,
+    "frozen_weight": 0.5,
+}
+#: Options that say something about fusions only.
+FUSION_OPTIONS = ("text_layers", "vision_layers", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -32,10 +45,11 @@ class SEPConfig(PeftConfig):
             published; above 0 positions are spent already, so they carry none. Default 0.
         fusion (`"attention"` or `"none"`): "attention" fuses prompts with selected tokens, "none" lets the prompts run
             through the layers as they are (shallow prompts as in CoOp and VPT). Default "attention".
-        fusion_rank (`int`, *optional*): None for full-width projections as published, r factors the four projections of
-            each fusion to rank r. Default None.
-        fusion_hidden_size (`int`): width of the fusion's MLP. Default 256.
-        share_fusion (`bool`): one fusion module for all layers of a tower. Default False.
+        fusion_rank (`int`, *optional*): r factors the four projections of each fusion to rank r, None leaves them at
+            full width as published. Default 4.
+        fusion_hidden_size (`int`): width of the fusion's MLP, 256 as published. Default 16.
+        share_fusion (`bool`): one fusion module for all layers of a tower; as published each layer has its own. Default
+            True.
         frozen_weight (`float`): share of the frozen embedding in the mix, at least 0 and below 1. 0.5 is the published
             equal sum, 0 the prompted tower alone. Default 0.5.
         batch_coupled (`bool`): reproduce the released code, which attends across the inputs of the batch instead of
@@ -66,10 +80,10 @@ class SEPConfig(PeftConfig):
         default="attention", metadata={"help": "'attention' fuses prompts with tokens, 'none' leaves them shallow."}
     )
     fusion_rank: Optional[int] = field(
-        default=None, metadata={"help": "Rank of the fusion's projections; None for full width."}
+        default=4, metadata={"help": "Rank of the fusion's projections; None for full width."}
     )
-    fusion_hidden_size: int = field(default=256, metadata={"help": "Width of the fusion's MLP."})
-    share_fusion: bool = field(default=False, metadata={"help": "One fusion module for all layers of a tower."})
+    fusion_hidden_size: int = field(default=16, metadata={"help": "Width of the fusion's MLP."})
+    share_fusion: bool = field(default=True, metadata={"help": "One fusion module for all layers of a tower."})
     frozen_weight: float = field(
         default=0.5, metadata={"help": "Share of the frozen embedding in the mix, 0 <= frozen_weight < 1."}
     )
@@ -125,6 +139,11 @@ class SEPConfig(PeftConfig):
             self._check_unused_fusion_options()
 
     @classmethod
+    def published(cls, **overrides) -> SEPConfig:
+        """The setting of the paper: full-width fusions of their own for every layer. Options given replace it."""
+        return cls(**(PUBLISHED | overrides))
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs
     ) -> SEPConfig:
@@ -176,14 +195,7 @@ class SEPConfig(PeftConfig):
 
     def _check_unused_fusion_options(self) -> None:
         """An option that would be read and ignored is an error instead."""
-        for name, unset in (
-            ("text_layers", None),
-            ("vision_layers", None),
-            ("fusion_rank", None),
-            ("fusion_hidden_size", 256),
-            ("share_fusion", False),
-            ("batch_coupled", False),
-        ):
-            value = getattr(self, name)
+        for name in FUSION_OPTIONS:
+            value, unset = getattr(self, name), self.__dataclass_fields__[name].default
             if value != unset:
                 raise ValueError(f'{name} must be left at {unset!r} with fusion="none", but got {value!r}.')

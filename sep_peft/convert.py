@@ -89,7 +89,7 @@ def convert_reference_checkpoint(
     for name, (prompts, _) in TOWERS.items():
         if prompts not in state:
             raise AdapterMismatchError(f"{os.fspath(checkpoint)} lacks {prompts}, the prompts of the {name} tower.")
-    config = SEPConfig(
+    config = SEPConfig.published(
         num_text_prompts=len(state["ctx"]),
         num_vision_prompts=len(state["ctx_visual"]),
         text_layers=None if text_layers is None else list(text_layers),
