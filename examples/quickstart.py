@@ -43,7 +43,8 @@ def main() -> None:
 
     with model.disable_adapter():
         zero_shot = measure(classifier, test, base, new, "zero-shot")
-    fit(classifier.set_classes(base), train, Recipe(args.epochs, args.batch_size, args.learning_rate, args.seed))
+    recipe = Recipe(args.epochs, args.batch_size, args.learning_rate, seed=args.seed)
+    fit(classifier.set_classes(base), train, recipe)
     adapted = measure(classifier, test, base, new, "SEP")
     print_table({"zero-shot": zero_shot, "SEP": adapted})
 
@@ -72,9 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="picture to classify at the end; default: one of the test pictures")
     parser.add_argument("--template", default="a photo of a {}.", help="what the frozen text branch reads")
     parser.add_argument("--shots", type=int, default=16, help="training pictures per class")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--text-prompts", type=int, default=6)
     parser.add_argument("--vision-prompts", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)

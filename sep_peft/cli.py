@@ -90,22 +90,27 @@ def _add_train(parsers) -> None:
     parser.add_argument("--name", help="name of the data for the model card; default: that of FOLDER")
     parser.add_argument("--license", help='licence of the adapter for the model card, such as "apache-2.0"')
     _add_template(parser)
-    recipe, config = Recipe(), SEPConfig()
+    recipe, published, config = Recipe(), Recipe.published(), SEPConfig()
     group = parser.add_argument_group("training")
     group.add_argument("--shots", type=whole_number, default=16, help="training pictures per class (%(default)s)")
-    group.add_argument("--epochs", type=whole_number, default=recipe.epochs, help="(%(default)s)")
+    group.add_argument("--epochs", type=whole_number, help=f"({recipe.epochs}, published {published.epochs})")
     group.add_argument("--max-steps", type=whole_number, help="stop earlier, after so many steps")
     group.add_argument("--batch-size", type=whole_number, default=recipe.batch_size, help="(%(default)s)")
-    group.add_argument("--learning-rate", type=float, default=recipe.learning_rate, help="(%(default)s)")
+    group.add_argument(
+        "--learning-rate", type=float, help=f"({recipe.learning_rate}, published {published.learning_rate})"
+    )
     group.add_argument("--seed", type=int, default=recipe.seed, help="of drawn pictures and training (%(default)s)")
     group = parser.add_argument_group("adapter", "see SEPConfig in README")
     group.add_argument("--text-prompts", type=whole_number, default=config.num_text_prompts, help="(%(default)s)")
     group.add_argument("--vision-prompts", type=whole_number, default=config.num_vision_prompts, help="(%(default)s)")
-    group.add_argument("--fusion-rank", type=whole_number, help="factor projections to this rank, for a small adapter")
+    group.add_argument("--fusion-rank", type=whole_number, help=f"({config.fusion_rank})")
+    group.add_argument("--fusion-hidden-size", type=whole_number, help=f"({config.fusion_hidden_size})")
     group.add_argument(
-        "--fusion-hidden-size", type=whole_number, default=config.fusion_hidden_size, help="(%(default)s)"
+        "--share-fusion", action=argparse.BooleanOptionalAction, help=f"one for all layers ({config.share_fusion})"
     )
-    group.add_argument("--share-fusion", action="store_true", help="one fusion for all layers, for a small adapter")
+    group.add_argument(
+        "--published", action="store_true", help="the paper's full-width fusions and recipe, for a large adapter"
+    )
 
 
 def _add_predict(parsers) -> None:

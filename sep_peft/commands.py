@@ -52,7 +52,9 @@ class Result:
 def train(args: argparse.Namespace) -> Result:
     """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card."""
     _check_output(args.output, args.overwrite)
-    recipe = Recipe(args.epochs, args.batch_size, args.learning_rate, args.seed, args.max_steps)
+    recipe = (Recipe.published if args.published else Recipe)(
+        **_given(args, "epochs", "batch_size", "learning_rate", "seed", "max_steps")
+    )
     folder, broken = _readable(read_folder(args.folder, args.shots, args.seed), args)
     set_seed(args.seed)
     classifier = _new_classifier(args, folder.names)
@@ -94,6 +96,11 @@ def _evaluate_parts(
     return {part: _evaluate(classifier, samples, args, f"{title}, {part}") for part, samples in folder.tests.items()}
 
 
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the others have their defaults elsewhere."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def _check_output(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
@@ -116,12 +123,10 @@ def _readable(folder: PictureFolder, args: argparse.Namespace) -> tuple[PictureF
 
 
 def _new_classifier(args: argparse.Namespace, names: list[str]) -> SEPClassifier:
-    config = SEPConfig(
+    config = (SEPConfig.published if args.published else SEPConfig)(
         num_text_prompts=args.text_prompts,
         num_vision_prompts=args.vision_prompts,
-        fusion_rank=args.fusion_rank,
-        fusion_hidden_size=args.fusion_hidden_size,
-        share_fusion=args.share_fusion,
+        **_given(args, "fusion_rank", "fusion_hidden_size", "share_fusion"),
     )
     base, processor = _load_base(args)
     model = get_peft_model(base, config).to(_device(args))

@@ -140,8 +140,15 @@ class SEPConfig(PeftConfig):
 
     @classmethod
     def published(cls, **overrides) -> SEPConfig:
-        """The setting of the paper: full-width fusions of their own for every layer. Options given replace it."""
-        return cls(**(PUBLISHED | overrides))
+        """The setting of the paper: full-width fusions, one of its own for each layer.
+
+        Args:
+            overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
+        """
+        options = dict(PUBLISHED)
+        if overrides.get("fusion") == "none":
+            options = {name: value for name, value in options.items() if name not in FUSION_OPTIONS}
+        return cls(**(options | overrides))
 
     @classmethod
     def from_pretrained(

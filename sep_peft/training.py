@@ -1,4 +1,4 @@
-"""The published recipe: train a classifier on pictures with transformers' Trainer."""
+"""Recipes: train a classifier on pictures with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -17,27 +17,41 @@ from .pictures import read_picture
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are published.
+    """How to train; the defaults are those that `examples/few_shot` tuned for the default adapter.
 
     Args:
         epochs: passes over the pictures; the learning rate rises during the first and falls along a cosine.
         batch_size: pictures a step.
-        learning_rate: of Adam, with eps 1e-3 and without weight decay.
+        learning_rate: of AdamW, without weight decay.
+        adam_epsilon: of AdamW.
+        smallest_crop: least share of a picture's area that augmentation keeps.
+        text_weight, vision_weight: of the consistency losses.
         seed: of batches and augmentation.
         max_steps: stop after so many steps; None: after `epochs`.
     """
 
-    epochs: int = 50
+    epochs: int = 30
     batch_size: int = 32
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 1e-2
+    adam_epsilon: float = 1e-8
+    smallest_crop: float = 0.5
+    text_weight: float = 2.0
+    vision_weight: float = 1.5
     seed: int = 1
     max_steps: int | None = None
+
+    @classmethod
+    def published(cls, **overrides) -> Recipe:
+        """The recipe of the paper's released code, for `SEPConfig.published()`."""
+        paper = {"epochs": 50, "learning_rate": 2.5e-3, "adam_epsilon": 1e-3, "smallest_crop": 0.08}
+        return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0} | overrides))
 
     def __str__(self) -> str:
         length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
         return (
-            f"{length} of batches of {self.batch_size}, Adam with learning rate {self.learning_rate:g}, eps 1e-3, "
-            "warm-up for one epoch, cosine; random crops and flips"
+            f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}, eps "
+            f"{self.adam_epsilon:g}, warm-up for one epoch, cosine; consistency weights {self.text_weight:g} and "
+            f"{self.vision_weight:g}; random crops from {self.smallest_crop:.0%} of the area and flips"
         )
 
 
@@ -48,13 +62,13 @@ class Pictures(torch.utils.data.Dataset):
         samples: pictures and names of their classes.
         names: all class names, in the order of the labels.
         processor: with an image processor of transformers.
-        augment: crop and flip at random.
+        smallest_crop: crop at random to so much of the area or more, and flip; None: pictures as they are.
     """
 
-    def __init__(self, samples: Samples, names: list[str], processor, augment: bool):
+    def __init__(self, samples: Samples, names: list[str], processor, smallest_crop: float | None = None):
         self.samples = [(path, names.index(name)) for path, name in samples]
         self.processor = getattr(processor, "image_processor", processor)
-        self.augment = augment
+        self.smallest_crop = smallest_crop
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,15 +76,15 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         path, label = self.samples[index]
         picture = read_picture(path)
-        if self.augment:
-            picture = random_crop_and_flip(picture)
+        if self.smallest_crop is not None:
+            picture = random_crop_and_flip(picture, self.smallest_crop)
         return {"pixel_values": self.processor(picture, return_tensors="pt")["pixel_values"][0], "labels": label}
 
 
-def random_crop_and_flip(picture: Image.Image) -> Image.Image:
-    """A square-ish part of 8 to 100 percent of the area, mirrored half of the time: the field's augmentation."""
+def random_crop_and_flip(picture: Image.Image, smallest: float) -> Image.Image:
+    """A square-ish part of `smallest` to all of the area, mirrored half of the time: the field's augmentation."""
     width, height = picture.size
-    area, ratio = width * height * random.uniform(0.08, 1), random.uniform(3 / 4, 4 / 3)
+    area, ratio = width * height * random.uniform(smallest, 1), random.uniform(3 / 4, 4 / 3)
     part = min(width, round((area * ratio) ** 0.5)), min(height, round((area / ratio) ** 0.5))
     left, top = random.randint(0, width - part[0]), random.randint(0, height - part[1])
     side = min(width, height)
@@ -88,11 +102,12 @@ def fit(classifier: SEPClassifier, samples: Samples, recipe: Recipe, quiet: bool
         quiet: without progress.
     """
     names, processor = classifier.class_names, classifier.processor
-    plain = Pictures(samples, names, processor, augment=False)
+    classifier.loss_weights |= {"text_weight": recipe.text_weight, "vision_weight": recipe.vision_weight}
+    plain = Pictures(samples, names, processor)
     classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(recipe, len(samples), classifier.device.type == "cpu", quiet, folder)
-        data = Pictures(samples, names, processor, augment=True)
+        data = Pictures(samples, names, processor, recipe.smallest_crop)
         Trainer(classifier, arguments, train_dataset=data).train()
 
 
@@ -104,7 +119,7 @@ def _arguments(recipe: Recipe, count: int, use_cpu: bool, quiet: bool, folder: s
         max_steps=-1 if recipe.max_steps is None else recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
-        adam_epsilon=1e-3,
+        adam_epsilon=recipe.adam_epsilon,
         weight_decay=0.0,
         max_grad_norm=0.0,
         lr_scheduler_type="cosine",

@@ -35,7 +35,7 @@ LABELS = torch.tensor([3, 0, 2, 2, 1])
 def make_model(adapter: str = "default", seed: int = 3, dtype: torch.dtype = torch.float32, **config) -> PeftModel:
     clip = make_clip().to(dtype)
     torch.manual_seed(seed)
-    model = get_peft_model(clip, SEPConfig(**(SMALL | config)), adapter)
+    model = get_peft_model(clip, SEPConfig.published(**(SMALL | config)), adapter)
     perturb(model, adapter, seed=seed)
     return model
 
@@ -317,17 +317,17 @@ def replace_data(classifier: SEPClassifier) -> None:
 
 
 def add_and_set_adapter(classifier: SEPClassifier) -> None:
-    classifier.model.add_adapter("other", SEPConfig(**SMALL))
+    classifier.model.add_adapter("other", SEPConfig.published(**SMALL))
     perturb(classifier.model, "other", seed=7)
     classifier.model.set_adapter("other")
 
 
 def delete_and_add_adapter(classifier: SEPClassifier) -> None:
     """Another adapter of the same name."""
-    classifier.model.add_adapter("other", SEPConfig(**SMALL))
+    classifier.model.add_adapter("other", SEPConfig.published(**SMALL))
     classifier.model.delete_adapter("default")
     torch.manual_seed(8)
-    classifier.model.add_adapter("default", SEPConfig(**SMALL))
+    classifier.model.add_adapter("default", SEPConfig.published(**SMALL))
     classifier.model.set_adapter("default")
 
 
@@ -430,7 +430,7 @@ def processor():
 def small_model() -> PeftModel:
     """Tests must not change it."""
     torch.manual_seed(0)
-    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig(**SMALL))
+    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig.published(**SMALL))
     perturb(model, scale=0.02)
     return model
 
@@ -654,7 +654,7 @@ def saved(tmp_path) -> Path:
 def test_what_is_saved(kind, adapter, tmp_path):
     """Only safetensors, JSON and the model card; of one adapter, without prototypes."""
     classifier = make_classifier(config={"adapter": adapter})
-    classifier.model.add_adapter("unused", SEPConfig(**SMALL))
+    classifier.model.add_adapter("unused", SEPConfig.published(**SMALL))
     classifier.save_pretrained(kind(tmp_path / "a" / "b"))
     assert sorted(contents(tmp_path / "a")) == ["b", *(f"b/{name}" for name in FILES)]
     with safe_open(tmp_path / "a/b/adapter_model.safetensors", framework="pt") as file:
@@ -830,7 +830,7 @@ def test_saving_into_a_file(tmp_path):
 
 
 def test_saving_needs_a_peft_model(tmp_path):
-    model = inject_adapter_in_model(SEPConfig(**SMALL), make_clip())
+    model = inject_adapter_in_model(SEPConfig.published(**SMALL), make_clip())
     classifier = SEPClassifier(model, CLASSES, TEMPLATES)
     assert classifier(IMAGES, LABELS).loss.isfinite()
     message = (

@@ -21,10 +21,10 @@ def raises(message: str, error: type[Exception] = ValueError):
     return pytest.raises(error, match=f"^{re.escape(message)}$")
 
 
-def two(name: str = "default", second: str | None = None, **changes) -> PeftModel:
+def two(name: str = "published", second: str | None = None, **changes) -> PeftModel:
     model = adapted(name, "one")
     torch.manual_seed(4)
-    model.add_adapter("two", SEPConfig(**(SETTINGS[second or name] | changes)))
+    model.add_adapter("two", SEPConfig.published(**(SETTINGS[second or name] | changes)))
     perturb(model, "two", seed=4)
     return model.eval()
 
@@ -74,7 +74,9 @@ def test_sums_that_are_known(tmp_path):
 
 
 def test_adapters_in_half_precision():
-    model = get_peft_model(make_clip().bfloat16(), SEPConfig(**SETTINGS["rank"]), "one", autocast_adapter_dtype=False)
+    model = get_peft_model(
+        make_clip().bfloat16(), SEPConfig.published(**SETTINGS["rank"]), "one", autocast_adapter_dtype=False
+    )
     perturb(model, "one")
     model.add_weighted_adapter(["one"], [0.5], "halved")
     for key, value in parameters_of(model, "halved").items():
@@ -107,7 +109,7 @@ TAKEN = "There is an adapter 'two' already. Choose another name."
 )
 def test_sums_that_cannot_be_made_change_nothing(adapters, weights, name, message):
     model = two()
-    model.add_adapter("three", SEPConfig(num_text_prompts=3, num_vision_prompts=2, frozen_weight=0.8))
+    model.add_adapter("three", SEPConfig.published(num_text_prompts=3, num_vision_prompts=2, frozen_weight=0.8))
     before, configs = snapshot(model), dict(model.peft_config)
     with raises(message):
         model.add_weighted_adapter(adapters, weights, name)
@@ -115,7 +117,7 @@ def test_sums_that_cannot_be_made_change_nothing(adapters, weights, name, messag
 
 
 def test_modules_to_save_are_not_summed():
-    model = get_peft_model(make_clip(), SEPConfig(modules_to_save=["visual_projection"]), "one")
+    model = get_peft_model(make_clip(), SEPConfig.published(modules_to_save=["visual_projection"]), "one")
     message = "The adapters 'one' and 'one' have modules_to_save, which are no part of SEP's parameters."
     with raises(message):
         model.add_weighted_adapter(["one"], [1.0], "soup")
@@ -146,7 +148,7 @@ def test_options_that_must_agree():
 
 @pytest.fixture
 def saved(tmp_path) -> str:
-    adapted("default", seed=8).save_pretrained(tmp_path)
+    adapted("published", seed=8).save_pretrained(tmp_path)
     return str(tmp_path)
 
 
@@ -169,19 +171,19 @@ def test_other_adapters_stay(saved):
     hotswap_adapter(model, saved, "one", torch_device="cpu")
     assert torch.equal(outputs(model), expected)
     model.set_adapter("one")
-    assert torch.equal(outputs(model), outputs(adapted("default", seed=8)))
+    assert torch.equal(outputs(model), outputs(adapted("published", seed=8)))
 
 
 def test_from_a_subfolder_into_a_model_without_peft_model(tmp_path):
-    adapted("default", seed=8).save_pretrained(tmp_path / "below")
-    model = inject_adapter_in_model(SEPConfig(**SETTINGS["default"]), make_clip())
+    adapted("published", seed=8).save_pretrained(tmp_path / "below")
+    model = inject_adapter_in_model(SEPConfig.published(**SETTINGS["published"]), make_clip())
     hotswap_adapter(model, str(tmp_path), "default", subfolder="below")
-    assert torch.equal(outputs(model), outputs(adapted("default", seed=8)))
+    assert torch.equal(outputs(model), outputs(adapted("published", seed=8)))
 
 
 @torch.no_grad()
 def test_a_compiled_model_is_not_compiled_again(saved):
-    model = adapted("default")
+    model = adapted("published")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     texts, images = make_texts([5, 3, 9, 4]), make_images(3)
     compiled(**texts, pixel_values=images)
@@ -189,17 +191,17 @@ def test_a_compiled_model_is_not_compiled_again(saved):
         hotswap_adapter(compiled, saved, "default")
         found = compiled(**texts, pixel_values=images).logits_per_image
     torch._dynamo.reset()
-    torch.testing.assert_close(found, outputs(adapted("default", seed=8)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, outputs(adapted("published", seed=8)), rtol=1e-4, atol=1e-5)
 
 
 def test_cached_class_texts_notice(saved):
     texts = make_texts([5, 3, 7, 4]), make_texts([9, 7, 11, 8], seed=5)
-    classifier = SEPClassifier(adapted("default"), *texts).eval()
+    classifier = SEPClassifier(adapted("published"), *texts).eval()
     with torch.no_grad():
         before = classifier(make_images(3)).logits
         hotswap_adapter(classifier.model, saved, "default")
         after = classifier(make_images(3)).logits
-        expected = SEPClassifier(adapted("default", seed=8), *texts).eval()(make_images(3)).logits
+        expected = SEPClassifier(adapted("published", seed=8), *texts).eval()(make_images(3)).logits
     assert torch.equal(after, expected) and not torch.equal(after, before)
 
 
@@ -211,7 +213,7 @@ def assert_refused(model: PeftModel, path: str, message: str, error: type[Except
 
 
 def test_an_adapter_that_is_not_there(saved):
-    model = adapted("default", "one")
+    model = adapted("published", "one")
     with raises("There is no SEP adapter 'default' in this model."):
         hotswap_adapter(model, saved, "default")
 
@@ -227,13 +229,13 @@ def test_other_options(saved):
 def test_another_method(tmp_path):
     get_peft_model(make_clip(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     message = f"{tmp_path} holds an adapter of the method LORA, but SEP is needed."
-    assert_refused(adapted("default"), str(tmp_path), message)
+    assert_refused(adapted("published"), str(tmp_path), message)
 
 
 def test_another_architecture(tmp_path):
-    get_peft_model(make_clip(vision_layers=5), SEPConfig(**SETTINGS["default"])).save_pretrained(tmp_path)
+    get_peft_model(make_clip(vision_layers=5), SEPConfig.published(**SETTINGS["published"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"was made for another architecture: it needs .*'num_layers': 5.*, but the m"):
-        hotswap_adapter(adapted("default"), str(tmp_path), "default")
+        hotswap_adapter(adapted("published"), str(tmp_path), "default")
 
 
 def test_a_file_that_does_not_fit(saved):
@@ -245,17 +247,17 @@ def test_a_file_that_does_not_fit(saved):
     removed = sorted(state)[1]
     del state[removed]
     save_file(state, file, metadata={"format": "pt"})
-    shapes = {k: tuple(v.shape) for k, v in parameters_of(adapted("default"), "default").items()}
+    shapes = {k: tuple(v.shape) for k, v in parameters_of(adapted("published"), "default").items()}
     message = (
         "the file of adapter 'default' does not fit this model and configuration; missing keys: "
         f"{removed}; unexpected keys: base_model.model.more; other shapes: {key} is {tuple(state[key].shape)}, needed "
         f"is {shapes[key]}"
     )
-    assert_refused(adapted("default"), saved, message, AdapterMismatchError)
+    assert_refused(adapted("published"), saved, message, AdapterMismatchError)
 
 
 def test_a_model_made_in_inference_mode(saved):
     with torch.inference_mode():
-        model = adapted("default")
+        model = adapted("published")
     message = "The adapter was made in inference mode, where its weights cannot be swapped in place."
     assert_refused(model, saved, message)

@@ -94,9 +94,9 @@ BAD_COMBINATIONS = [
             ("text_layers", [1], None),
             ("text_layers", [], None),
             ("vision_layers", [2, 3], None),
-            ("fusion_rank", 4, None),
-            ("fusion_hidden_size", 128, 256),
-            ("share_fusion", True, False),
+            ("fusion_rank", None, 4),
+            ("fusion_hidden_size", 256, 16),
+            ("share_fusion", False, True),
             ("batch_coupled", True, False),
         )
     ),
@@ -118,7 +118,7 @@ def test_bad_combination(options, message):
         {"frozen_weight": 0.999},
         {"fusion_rank": 1, "fusion_hidden_size": 1},
         {"text_layers": [], "vision_layers": []},
-        {"fusion": "none", "fusion_hidden_size": 256, "start_layer": 3},
+        {"fusion": "none", "fusion_hidden_size": 16, "start_layer": 3},
     ],
     ids=str,
 )
@@ -348,3 +348,16 @@ def test_loading_into_another_architecture_leaves_the_model_alone(tmp_path):
     with Untouched(model), pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         PeftModel.from_pretrained(model, tmp_path)
     assert not hasattr(model, "peft_config")
+
+
+def test_published_options():
+    config = SEPConfig.published()
+    assert (config.fusion_rank, config.fusion_hidden_size, config.share_fusion) == (None, 256, False)
+    assert (config.num_text_prompts, config.num_vision_prompts, config.frozen_weight) == (6, 4, 0.5)
+
+
+def test_published_options_can_be_replaced():
+    assert SEPConfig.published(fusion_rank=2).fusion_rank == 2
+    assert SEPConfig.published(fusion="none") == SEPConfig(fusion="none")
+    with pytest.raises(ValueError, match=r"^share_fusion must be left at True"):
+        SEPConfig.published(fusion="none", share_fusion=False)

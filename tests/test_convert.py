@@ -97,7 +97,7 @@ def test_loss_and_gradients(classifier):
 
 def test_per_input(folder):
     """The same weights without `batch_coupled`: attention across the K tokens of each input."""
-    config = SEPConfig(num_text_prompts=4, num_vision_prompts=3, text_layers=LAYERS, vision_layers=LAYERS)
+    config = SEPConfig.published(num_text_prompts=4, num_vision_prompts=3, text_layers=LAYERS, vision_layers=LAYERS)
     model = get_peft_model(reference_clip(), config)
     model.load_state_dict(PeftModel.from_pretrained(reference_clip(), folder).state_dict())
     towers = model.eval().base_model.towers

@@ -47,7 +47,7 @@ def pictures(tmp_path_factory) -> Path:
 def adapter(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig(fusion_rank=1))
+    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig.published(fusion_rank=1))
     perturb(model, scale=0.02)
     model.save_pretrained(folder)
     return folder

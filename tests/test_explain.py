@@ -26,7 +26,9 @@ PROMPTS, PATCHES, GRID = 4, 9, (3, 3)
 
 def make_model(**config):
     torch.manual_seed(0)
-    model = get_peft_model(make_clip(), SEPConfig(**({"num_text_prompts": 2, "num_vision_prompts": PROMPTS} | config)))
+    model = get_peft_model(
+        make_clip(), SEPConfig.published(**({"num_text_prompts": 2, "num_vision_prompts": PROMPTS} | config))
+    )
     perturb(model)
     return model.eval()
 

@@ -68,7 +68,7 @@ def test_onnx(kind, config, tmp_path):
 @torch.no_grad()
 def test_other_families(name):
     case = CASES[name]
-    model = get_peft_model(case.build(), SEPConfig(num_text_prompts=2, num_vision_prompts=2))
+    model = get_peft_model(case.build(), SEPConfig.published(num_text_prompts=2, num_vision_prompts=2))
     perturb(model)
     module, images = ImageEmbedder(model).eval(), case.image(5)["pixel_values"]
     program = torch.export.export(module, (images[:2],), dynamic_shapes=BATCH).module()
@@ -97,6 +97,6 @@ def test_a_model_without_prompts_in_its_image_tower():
 
 def test_a_bare_image_tower():
     case = CASES["clip vision"]
-    model = get_peft_model(case.build(), SEPConfig(num_text_prompts=0)).eval()
+    model = get_peft_model(case.build(), SEPConfig.published(num_text_prompts=0)).eval()
     embeds = ImageEmbedder(model)(make_images(2))
     torch.testing.assert_close(torch.linalg.vector_norm(embeds, dim=-1), torch.ones(2))

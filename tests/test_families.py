@@ -29,7 +29,7 @@ PROMPTS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
 def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **options) -> PeftModel:
-    model = get_peft_model(case.build(attention), SEPConfig(**(PROMPTS | case.options | options)))
+    model = get_peft_model(case.build(attention), SEPConfig.published(**(PROMPTS | case.options | options)))
     if perturbed:
         perturb(model)
     return model.eval()
@@ -452,10 +452,10 @@ def test_compiles_without_graph_breaks(name):
 def test_segmentation_without_gradients_is_refused():
     config = CASES["clipseg"].config()
     with pytest.raises(ValueError, match="num_text_prompts must be 0 for this model, because the model runs"):
-        get_peft_model(hf.CLIPSegForImageSegmentation(config), SEPConfig(**PROMPTS))
+        get_peft_model(hf.CLIPSegForImageSegmentation(config), SEPConfig.published(**PROMPTS))
 
 
 def test_a_class_with_its_towers_elsewhere_is_refused():
     model = hf.OwlViTForObjectDetection(CASES["owlvit"].config())
     with pytest.raises(ValueError, match="with a 'text_model', but OwlViTForObjectDetection has none"):
-        get_peft_model(model, SEPConfig(**PROMPTS))
+        get_peft_model(model, SEPConfig.published(**PROMPTS))

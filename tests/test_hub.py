@@ -40,7 +40,7 @@ DETAILS = CardDetails(shots=16, scores=[Score("Caltech 101", 61.7, 36.1)], licen
 def make_classifier(base: str = BASE, names=tuple(NAMES)) -> SEPClassifier:
     torch.manual_seed(0)
     processor = AutoProcessor.from_pretrained(base, token=TOKEN)
-    config = SEPConfig(num_text_prompts=3, fusion_rank=2, share_fusion=True, fusion_hidden_size=8)
+    config = SEPConfig.published(num_text_prompts=3, fusion_rank=2, share_fusion=True, fusion_hidden_size=8)
     model = get_peft_model(CLIPModel.from_pretrained(base, token=TOKEN), config)
     perturb(model)
     return SEPClassifier.from_class_names(model, processor, names, template="a picture of a {}.").eval()
@@ -106,7 +106,9 @@ def live_in_transformers() -> dict:
     model = base_model()
     model.load_adapter(REPO, adapter_kwargs={"token": TOKEN})
     seen = {"loaded": embedding(model), "active": [model.active_adapters()]}
-    model.add_adapter(SEPConfig(num_text_prompts=1, num_vision_prompts=2, fusion="none"), adapter_name="second")
+    model.add_adapter(
+        SEPConfig.published(num_text_prompts=1, num_vision_prompts=2, fusion="none"), adapter_name="second"
+    )
     perturb(model, "second")
     seen["second"] = embedding(model)
     model.set_adapter("default")

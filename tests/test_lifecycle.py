@@ -33,7 +33,7 @@ def snapshot(model) -> tuple:
 def adapted(name: str, adapter: str = "default", seed: int = 3) -> PeftModel:
     clip = make_clip()
     torch.manual_seed(seed)
-    model = get_peft_model(clip, SEPConfig(**SETTINGS[name]), adapter_name=adapter)
+    model = get_peft_model(clip, SEPConfig.published(**SETTINGS[name]), adapter_name=adapter)
     perturb(model, adapter, seed=seed)
     return model.eval()
 
@@ -58,7 +58,7 @@ class TestOneAdapter:
     def test_unload_gives_back_the_very_same_modules(self, name):
         clip = make_clip()
         before, base = snapshot(clip), outputs(clip)
-        model = get_peft_model(clip, SEPConfig(**SETTINGS[name]))
+        model = get_peft_model(clip, SEPConfig.published(**SETTINGS[name]))
         assert snapshot(clip) != before
         assert model.unload() is clip
         assert snapshot(clip) == before
@@ -122,13 +122,13 @@ class TestOneAdapter:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("default", "one prompt"), ("default", "layers"), ("vision only", "text only"), ("start", "shallow")],
+    [("published", "one prompt"), ("published", "layers"), ("vision only", "text only"), ("start", "shallow")],
 )
 class TestTwoAdapters:
     def both(self, first, second) -> PeftModel:
         model = adapted(first, "one")
         torch.manual_seed(4)
-        model.add_adapter("two", SEPConfig(**SETTINGS[second]))
+        model.add_adapter("two", SEPConfig.published(**SETTINGS[second]))
         perturb(model, "two", seed=4)
         return model.eval()
 
@@ -177,8 +177,8 @@ class TestTwoAdapters:
 def test_three_adapters_agree_on_the_next_active_one():
     """Each tower picks the next adapter itself; they must pick the same one, also where an adapter skips a tower."""
     model = adapted("vision only", "a")
-    model.add_adapter("b", SEPConfig(**SETTINGS["vision only"]))
-    model.add_adapter("c", SEPConfig(**SETTINGS["text only"]))
+    model.add_adapter("b", SEPConfig.published(**SETTINGS["vision only"]))
+    model.add_adapter("c", SEPConfig.published(**SETTINGS["text only"]))
     with pytest.warns(UserWarning, match="Setting active adapter to b"):
         model.delete_adapter("a")
     assert {tuple(tower.active_adapters) for tower in model.base_model.towers.values()} == {("b",)}
@@ -186,8 +186,8 @@ def test_three_adapters_agree_on_the_next_active_one():
 
 
 def test_two_active_adapters_are_refused():
-    model = adapted("default", "one")
-    model.add_adapter("two", SEPConfig(**SETTINGS["default"]))
+    model = adapted("published", "one")
+    model.add_adapter("two", SEPConfig.published(**SETTINGS["published"]))
     message = r"One SEP adapter can be active at a time, but got \['one', 'two'\]. Pass a single name."
     with pytest.raises(ValueError, match=message):
         model.base_model.set_adapter(["one", "two"])
@@ -196,7 +196,7 @@ def test_two_active_adapters_are_refused():
 
 @pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter"])
 def test_merging_is_refused(call):
-    model = adapted("default")
+    model = adapted("published")
     expected = outputs(model)
     message = (
         r"A SEP adapter cannot be merged: its prompts are computed from each input, so no change of the weights can "
@@ -209,24 +209,26 @@ def test_merging_is_refused(call):
 
 def test_transformers_adds_an_adapter(clip_folder):
     clip = CLIPModel.from_pretrained(clip_folder)
-    clip.add_adapter(SEPConfig(**SETTINGS["default"]), adapter_name="task")
+    clip.add_adapter(SEPConfig.published(**SETTINGS["published"]), adapter_name="task")
     assert clip.active_adapters() == ["task"]
     perturb(clip, "task")
     changed = outputs(clip)
-    clip.add_adapter(SEPConfig(**SETTINGS["layers"]), adapter_name="other")
+    clip.add_adapter(SEPConfig.published(**SETTINGS["layers"]), adapter_name="other")
     clip.set_adapter("task")
     assert torch.equal(outputs(clip), changed)
     assert set(clip.get_adapter_state_dict("task")) == set(get_peft_model_state_dict(clip, adapter_name="task"))
 
 
 def test_injecting_without_a_peft_model():
-    clip = inject_adapter_in_model(SEPConfig(**SETTINGS["default"]), make_clip())
+    clip = inject_adapter_in_model(SEPConfig.published(**SETTINGS["published"]), make_clip())
     assert isinstance(clip, CLIPModel)
     assert all(p.requires_grad == (".sep_" in key) for key, p in clip.named_parameters())
 
 
 def test_modules_to_save_are_trained_and_saved(tmp_path):
-    model = get_peft_model(make_clip(), SEPConfig(**SETTINGS["default"], modules_to_save=["visual_projection"]))
+    model = get_peft_model(
+        make_clip(), SEPConfig.published(**SETTINGS["published"], modules_to_save=["visual_projection"])
+    )
     perturb(model)
     model.get_base_model().visual_projection.modules_to_save["default"].weight.data += 0.3
     model.save_pretrained(tmp_path)
@@ -235,12 +237,12 @@ def test_modules_to_save_are_trained_and_saved(tmp_path):
 
 
 def test_autocast_adapter_dtype_false_takes_the_dtype_of_the_base():
-    model = get_peft_model(make_clip().to(torch.bfloat16), SEPConfig(), autocast_adapter_dtype=False)
+    model = get_peft_model(make_clip().to(torch.bfloat16), SEPConfig.published(), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def damaged(tmp_path, change) -> str:
-    adapted("default").save_pretrained(tmp_path)
+    adapted("published").save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     state = load_file(file)
     change(state)
@@ -268,7 +270,7 @@ def test_file_that_does_not_fit_lists_every_key(tmp_path):
 
 
 def test_adapter_of_another_architecture_is_refused_before_the_model_changes(tmp_path):
-    adapted("default").save_pretrained(tmp_path)
+    adapted("published").save_pretrained(tmp_path)
     clip = make_clip(vision_layers=5)
     before = snapshot(clip)
     with pytest.raises(
@@ -280,7 +282,7 @@ def test_adapter_of_another_architecture_is_refused_before_the_model_changes(tmp
 
 @pytest.mark.parametrize("keep", [0.5, 0.0])
 def test_file_cut_short_is_named(tmp_path, keep):
-    adapted("default").save_pretrained(tmp_path)
+    adapted("published").save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * keep)])
@@ -300,7 +302,7 @@ def test_pickled_weights_are_read_as_weights_only(tmp_path):
         def __reduce__(self):
             return (print, ("this must never run",))
 
-    adapted("default").save_pretrained(tmp_path)
+    adapted("published").save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({PROMPTS: Evil()}, tmp_path / "adapter_model.bin")
     with pytest.raises(Exception, match="Weights only load failed"):

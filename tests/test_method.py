@@ -17,7 +17,14 @@ from sep_peft import SEPConfig
 
 #: Settings that the oracle, the invariances and the lifecycle are checked with.
 SETTINGS = {
-    "default": {"num_text_prompts": 3, "num_vision_prompts": 4},
+    "published": {"num_text_prompts": 3, "num_vision_prompts": 4},
+    "small": {
+        "num_text_prompts": 3,
+        "num_vision_prompts": 4,
+        "fusion_rank": 4,
+        "fusion_hidden_size": 16,
+        "share_fusion": True,
+    },
     "one prompt": {"num_text_prompts": 1, "num_vision_prompts": 1},
     "layers": {"num_text_prompts": 5, "num_vision_prompts": 2, "text_layers": [2], "vision_layers": [1, 3]},
     "start": {"num_text_prompts": 3, "num_vision_prompts": 2, "start_layer": 1},
@@ -33,7 +40,7 @@ SETTINGS = {
 
 
 def make_model(settings: dict, attention: str = "sdpa", **changes):
-    model = get_peft_model(make_clip(attention), SEPConfig(**(settings | changes)))
+    model = get_peft_model(make_clip(attention), SEPConfig.published(**(settings | changes)))
     perturb(model)
     return model.eval()
 
@@ -84,7 +91,7 @@ def test_forward_is_the_method(name, attention, texts):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["default", "layers", "start", "shallow"])
+@pytest.mark.parametrize("name", ["published", "layers", "start", "shallow"])
 @torch.no_grad()
 def test_padding_changes_nothing(name, attention):
     model = make_model(SETTINGS[name], attention)
@@ -116,14 +123,14 @@ def test_results_do_not_depend_on_the_batch(name, texts, images):
 @torch.no_grad()
 def test_batch_coupled_depends_on_the_batch(images):
     """The control of the test above: with `batch_coupled` it would fail."""
-    model = make_model(SETTINGS["default"], batch_coupled=True)
+    model = make_model(SETTINGS["published"], batch_coupled=True)
     together = model.get_image_features(images).pooler_output
     alone = model.get_image_features(images[:1]).pooler_output
     assert (together[0] - alone[0]).abs().max() > 1e-3
 
 
 def test_text_that_does_not_fit_says_how_many_tokens_are_left():
-    model = make_model(SETTINGS["default"])
+    model = make_model(SETTINGS["published"])
     fits = make_texts([TEXT_POSITIONS - 3])
     assert model.get_text_features(**fits).pooler_output.isfinite().all()
     message = (
@@ -164,7 +171,7 @@ def test_gradients_reach_every_adapter_parameter_and_nothing_else(name, images, 
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["default", "start"])
+@pytest.mark.parametrize("name", ["published", "start"])
 def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant, images, texts):
     def gradients(model):
         model.train()
@@ -174,7 +181,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant, images
     plain = gradients(make_model(SETTINGS[name]))
     clip = make_clip()
     clip.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model = get_peft_model(clip, SEPConfig(**SETTINGS[name]))
+    model = get_peft_model(clip, SEPConfig.published(**SETTINGS[name]))
     perturb(model)
     found = gradients(model)
     assert found.keys() == plain.keys()
@@ -184,7 +191,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant, images
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_keep_adapters_in_fp32(dtype, images, texts):
-    model = get_peft_model(make_clip().to(dtype), SEPConfig(**SETTINGS["default"])).train()
+    model = get_peft_model(make_clip().to(dtype), SEPConfig.published(**SETTINGS["published"])).train()
     perturb(model)
     output = model(**texts, pixel_values=images.to(dtype))
     output.logits_per_image.float().pow(2).mean().backward()
@@ -193,21 +200,21 @@ def test_half_precision_bases_keep_adapters_in_fp32(dtype, images, texts):
         assert parameter.dtype == (torch.float32 if ".sep_" in key else dtype), key
         if ".sep_" in key:
             assert parameter.grad.isfinite().all(), key
-    wide = make_model(SETTINGS["default"])(**texts, pixel_values=images)
+    wide = make_model(SETTINGS["published"])(**texts, pixel_values=images)
     torch.testing.assert_close(output.image_embeds.float(), wide.image_embeds, rtol=0, atol=0.05)
 
 
 def test_autocast(images, texts):
-    model = make_model(SETTINGS["default"]).train()
+    model = make_model(SETTINGS["published"]).train()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**texts, pixel_values=images)
     output.logits_per_image.float().pow(2).mean().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    wide = make_model(SETTINGS["default"])(**texts, pixel_values=images)
+    wide = make_model(SETTINGS["published"])(**texts, pixel_values=images)
     torch.testing.assert_close(output.image_embeds.float(), wide.image_embeds, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["default", "start", "shallow"])
+@pytest.mark.parametrize("name", ["published", "start", "shallow"])
 @torch.no_grad()
 def test_compiles_without_graph_breaks(name, images):
     model = make_model(SETTINGS[name])
@@ -247,7 +254,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["default", "start"])
+@pytest.mark.parametrize("name", ["published", "start"])
 @torch.no_grad()
 def test_hidden_states_have_the_length_and_count_of_the_base_model(name, attention, images, texts):
     model = make_model(SETTINGS[name], attention)
@@ -264,7 +271,7 @@ def test_hidden_states_have_the_length_and_count_of_the_base_model(name, attenti
 
 @torch.no_grad()
 def test_return_dict_false_gives_a_tuple(images, texts):
-    model = make_model(SETTINGS["default"])
+    model = make_model(SETTINGS["published"])
     tower = model.get_base_model().vision_model
     last, pooled = tower(images, return_dict=False)
     output = tower(images)
@@ -275,6 +282,6 @@ def test_return_dict_false_gives_a_tuple(images, texts):
 
 
 def test_frozen_pass_runs_without_gradients(images):
-    model = make_model(SETTINGS["default"]).train()
+    model = make_model(SETTINGS["published"]).train()
     prompted, frozen = model.base_model.towers["vision"].embed(pixel_values=images)
     assert prompted.requires_grad and not frozen.requires_grad

@@ -21,14 +21,14 @@ from sep_peft.model import find_towers
 NAMES = ["one", "__base__", "two", "one", "three"]
 TEXTS, IMAGES = make_texts([5, 3, 9, 4, 6]), make_images(5)
 #: Adapters that differ in their number of prompts, where these enter, how they are mixed, and whether there are any.
-ADAPTERS = {"one": "default", "two": "start alone", "three": "vision only", "four": "shallow"}
+ADAPTERS = {"one": "published", "two": "start alone", "three": "vision only", "four": "shallow"}
 
 
 def make_model(adapters: dict[str, str] = ADAPTERS) -> PeftModel:
     model = None
     for seed, (name, settings) in enumerate(adapters.items()):
         torch.manual_seed(seed)
-        config = SEPConfig(**SETTINGS[settings])
+        config = SEPConfig.published(**SETTINGS[settings])
         if model is None:
             model = get_peft_model(make_clip(), config, adapter_name=name)
         else:
@@ -181,7 +181,7 @@ class TestErrors:
             self.run(make_model().train(), call, NAMES)
 
     def test_modules_to_save(self, call):
-        model = get_peft_model(make_clip(), SEPConfig(modules_to_save=["visual_projection"]), "one").eval()
+        model = get_peft_model(make_clip(), SEPConfig.published(modules_to_save=["visual_projection"]), "one").eval()
         message = (
             "An adapter cannot be chosen by name for a single call while one has modules_to_save, as one does: these "
             "modules follow the active adapter. Use set_adapter."
@@ -258,9 +258,11 @@ FAMILIES = [
 def test_every_family(name, tower):
     """Wherever the model returns the embeddings of three inputs, or of the frames of three."""
     case = CASES[name]
-    model = get_peft_model(case.build(), SEPConfig(**({"num_text_prompts": 3, "num_vision_prompts": 2} | case.options)))
+    model = get_peft_model(
+        case.build(), SEPConfig.published(**({"num_text_prompts": 3, "num_vision_prompts": 2} | case.options))
+    )
     other = {"num_text_prompts": 1, "num_vision_prompts": 1, "frozen_weight": 0.0, "start_layer": 1}
-    model.add_adapter("other", SEPConfig(**(other | case.options)))
+    model.add_adapter("other", SEPConfig.published(**(other | case.options)))
     for seed, adapter in enumerate(("default", "other")):
         perturb(model, adapter, seed=seed)
     model.eval()

@@ -38,11 +38,11 @@ FULL = CardDetails(
 
 
 def card_of(details: CardDetails = FULL, **options) -> ModelCard:
-    return make_card(CLASSES, SEPConfig(num_text_prompts=3), "CLIPModel", details, **options)
+    return make_card(CLASSES, SEPConfig.published(num_text_prompts=3), "CLIPModel", details, **options)
 
 
 def make_classifier(base=None) -> SEPClassifier:
-    model = get_peft_model(base or make_clip(), SEPConfig(num_text_prompts=2, fusion="none"))
+    model = get_peft_model(base or make_clip(), SEPConfig.published(num_text_prompts=2, fusion="none"))
     return SEPClassifier(model, CLASSES).eval()
 
 
@@ -112,7 +112,7 @@ def test_what_is_not_known_is_not_said():
 )
 def test_many_classes_are_cut_and_counted(count, end):
     classes = TaskClasses(make_texts([3] * count), (), tuple(f"n{i}" for i in range(count)))
-    text = make_card(classes, SEPConfig(), "CLIPModel", CardDetails()).text
+    text = make_card(classes, SEPConfig.published(), "CLIPModel", CardDetails()).text
     assert f"{end}\n\nTemplate of the frozen text branch: made from tensors\n" in text
 
 
@@ -242,7 +242,7 @@ def test_the_base_model_s_folder_is_not_in_the_card(tmp_path):
     folder = ASSETS / "clip-small"
     base = CLIPModel.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    model = get_peft_model(base, SEPConfig(num_text_prompts=2, fusion="none"))
+    model = get_peft_model(base, SEPConfig.published(num_text_prompts=2, fusion="none"))
     classifier = SEPClassifier.from_class_names(model, processor, ["cup", "lamp"]).eval()
     classifier.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()

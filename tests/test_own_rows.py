@@ -54,7 +54,9 @@ TEXTS, IMAGES = words(bos=2, eos=3, pad=0)([5, 4, 7]), pictures()(2)
 
 
 def make(row=ROW) -> PeftModel:
-    model = get_peft_model(Duo().eval(), SEPConfig(architecture=row, num_text_prompts=3, num_vision_prompts=2))
+    model = get_peft_model(
+        Duo().eval(), SEPConfig.published(architecture=row, num_text_prompts=3, num_vision_prompts=2)
+    )
     perturb(model)
     return model.eval()
 
@@ -95,7 +97,7 @@ def test_mistakes_in_a_row_are_named(change, message):
     row = ROW.to_dict()
     change(row)
     with pytest.raises(ValueError, match=re.escape(message)):
-        SEPConfig(architecture=row)
+        SEPConfig.published(architecture=row)
 
 
 def test_paths_that_do_not_exist_are_named_before_the_model_changes():
@@ -105,11 +107,11 @@ def test_paths_that_do_not_exist_are_named_before_the_model_changes():
     keys = list(duo.state_dict())
     message = "The row of the text tower names encoder.blocks as layers, but BertModel has no such module."
     with pytest.raises(ValueError, match=re.escape(message)):
-        get_peft_model(duo, SEPConfig(architecture=row))
+        get_peft_model(duo, SEPConfig.published(architecture=row))
     assert list(duo.state_dict()) == keys
 
 
 def test_a_model_without_a_row_says_how_to_describe_it():
     message = "Describe your own with SEPConfig(architecture=sep_peft.Architecture(...))."
     with pytest.raises(ValueError, match=re.escape(message)):
-        get_peft_model(Duo(), SEPConfig())
+        get_peft_model(Duo(), SEPConfig.published())

@@ -28,7 +28,7 @@ def quantize(bits: int) -> CLIPModel:
 
 def adapt(clip: CLIPModel) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(clip, SEPConfig(num_text_prompts=2, num_vision_prompts=2))
+    model = get_peft_model(clip, SEPConfig.published(num_text_prompts=2, num_vision_prompts=2))
     perturb(model)
     return model.eval()
 

@@ -127,4 +127,4 @@ def test_paths_that_do_not_exist_are_named(field, message):
     row = families.ARCHITECTURES["blip-2"]
     row = dataclasses.replace(row, vision=dataclasses.replace(row.vision, **{field: "nowhere"}))
     with pytest.raises(ValueError, match=f"^{re.escape(message.format('nowhere'))}$"):
-        get_peft_model(CASE.build(), SEPConfig(num_text_prompts=0, architecture=row))
+        get_peft_model(CASE.build(), SEPConfig.published(num_text_prompts=0, architecture=row))

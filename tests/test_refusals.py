@@ -79,7 +79,7 @@ def assert_refused(model: hf.PreTrainedModel, message: str, **options) -> None:
 
     before = state()
     with pytest.raises(ValueError) as error:
-        get_peft_model(model, SEPConfig(**options))
+        get_peft_model(model, SEPConfig.published(**options))
     assert str(error.value) == message
     assert state() == before
 
@@ -102,7 +102,7 @@ def test_the_other_tower_still_takes_prompts():
     inputs = BERT_WORDS([5, 4]) | pictures(32)(2)
     model.vision_model.pooler = torch.nn.Sequential(model.vision_model.pooler, torch.nn.Flatten())
     before = model(**inputs)
-    adapted = get_peft_model(model, SEPConfig(num_vision_prompts=0)).eval()
+    adapted = get_peft_model(model, SEPConfig.published(num_vision_prompts=0)).eval()
     after = adapted(**inputs)
     assert list(adapted.base_model.towers) == ["text"]
     assert torch.equal(after.image_embeds, before.image_embeds)
@@ -143,7 +143,7 @@ def test_classification_does_without_the_head(name):
     """It takes the mean of all patches."""
     model = headless(name, "vision_use_head")
     before = model(**CASES[name].image(3)).logits
-    adapted = get_peft_model(model, SEPConfig(num_vision_prompts=2)).eval()
+    adapted = get_peft_model(model, SEPConfig.published(num_vision_prompts=2)).eval()
     after = adapted(**CASES[name].image(3)).logits
     layer = adapted.base_model.towers["vision"]
     mix = functional.mix_embeddings(*layer.embed(**CASES[name].image(3)), 0.5)

@@ -33,7 +33,7 @@ def test_refused_towers_say_why_and_stay_as_they_were(model_class, options, mess
     model = model_class(blip_2_config())
     before = [(name, id(module)) for name, module in model.named_modules()]
     with pytest.raises(ValueError) as caught:
-        get_peft_model(model, SEPConfig(**options))
+        get_peft_model(model, SEPConfig.published(**options))
     assert str(caught.value) == message
     assert [(name, id(module)) for name, module in model.named_modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())

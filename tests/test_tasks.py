@@ -40,13 +40,13 @@ OWN = make_classes(2, 9)
 
 def add_adapter(model: PeftModel, name: str, seed: int, **config) -> None:
     torch.manual_seed(seed)
-    model.add_adapter(name, SEPConfig(**(SMALL | config)))
+    model.add_adapter(name, SEPConfig.published(**(SMALL | config)))
     perturb(model, name, seed=seed)
 
 
 def make_model() -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(make_clip(), SEPConfig(**SMALL))
+    model = get_peft_model(make_clip(), SEPConfig.published(**SMALL))
     perturb(model)
     add_adapter(model, "clothing", 5, num_vision_prompts=3, frozen_weight=0.2)
     return model
@@ -150,7 +150,7 @@ def test_disabled_adapters_are_disabled_for_tasks(served):
 def test_tasks_over_a_model_without_peft_model(processor):
     """As transformers' `add_adapter` makes it."""
     torch.manual_seed(0)
-    model = inject_adapter_in_model(SEPConfig(**SMALL), make_clip())
+    model = inject_adapter_in_model(SEPConfig.published(**SMALL), make_clip())
     perturb(model)
     classifier = SEPClassifier(model, OWN, processor=processor).eval()
     classifier.add_task("pets", CLASSES["pets"], adapter="default")
@@ -241,7 +241,7 @@ def snapshot(classifier: SEPClassifier) -> tuple:
 
 
 def make_empty(processor) -> SEPClassifier:
-    model = get_peft_model(make_clip(), SEPConfig(**SMALL))
+    model = get_peft_model(make_clip(), SEPConfig.published(**SMALL))
     return SEPClassifier(model, OWN, processor=processor)
 
 
@@ -314,7 +314,7 @@ def test_loading_under_a_name_that_is_taken(name, saved, processor):
 
 def test_a_hundred_adapters_and_eight_threads(processor):
     """Every thread predicts for other tasks, alone and mixed; nobody gets what another one asked for."""
-    model = get_peft_model(make_clip(text_layers=2, vision_layers=2), SEPConfig(**SMALL), "task0")
+    model = get_peft_model(make_clip(text_layers=2, vision_layers=2), SEPConfig.published(**SMALL), "task0")
     perturb(model, "task0", seed=0)
     for i in range(1, 100):
         add_adapter(model, f"task{i}", seed=i)

@@ -28,7 +28,7 @@ METHODS = [
     # weights that change the output from the start, as PEFT's tests of unload and disable_adapter ask for
     pytest.param(LoraConfig, {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}, id="lora"),
     pytest.param(SEPConfig, PROMPTS, id="sep"),
-    pytest.param(SEPConfig, PROMPTS | {"fusion_rank": 4, "share_fusion": True}, id="sep_low_rank_shared"),
+    pytest.param(SEPConfig, PROMPTS | {"fusion_rank": None, "share_fusion": False}, id="sep_published_fusion"),
     pytest.param(SEPConfig, PROMPTS | {"fusion": "none"}, id="sep_no_fusion"),
     pytest.param(SEPConfig, PROMPTS | {"start_layer": 1}, id="sep_start_layer"),
 ]
