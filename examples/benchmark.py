@@ -193,11 +193,6 @@ def make_sep(settings: Settings, **options) -> PeftModel:
     return get_peft_model(make_clip(settings), SEPConfig(**options))
 
 
-def compact_config() -> SEPConfig:
-    """SEP with the smallest adapter file: one low-rank fusion for all layers of a tower."""
-    return SEPConfig(fusion_rank=4, share_fusion=True, fusion_hidden_size=16)
-
-
 def lora_config() -> LoraConfig:
     """LoRA on the attention of both towers."""
     return LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
@@ -434,7 +429,11 @@ def measure_memory(settings: Settings) -> list[Row]:
 
 
 def measure_adapters(settings: Settings) -> list[Row]:
-    configs = {"SEP adapter": SEPConfig(), "compact SEP adapter": compact_config(), "LoRA adapter": lora_config()}
+    configs = {
+        "SEP adapter": SEPConfig(),
+        "published SEP adapter": SEPConfig.published(),
+        "LoRA adapter": lora_config(),
+    }
     rows = []
     for name, config in tqdm(configs.items(), desc="adapters"):
         with tempfile.TemporaryDirectory() as folder:

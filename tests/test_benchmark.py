@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark.py"
-ADAPTERS = ("SEP adapter", "compact SEP adapter", "LoRA adapter")
+ADAPTERS = ("SEP adapter", "published SEP adapter", "LoRA adapter")
 MEMORY = ("plain image encoding", "SEP image encoding", "LoRA step", "SEP step", "SEP step, many classes")
 ROWS = {
     "plain image encoding",

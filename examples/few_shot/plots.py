@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from tables import ZERO_SHOT, Tables
@@ -13,29 +14,34 @@ def plot_base_new(tables: Tables, file: Path) -> None:
     tables = {key: rows for key, rows in tables.items() if key[0] == "base-to-new"}
     if not tables:
         return
-    figure = Figure(figsize=(5.5 * len(tables), 5), layout="constrained")
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axes, ((_, dataset, shots), rows) in zip(panels, tables.items(), strict=True):
-        for index, (method, row) in enumerate(rows.items()):
-            if row["columns"]["base"] and row["columns"]["new"]:
-                x, y = row["columns"]["base"], row["columns"]["new"]
-                axes.errorbar(
-                    x["mean"],
-                    y["mean"],
-                    xerr=x["std"],
-                    yerr=y["std"],
-                    label=method,
-                    color=f"C{index % 10}",
-                    marker="os^vD<>PX*"[index // 10 + index % 10],
-                    capsize=2,
+    methods = sorted({method for rows in tables.values() for method in rows})
+    # one row of panels for up to three data sets, a further panel for the legend
+    width = min(len(tables) + 1, 3)
+    height = -(-(len(tables) + 1) // width)
+    figure = Figure(figsize=(4.5 * width, 4 * height), layout="constrained")
+    panels = list(figure.subplots(height, width, squeeze=False).flat)
+    drawn: dict[str, Any] = {}
+    for axes, ((_, dataset, shots), rows) in zip(panels, tables.items(), strict=False):
+        for method, row in rows.items():
+            x, y = row["columns"]["base"], row["columns"]["new"]
+            if x and y:
+                drawn[method] = axes.errorbar(
+                    x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], capsize=2, **style(methods.index(method))
                 )
         if rows.get(ZERO_SHOT):
             axes.axhline(rows[ZERO_SHOT]["columns"]["new"]["mean"], color="0.8", zorder=0)
         axes.set(
             title=f"{dataset}, {shots} shots", xlabel="base classes, accuracy (%)", ylabel="new classes, accuracy (%)"
         )
-    axes.legend(fontsize=7)
-    figure.savefig(file, dpi=150)
+    for axes in panels[len(tables) :]:
+        axes.axis("off")
+    panels[len(tables)].legend([drawn[m] for m in sorted(drawn)], sorted(drawn), loc="center left")
+    figure.savefig(file, dpi=100)
+
+
+def style(index: int) -> dict[str, str]:
+    """Colour and marker of a method, the same in all panels; two methods of one colour differ in their marker."""
+    return {"color": f"C{index % 10}", "marker": "os^vD<>PX*"[(index + index // 10) % 10]}
 
 
 def plot_shots(tables: Tables, file: Path) -> None:
@@ -59,4 +65,4 @@ def plot_shots(tables: Tables, file: Path) -> None:
         axes.set_xticks(list(own), [str(shots) for shots in own])
         axes.set(title=dataset, xlabel="training pictures a class", ylabel="accuracy (%)")
         axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=100)

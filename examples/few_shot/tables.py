@@ -36,7 +36,9 @@ def make_tables(runs: list[dict[str, Any]]) -> Tables:
     for (*place, _), methods in grouped.items():
         if tuple(place) in zero_shot:
             methods.setdefault(ZERO_SHOT, zero_shot[tuple(place)])
-    return {key: order({name: make_row(runs) for name, runs in methods.items()}) for key, methods in grouped.items()}
+    return {
+        key: order({name: make_row(runs) for name, runs in methods.items()}) for key, methods in sorted(grouped.items())
+    }
 
 
 def make_row(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def shipped(scripts):
 def test_every_shipped_method_classifies(scripts, build):
     pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     files = shipped(scripts)
-    assert {"zero-shot", "coop", "kgcoop", "vpt", "joint", "lora", "sep", "sep-published", "sep-compact"} <= {
+    assert {"zero-shot", "coop", "kgcoop", "vpt", "joint", "lora", "sep", "sep-published", "sep-coupled"} <= {
         file.stem for file in files
     }
     for file in files:

@@ -80,17 +80,8 @@ def test_killed_run_goes_on_and_ends_the_same(command, tmp_path):
 
 def test_two_processes_equal_one(command, tmp_path):
     """Ten pictures in batches of five: the processes get three and two of each."""
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launcher = (
-        sys.executable,
-        *launcher,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    )
+    # on CPUs `accelerate launch` starts one process; torchrun starts them as it does where there are several GPUs
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     one, two = tmp_path / "one", tmp_path / "two"
     run(command(one))
     run(command(two, launcher=launcher))
