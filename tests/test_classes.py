@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_texts
+from small_clip import make_texts
 from transformers import AutoProcessor, AutoTokenizer
 
 from sep_peft import TaskClasses

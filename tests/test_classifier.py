@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EOS, TEXT_POSITIONS, make_clip, make_images, make_texts, perturb
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from PIL import Image
 from safetensors import safe_open
+from small_clip import EOS, TEXT_POSITIONS, make_clip, make_images, make_texts, perturb
 from transformers import AutoProcessor, CLIPModel, Trainer, TrainingArguments, image_utils
 
 from sep_peft import SEPClassifier, SEPConfig, TaskClasses

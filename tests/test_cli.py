@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturb
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from small_clip import perturb
 from test_convert import CHECKPOINT, LAYERS, REFERENCE
 from transformers import AutoProcessor, CLIPModel
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from conftest import make_clip, make_images, make_texts, perturb
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from small_clip import make_clip, make_images, make_texts, perturb
 from test_lifecycle import adapted, outputs, snapshot
 from test_method import SETTINGS
 

@@ -10,9 +10,9 @@ import re
 
 import pytest
 import torch
-from conftest import make_clip, make_images, make_texts
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
+from small_clip import make_clip, make_images, make_texts
 from transformers import BertConfig, BertModel
 
 from sep_peft import SEPConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_clip, perturb
 from peft import get_peft_model
 from PIL import Image
+from small_clip import make_clip, perturb
 from transformers import AutoImageProcessor, AutoProcessor
 
 from sep_peft import Explanation, SEPClassifier, SEPConfig, TaskClasses, explain

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_clip, make_images, perturb
 from families import CASES
 from peft import get_peft_model
+from small_clip import make_clip, make_images, perturb
 from test_classifier import IMAGES, logits_of, make_classifier, make_model, raises
 
 from sep_peft import ImageEmbedder, ImageScorer, SEPConfig

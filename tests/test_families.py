@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import perturb
 from families import CASES, LAYERS, Case, patches
 from peft import PeftModel, get_peft_model
+from small_clip import perturb
 
 from sep_peft import SEPClassifier, SEPConfig, functional, passes, texts
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import perturb
 from hub_server import File, HubServer
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel, get_peft_model
+from small_clip import perturb
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig

@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_clip, make_images, make_texts, perturb
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from small_clip import make_clip, make_images, make_texts, perturb
 from test_method import SETTINGS
 from transformers import CLIPModel
 

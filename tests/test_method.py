@@ -9,8 +9,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXT_POSITIONS, make_clip, make_images, make_texts, perturb
 from peft import get_peft_model
+from small_clip import TEXT_POSITIONS, make_clip, make_images, make_texts, perturb
 
 from sep_peft import SEPConfig
 

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import torch
-from conftest import make_clip, make_images, make_texts, perturb
 from families import CASES
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from small_clip import make_clip, make_images, make_texts, perturb
 from test_families import find_features
 from test_method import SETTINGS
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_clip, make_texts
 from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model
+from small_clip import make_clip, make_texts
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig, TaskClasses

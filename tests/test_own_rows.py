@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import perturb
 from families import pictures, text_size, vision_size, words
 from peft import PeftModel, get_peft_model
+from small_clip import perturb
 from torch import nn
 
 from sep_peft import Architecture, SEPClassifier, SEPConfig, TowerSpec

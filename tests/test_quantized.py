@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import make_clip, make_images, make_texts, perturb
 from peft import PeftModel, get_peft_model
+from small_clip import make_clip, make_images, make_texts, perturb
 from transformers import BitsAndBytesConfig, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_clip, make_texts, perturb
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from small_clip import make_clip, make_texts, perturb
 from test_classifier import ASSETS, NO_PROCESSOR, PICTURES, EncoderCalls, raises
 from transformers import AutoImageProcessor
 
