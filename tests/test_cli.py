@@ -268,7 +268,9 @@ def test_evaluate_on_new_classes(run, adapter, tmp_path):
 
 def make_checkpoint(folder: Path) -> Path:
     """A checkpoint as the authors' code writes it, for the small CLIP, that holds a random adapter."""
-    model = get_peft_model(CLIPModel.from_pretrained(BASE), SEPConfig(num_text_prompts=3, num_vision_prompts=2))
+    model = get_peft_model(
+        CLIPModel.from_pretrained(BASE), SEPConfig.published(num_text_prompts=3, num_vision_prompts=2)
+    )
     perturb(model)
     state = {"VPT_fc.weight": torch.zeros(3, 4)}
     for name, tower in model.base_model.towers.items():
