@@ -6,7 +6,7 @@ Importing this package registers the method, so that `peft.get_peft_model(model,
 
 from . import losses, registration
 from .architectures import Architecture, TowerSpec
-from .checkpoint import AdapterMismatchError
+from .checkpoint import AdapterMismatchError, cast_adapter
 from .classes import TaskClasses
 from .classifier import SEPClassifier, SEPClassifierOutput
 from .config import SEPConfig
@@ -38,6 +38,7 @@ __all__ = [
     "TokenFusion",
     "TowerSpec",
     "__version__",
+    "cast_adapter",
     "convert_reference_checkpoint",
     "explain",
     "hotswap_adapter",

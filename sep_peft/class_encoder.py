@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from . import texts
 from .classes import TaskClasses
 from .functional import mix_embeddings, unit, wide
+from .losses import PROTOTYPE_SCALE
 from .model import find_towers
 from .texts import TextInputs
 from .tower import SEPTower
@@ -43,7 +45,9 @@ class ClassEncoder(nn.Module):
         texts.check_fit(self.tower, tokenized[0])
         for inputs in tokenized:
             texts.check_length(self.tower, inputs)
-        # buffers, so that the token ids follow the model to its device
+        prototypes = None if classes.prototypes is None else unit(wide(classes.prototypes)).to(device)
+        # buffers, so that they follow the model to its device
+        self.register_buffer("prototypes", prototypes, persistent=False)
         for index, inputs in enumerate(tokenized):
             for key, value in inputs.items():
                 self.register_buffer(f"{index}_{key}", value.to(device), persistent=False)
@@ -65,6 +69,24 @@ class ClassEncoder(nn.Module):
         adapter = tower.prompting_adapter()
         key = (adapter, *self._versions(tower.base_layer.parameters(), tower.adapter_parameters(adapter)))
         return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
+
+    def prototype_weights(self) -> torch.Tensor | None:
+        """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.
+
+        None without an adapter, to which they belong, and where no prototypes were kept.
+
+        Raises:
+            ValueError: the prototypes have another size than the embeddings.
+        """
+        if self.prototypes is None or self.tower.active_settings is None:
+            return None
+        size = self.frozen().shape[1]
+        if self.prototypes.shape[1] != size:
+            raise ValueError(
+                f"The prototypes of the classes have {self.prototypes.shape[1]} entries, but the model's embeddings "
+                f"{size}: they were made with another base model."
+            )
+        return self.classes.prototype_logit_weight * PROTOTYPE_SCALE * self.prototypes
 
     def frozen(self) -> torch.Tensor:
         """Frozen text embeddings (C, E), of unit length, averaged over the templates."""
@@ -129,3 +151,11 @@ class ClassEncoder(nn.Module):
         parameters = chain(*parameters, self.tower.projection_parameters())
         # tensors made in inference mode count no versions
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+
+
+def padding_of(model: nn.Module) -> dict[str, Any]:
+    """How a tokenizer has to pad for the model's text tower."""
+    tower = find_towers(model).get("text")
+    if tower is None or not tower.spec.max_length_padding:
+        return {"padding": True}
+    return {"padding": "max_length", "max_length": tower.base_layer.config.max_position_embeddings}

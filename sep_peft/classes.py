@@ -26,15 +26,20 @@ class TaskClasses:
             the frozen branch reads `class_inputs`.
         names: C labels, as predictions show them.
         templates: the template texts, where the classes were made from names.
+        prototypes: (C, E), one trained vector a class that takes part in predictions; None: texts alone predict.
+        prototype_logit_weight: weight of the prototypes' logits beside those of the texts.
 
     Raises:
-        ValueError: no classes, two of one name, or tensors whose first dimensions differ.
+        ValueError: no classes, two of one name, tensors whose first dimensions differ, or prototypes of another number,
+            with a value that is not finite, or without a weight above 0.
     """
 
     class_inputs: dict[str, torch.Tensor]
     template_inputs: tuple[dict[str, torch.Tensor], ...] = ()
     names: tuple[str, ...] = ()
     templates: tuple[str, ...] = field(default=())
+    prototypes: torch.Tensor | None = None
+    prototype_logit_weight: float = 0.0
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -49,6 +54,18 @@ class TaskClasses:
         check_names(self.names)
         if len(self.names) != count:
             raise ValueError(f"There are {len(self.names)} class names for {count} rows of class_inputs.")
+        if self.prototypes is not None:
+            self._check_prototypes()
+
+    def _check_prototypes(self) -> None:
+        shape = tuple(self.prototypes.shape)
+        if len(shape) != 2 or shape[0] != len(self):
+            raise ValueError(f"prototypes must have shape ({len(self)}, embedding size), but got {shape}.")
+        if not self.prototypes.isfinite().all():
+            raise ValueError("prototypes must be finite, but some values are not. Train with a lower learning rate.")
+        weight = self.prototype_logit_weight
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"prototype_logit_weight must be above 0 and finite, but got {weight!r}.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,17 +101,22 @@ class TaskClasses:
         return cls(tokenize(CLASS_TEMPLATE), tuple(map(tokenize, templates)), tuple(names), tuple(templates))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, so that loading needs no tokenizer."""
+        """Plain lists, so that loading needs no tokenizer. The prototypes have a file of their own."""
         return {
             "names": list(self.names),
             "templates": list(self.templates),
             "class_inputs": _to_lists(self.class_inputs),
             "template_inputs": [_to_lists(inputs) for inputs in self.template_inputs],
+            "prototype_logit_weight": self.prototype_logit_weight,
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TaskClasses:
+    def from_json(cls, data: Mapping[str, Any], prototypes: torch.Tensor | None = None) -> TaskClasses:
         """The inverse of `to_json`.
+
+        Args:
+            data: what `to_json` gave.
+            prototypes: (C, E), where there are any.
 
         Raises:
             ValueError: an entry is missing.
@@ -106,6 +128,22 @@ class TaskClasses:
             tuple(map(_to_tensors, data["template_inputs"])),
             tuple(data["names"]),
             tuple(data["templates"]),
+            prototypes,
+            0.0 if prototypes is None else data["prototype_logit_weight"],
+        )
+
+
+def check_labels(labels: torch.Tensor, count: int) -> None:
+    """
+    Raises:
+        ValueError: one of `labels` (B,) is no index of `count` classes.
+    """
+    if torch.compiler.is_compiling():
+        return  # a branch on data would break the graph; cross entropy checks the range as well
+    wrong = labels[(labels < 0) | (labels >= count)]
+    if len(wrong):
+        raise ValueError(
+            f"Labels must be between 0 and {count - 1} for {count} classes, but got {sorted(set(wrong.tolist()))}."
         )
 
 

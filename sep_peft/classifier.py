@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .class_encoder import ClassEncoder
-from .classes import TEMPLATE, TaskClasses
+from .class_encoder import ClassEncoder, padding_of
+from .classes import TEMPLATE, TaskClasses, check_labels
 from .classifier_files import load_base, load_classes, push_files, save_files
 from .functional import mix_embeddings, unit, wide
 from .losses import SEPLoss, sep_loss
@@ -28,6 +28,8 @@ from .texts import TextInputs
 from .tower import SEPTower
 
 
+#: Weight of the kept prototypes' logits in predictions, chosen on validation pictures by `examples/few_shot`.
+PROTOTYPE_LOGIT_WEIGHT = 2.0
 #: Class texts encoded at a time.
 TEXT_CHUNK_SIZE = 128
 
@@ -217,20 +219,44 @@ class SEPClassifier(nn.Module):
         Args:
             batches: dicts with `pixel_values` and `labels` of the training pictures. W then starts at the mean frozen
                 image embedding of each class, as published. Without them, and for classes without a picture, it starts
-                at the frozen text embedding.
+                where it was kept, or at the frozen text embedding.
         """
-        prototypes = self.encoder.frozen().clone()  # (C, E)
+        kept = self.encoder.prototypes
+        prototypes = (self.encoder.frozen() if kept is None else kept).clone()  # (C, E)
         if batches is not None:
             sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes))
             for batch in batches:
                 labels = batch["labels"].to(self.device)
-                self._check_labels(labels)
+                check_labels(labels, len(self.classes))
                 embeds = unit(self.vision_tower.embed_frozen(pixel_values=batch["pixel_values"].to(self.device)))
                 sums.index_add_(0, labels, embeds.to(sums.dtype))
                 counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
             seen = counts > 0
             prototypes[seen] = sums[seen] / counts[seen, None]
         self.prototypes = nn.Parameter(prototypes)
+
+    def keep_prototypes(self, logit_weight: float = PROTOTYPE_LOGIT_WEIGHT) -> SEPClassifier:
+        """Let the class prototypes W, as trained, predict beside the texts; call it after training.
+
+        Predictions then read ``logits + logit_weight 10 cos(v, w_c)``, the scale of the prototypes in the loss. As
+        published W serves the loss alone. It knows the classes it was trained on: `set_classes` drops it. It is saved
+        with the classes, and without an adapter it is silent.
+
+        Args:
+            logit_weight: weight of the prototypes' logits, above 0.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: the classifier has no prototypes, they are not finite, or the weight is not above 0.
+        """
+        if self.prototypes is None:
+            raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
+        kept = unit(wide(self.prototypes.detach())).cpu()
+        classes = replace(self.classes, prototypes=kept, prototype_logit_weight=logit_weight)
+        self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
+        return self
 
     # forward
 
@@ -253,10 +279,10 @@ class SEPClassifier(nn.Module):
             ValueError: a label out of range.
         """
         if labels is not None:
-            self._check_labels(labels)
+            check_labels(labels, len(self.classes))
         text, frozen_text = self.encoder()
         image, frozen_image = self.image_embeds(pixel_values, **kwargs)
-        logits = self._logits(image, text)
+        logits = self._logits(image, text, None if self.training else self.encoder.prototype_weights())
         if labels is None:
             return SEPClassifierOutput(logits=logits)
         if not self.training:
@@ -271,28 +297,19 @@ class SEPClassifier(nn.Module):
         prompted, frozen = wide(prompted), wide(frozen)
         return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 
-    def _logits(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """(B, E) and (C, E) -> (B, C), in fp32 or wider."""
+    def _logits(self, image: torch.Tensor, text: torch.Tensor, prototype_weights: torch.Tensor | None) -> torch.Tensor:
+        """(B, E), (C, E) and None or (C, E) -> (B, C), in fp32 or wider."""
         tower = self.vision_tower
         row, model = tower.architecture, tower.owner
         cosines = image @ text.T
+        added = 0 if prototype_weights is None else image @ prototype_weights.to(image.dtype).T
         if row.logit_scale is None:
-            return cosines
+            return cosines + added
         scale = wide(attrgetter(row.logit_scale)(model))
         if row.max_scale is not None:
             scale = scale.clamp(0.0, attrgetter(row.max_scale)(model))
         logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[row.scale]
-        return logits if row.logit_bias is None else logits + wide(attrgetter(row.logit_bias)(model))
-
-    def _check_labels(self, labels: torch.Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return  # a branch on data would break the graph; cross entropy checks the range as well
-        wrong = labels[(labels < 0) | (labels >= len(self.classes))]
-        if len(wrong):
-            raise ValueError(
-                f"Labels must be between 0 and {len(self.classes) - 1} for {len(self.classes)} classes, but got "
-                f"{sorted(set(wrong.tolist()))}."
-            )
+        return added + (logits if row.logit_bias is None else logits + wide(attrgetter(row.logit_bias)(model)))
 
     # prediction
 
@@ -327,9 +344,11 @@ class SEPClassifier(nn.Module):
 
     # files
 
-    def save_pretrained(self, folder: str | os.PathLike, details: CardDetails | None = None) -> None:
-        """Save the active adapter, the classes and a model card: safetensors, JSON and Markdown. Prototypes are not
-        saved.
+    def save_pretrained(
+        self, folder: str | os.PathLike, details: CardDetails | None = None, save_dtype: torch.dtype | None = None
+    ) -> None:
+        """Save the active adapter, the classes and a model card: safetensors, JSON and Markdown. Prototypes are saved
+        where `keep_prototypes` kept them.
 
         Files are written to a temporary folder first and then moved, so a failure leaves what was there before. What
         its owner wrote into a model card stays.
@@ -337,12 +356,15 @@ class SEPClassifier(nn.Module):
         Args:
             folder: where to; made where it is missing.
             details: for the model card. Scores belong to the weights, so they are left out unless given again.
+            save_dtype: of the weights in the file, `torch.float32`, `torch.bfloat16` or `torch.float16`; None: as they
+                are. Loaded again they are rounded fp32.
 
         Raises:
             TypeError: the model is no `PeftModel`.
-            ValueError: the metadata of the model card in the folder cannot be read.
+            ValueError: the metadata of the model card in the folder cannot be read, or the weights cannot have
+                `save_dtype`.
         """
-        save_files(self.model, self.classes, folder, details or CardDetails())
+        save_files(self.model, self.classes, folder, details or CardDetails(), save_dtype)
 
     def push_to_hub(
         self,
@@ -353,6 +375,7 @@ class SEPClassifier(nn.Module):
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
+        save_dtype: torch.dtype | None = None,
         commit_message: str = "Upload SEP adapter",
         **commit_options,
     ) -> str:
@@ -365,6 +388,7 @@ class SEPClassifier(nn.Module):
             private: whether a new repository is private.
             token: of the Hub; None: the one of ``hf auth login``.
             revision: branch to commit to; made where it is missing.
+            save_dtype: as for `save_pretrained`.
             commit_options: what else `HfApi.upload_folder` takes, such as `create_pr`.
 
         Returns:
@@ -375,7 +399,7 @@ class SEPClassifier(nn.Module):
             ValueError: the base model came from a folder and `details` do not name it on the Hub.
         """
         options = {"subfolder": subfolder, "private": private, "token": token, "revision": revision}
-        commit_options["commit_message"] = commit_message
+        options |= {"save_dtype": save_dtype, "commit_message": commit_message}
         return push_files(self.model, self.classes, repo_id, details or CardDetails(), **options, **commit_options)
 
     @classmethod
@@ -424,11 +448,3 @@ class SEPClassifier(nn.Module):
             model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
         options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
         return cls(model, classes, processor=processor, **options).train(is_trainable)
-
-
-def padding_of(model: nn.Module) -> dict[str, Any]:
-    """How a tokenizer has to pad for the model's text tower."""
-    tower = find_towers(model).get("text")
-    if tower is None or not tower.spec.max_length_padding:
-        return {"padding": True}
-    return {"padding": "max_length", "max_length": tower.base_layer.config.max_position_embeddings}

@@ -9,19 +9,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpoint import replace_files
+from .checkpoint import cast_adapter, cast_tensor, check_save_dtype, replace_files
 from .classes import TaskClasses
 from .model_card import CardDetails, is_hub_name, make_card, read_card
 
 
 #: File beside the adapter that holds the classes, and the version of its layout.
 CLASSES_FILE = "sep_classes.json"
+#: File beside it that holds their prototypes, where predictions use any.
+PROTOTYPES_FILE = "sep_prototypes.safetensors"
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 MODEL_CARD = "README.md"
@@ -30,19 +34,26 @@ MODEL_CARD = "README.md"
 # writing
 
 
-def save_files(model: nn.Module, classes: TaskClasses, folder: str | os.PathLike, details: CardDetails) -> None:
+def save_files(
+    model: nn.Module,
+    classes: TaskClasses,
+    folder: str | os.PathLike,
+    details: CardDetails,
+    save_dtype: torch.dtype | None = None,
+) -> None:
     """Write the active adapter, the classes and the model card, all of them or none.
 
     Raises:
         TypeError: the model is no `PeftModel`.
-        ValueError: the metadata of the card that is there cannot be read.
+        ValueError: the metadata of the card that is there cannot be read, or the weights cannot have `save_dtype`.
     """
     _check_model(model)
+    check_save_dtype(save_dtype)
     card = os.path.join(folder, MODEL_CARD)
     old = read_card(card) if os.path.isfile(card) else None
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
-        _write(model, classes, temporary, details, old)
+        _write(model, classes, temporary, details, old, save_dtype)
 
 
 def push_files(
@@ -55,6 +66,7 @@ def push_files(
     private: bool | None,
     token: str | bool | None,
     revision: str | None,
+    save_dtype: torch.dtype | None = None,
     **commit_options,
 ) -> str:
     """Upload what `save_files` writes, in one commit; the repository and the branch are made where they are missing.
@@ -64,9 +76,11 @@ def push_files(
 
     Raises:
         TypeError: the model is no `PeftModel`.
-        ValueError: nobody else could load the base model, or the metadata of the card that is there cannot be read.
+        ValueError: nobody else could load the base model, the metadata of the card that is there cannot be read, or
+            the weights cannot have `save_dtype`.
     """
     _check_model(model)
+    check_save_dtype(save_dtype)
     base_model = details.base_model or base_model_name(model)
     if base_model is None:
         raise ValueError(
@@ -80,7 +94,7 @@ def push_files(
     old = _remote_card(repo_id, subfolder, revision, token)
     details = replace(details, base_model=base_model, repo_id=repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        _write(model, classes, folder, details, old, subfolder)
+        _write(model, classes, folder, details, old, save_dtype, subfolder)
         _name_base_model(folder, base_model)
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
@@ -110,6 +124,7 @@ def _write(
     folder: str,
     details: CardDetails,
     old: ModelCard | None,
+    save_dtype: torch.dtype | None,
     subfolder: str | None = None,
 ) -> None:
     adapter = model.active_adapter
@@ -118,8 +133,13 @@ def _write(
         for entry in os.scandir(os.path.join(folder, adapter)):
             os.replace(entry.path, os.path.join(folder, entry.name))
         os.rmdir(os.path.join(folder, adapter))
+    if save_dtype is not None:
+        cast_adapter(folder, save_dtype)
     with open(os.path.join(folder, CLASSES_FILE), "w", encoding="utf-8") as file:
         json.dump({"format_version": FORMAT_VERSION, **classes.to_json()}, file, indent=1)
+    if classes.prototypes is not None:
+        kept = cast_tensor(classes.prototypes.contiguous(), save_dtype or classes.prototypes.dtype, "prototypes")
+        save_file({"prototypes": kept}, os.path.join(folder, PROTOTYPES_FILE))
     base_class = type(model.get_base_model()).__name__
     card = make_card(classes, model.active_peft_config, base_class, details, subfolder=subfolder, old=old)
     card.save(os.path.join(folder, MODEL_CARD))
@@ -156,6 +176,7 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
 
     Raises:
         ValueError: there are none, they are no JSON, incomplete, or of a newer format.
+        SafetensorError: the file of their prototypes is cut short.
     """
     try:
         file = find_file(path, CLASSES_FILE, subfolder, hub_options)
@@ -179,7 +200,12 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
             f"{file} has format version {version!r}, but this version of sep_peft reads "
             f"{FORMAT_VERSION}. Upgrade sep_peft."
         )
-    return TaskClasses.from_json(data)
+    if not data.get("prototype_logit_weight"):
+        return TaskClasses.from_json(data)
+    file = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
+    if not os.path.isfile(file):
+        raise ValueError(f"{file} does not exist, but {CLASSES_FILE} says that it should. Copy or download it again.")
+    return TaskClasses.from_json(data, load_file(file)["prototypes"])
 
 
 def load_base(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> tuple[nn.Module, Any]:

@@ -109,6 +109,12 @@ def _add_train(parsers) -> None:
         "--share-fusion", action=argparse.BooleanOptionalAction, help=f"one for all layers ({config.share_fusion})"
     )
     group.add_argument(
+        "--save-dtype",
+        choices=list(commands.SAVE_DTYPES),
+        default="fp32",
+        help="of the weights in the file (%(default)s)",
+    )
+    group.add_argument(
         "--published", action="store_true", help="the paper's full-width fusions and recipe, for a large adapter"
     )
 

@@ -46,6 +46,10 @@ class Result:
     code: int = 0
 
 
+#: Choices of --save-dtype.
+SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 # train
 
 
@@ -68,7 +72,8 @@ def train(args: argparse.Namespace) -> Result:
         for part, found in adapted.items()
     ]
     protocol = {"shots": args.shots, "seeds": [args.seed], "protocol": str(recipe)}
-    classifier.save_pretrained(args.output, CardDetails(**protocol, scores=scores, license=args.license))
+    details = CardDetails(**protocol, scores=scores, license=args.license)
+    classifier.save_pretrained(args.output, details, SAVE_DTYPES[args.save_dtype])
     return _trained(args.output, folder, scores, broken)
 
 

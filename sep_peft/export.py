@@ -48,7 +48,7 @@ class ImageEmbedder(nn.Module):
 class ImageScorer(nn.Module):
     """A classifier with its present classes as one graph from pixels to probabilities, (B, C).
 
-    The class texts are encoded once, here, and are constant from then on.
+    The class texts are encoded once, here, and with kept prototypes are constant from then on.
 
     Args:
         classifier: its classes and its model's active adapter are taken. The model is shared, not copied.
@@ -66,9 +66,11 @@ class ImageScorer(nn.Module):
         self._embed = (classifier.image_embeds,)
         with torch.no_grad():
             text, _ = classifier.encoder()
+            weights = classifier.encoder.prototype_weights()
         self.register_buffer("text_embeds", text.clone(), persistent=False)
+        self.register_buffer("prototype_weights", weights, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
         image, _ = self._embed[0](pixel_values)
-        return self._score[0](image, self.text_embeds).softmax(dim=-1)
+        return self._score[0](image, self.text_embeds, self.prototype_weights).softmax(dim=-1)

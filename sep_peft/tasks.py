@@ -155,7 +155,7 @@ class Tasks(nn.Module):
             names: a task for each row.
             inputs: of `embed`.
             embed: the batch's inputs -> SEP's and the frozen image embeddings (B, E) under the chosen adapters.
-            score: image embeddings (B, E) and text embeddings (C, E) -> logits (B, C).
+            score: image embeddings (B, E), text embeddings and prototype weights (C, E) -> logits (B, C).
 
         Yields:
             for each task its rows, their logits and its classes.
@@ -165,4 +165,5 @@ class Tasks(nn.Module):
             task, rows = self[name], [row for row, other in enumerate(names) if other == name]
             with chosen_adapters.set(task.adapter):
                 text, _ = task.encoder()
-            yield rows, score(image[torch.tensor(rows, device=image.device)], text), task.classes
+                weights = task.encoder.prototype_weights()
+            yield rows, score(image[torch.tensor(rows, device=image.device)], text, weights), task.classes

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from .classifier import SEPClassifier
+from .classifier import PROTOTYPE_LOGIT_WEIGHT, SEPClassifier
 from .folders import Samples
 from .pictures import read_picture
 
@@ -26,6 +26,7 @@ class Recipe:
         adam_epsilon: of AdamW.
         smallest_crop: least share of a picture's area that augmentation keeps.
         text_weight, vision_weight: of the consistency losses.
+        prototype_logit_weight: of the trained prototypes in predictions; 0, as published: they serve the loss alone.
         seed: of batches and augmentation.
         max_steps: stop after so many steps; None: after `epochs`.
     """
@@ -37,6 +38,7 @@ class Recipe:
     smallest_crop: float = 0.5
     text_weight: float = 2.0
     vision_weight: float = 1.5
+    prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
     seed: int = 1
     max_steps: int | None = None
 
@@ -44,14 +46,15 @@ class Recipe:
     def published(cls, **overrides) -> Recipe:
         """The recipe of the paper's released code, for `SEPConfig.published()`."""
         paper = {"epochs": 50, "learning_rate": 2.5e-3, "adam_epsilon": 1e-3, "smallest_crop": 0.08}
-        return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0} | overrides))
+        return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0, "prototype_logit_weight": 0.0} | overrides))
 
     def __str__(self) -> str:
         length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
         return (
             f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}, eps "
             f"{self.adam_epsilon:g}, warm-up for one epoch, cosine; consistency weights {self.text_weight:g} and "
-            f"{self.vision_weight:g}; random crops from {self.smallest_crop:.0%} of the area and flips"
+            f"{self.vision_weight:g}; prototypes predict with weight {self.prototype_logit_weight:g}; random crops "
+            f"from {self.smallest_crop:.0%} of the area and flips"
         )
 
 
@@ -109,6 +112,8 @@ def fit(classifier: SEPClassifier, samples: Samples, recipe: Recipe, quiet: bool
         arguments = _arguments(recipe, len(samples), classifier.device.type == "cpu", quiet, folder)
         data = Pictures(samples, names, processor, recipe.smallest_crop)
         Trainer(classifier, arguments, train_dataset=data).train()
+    if recipe.prototype_logit_weight:
+        classifier.keep_prototypes(recipe.prototype_logit_weight)
 
 
 def _arguments(recipe: Recipe, count: int, use_cpu: bool, quiet: bool, folder: str) -> TrainingArguments:

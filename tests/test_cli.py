@@ -89,6 +89,7 @@ def test_train(run, pictures, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "sep_classes.json",
+        "sep_prototypes.safetensors",
     ]
     assert (data["adapter"], data["classes"], data["training_pictures"]) == (str(out), NAMES, 6)
     assert data["bytes"] == (out / "adapter_model.safetensors").stat().st_size

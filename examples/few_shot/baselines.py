@@ -35,8 +35,11 @@ class PlainClassifier(nn.Module):
     def class_names(self) -> list[str]:
         return list(self.classes.names)
 
-    def set_classes(self, names) -> PlainClassifier:
-        self.classes = TaskClasses.from_names(names, self.processor, self.template)
+    def set_classes(self, classes) -> PlainClassifier:
+        """Swap in other classes, by names or as `TaskClasses`."""
+        if not isinstance(classes, TaskClasses):
+            classes = TaskClasses.from_names(classes, self.processor, self.template)
+        self.classes = classes
         self._text: torch.Tensor | None = None
         return self
 

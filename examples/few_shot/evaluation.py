@@ -58,7 +58,7 @@ def batches(data, samples, image_processor, *, shifted="", batch_size=100, worke
 def evaluate(
     classifier, evaluation: Evaluation, image_processor, accelerator: Accelerator, workers: int = 0
 ) -> dict[str, Any] | None:
-    """Measure; every process takes its share of the pictures.
+    """Measure a classifier that has the classes of the evaluation; every process takes its share of the pictures.
 
     Returns:
         accuracy in percent, counts, and the keys of pictures that could not be read; None where the classifier cannot
@@ -70,7 +70,7 @@ def evaluate(
     names = list(evaluation.data.classes)
     if not getattr(classifier, "can_classify", lambda names: True)(names):
         return None
-    classifier.set_classes(names).eval()
+    classifier.eval()
     samples = evaluation.data.splits[evaluation.split][accelerator.process_index :: accelerator.num_processes]
     loader = batches(evaluation.data, samples, image_processor, shifted=evaluation.shift, workers=workers)
     counts, unreadable = torch.zeros(2, dtype=torch.long, device=accelerator.device), []

@@ -9,7 +9,8 @@
     }
 
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
-`SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`.
+`SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, `prototype_logit_weight` what its
+`keep_prototypes` takes after training (0: the texts alone predict, as published).
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Method:
     loss: dict[str, float] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     selection: str = "representative"
+    prototype_logit_weight: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,6 +104,8 @@ def read_method(path: Path, **overrides: Any) -> Method:
         raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
     if method.selection == "random" and method.learner != "sep":
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
+    if method.prototype_logit_weight and method.learner != "sep":
+        raise ValueError(f'{path}: prototype_logit_weight is for learner "sep", but this is {method.learner!r}.')
     return method
 
 

@@ -176,11 +176,16 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
             classifier.eval()
             parts = (plan.pictures.train, plan.pictures.val or plan.pictures.train)
             chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, pictures)))
+        if method.prototype_logit_weight:
+            classifier.keep_prototypes(method.prototype_logit_weight)
         seconds = time.perf_counter() - start
         if args.save_adapters and method.learner == "sep" and accelerator.is_main_process:
             classifier.save_pretrained(folder / "adapter")
-        results = {}
+        results, trained = {}, classifier.classes
         for evaluation in plan.evaluations:
+            # kept prototypes belong to the classes of the training pictures
+            classes = trained if evaluation.data.classes == plan.data.classes else evaluation.data.classes
+            classifier.set_classes(classes)
             results[evaluation.name] = evaluate(classifier, evaluation, pictures, accelerator, args.workers)
     return {
         "results": results,

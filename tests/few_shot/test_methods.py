@@ -79,7 +79,7 @@ def test_recipe_and_overrides(write):
     ("entries", "message"),
     [
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
-         "config, description, learner, loss, recipe, selection."),
+         "config, description, learner, loss, prototype_logit_weight, recipe, selection."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
          "batch_size, epochs, learning_rate, smallest_crop, warmup_epochs, weight_decay."),
         ({"learner": "svm"}, "{file}: learner must be one of zero-shot, sep, lora, linear-probe, tip-adapter, "

@@ -1,0 +1,198 @@
+"""Prototypes that are kept take part in predictions: of the classes that they were trained on, and of no others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from small_clip import make_clip
+from test_classifier import (
+    CLASSES,
+    IMAGES,
+    LABELS,
+    TEMPLATES,
+    contents,
+    logits_of,
+    make_classifier,
+    make_model,
+    raises,
+)
+
+from sep_peft import ImageScorer, SEPClassifier, TaskClasses
+
+
+FILE = "sep_prototypes.safetensors"
+
+
+def with_prototypes(weight: float | None = 1.5, **options) -> SEPClassifier:
+    """A classifier whose prototypes point anywhere; kept unless `weight` is None."""
+    classifier = make_classifier(**options)
+    classifier.prototypes.data = torch.randn(4, 24, generator=torch.Generator().manual_seed(8))
+    return classifier if weight is None else classifier.keep_prototypes(weight)
+
+
+@torch.no_grad()
+def reference(classifier: SEPClassifier, weight: float) -> torch.Tensor:
+    """Logits by texts alone, and the prototypes' one by one."""
+    image, _ = classifier.eval().image_embeds(IMAGES)
+    added = [[10 * weight * F.cosine_similarity(v, w, dim=0).item() for w in classifier.prototypes] for v in image]
+    return logits_of(classifier) + torch.tensor(added)
+
+
+@pytest.mark.parametrize("weight", [0.1, 2, 30.0])
+def test_logits_with_kept_prototypes(weight):
+    expected = reference(with_prototypes(None), weight)
+    torch.testing.assert_close(logits_of(with_prototypes(weight)), expected)
+
+
+def test_until_they_are_kept_prototypes_do_not_predict():
+    classifier = with_prototypes(None)
+    expected = logits_of(classifier)
+    classifier.prototypes.data.neg_()
+    assert torch.equal(logits_of(classifier), expected)
+
+
+def test_what_is_kept_does_not_follow_later_training():
+    classifier = with_prototypes()
+    expected = logits_of(classifier)
+    classifier.prototypes.data.neg_()
+    assert torch.equal(logits_of(classifier), expected)
+    assert not torch.allclose(logits_of(classifier.keep_prototypes(1.5)), expected, atol=0.1)
+
+
+def test_the_loss_of_training_stays_that_of_the_paper():
+    before, after = with_prototypes(None)(IMAGES, LABELS), with_prototypes()(IMAGES, LABELS)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+
+
+def test_without_the_adapter_they_are_silent():
+    plain, classifier = make_classifier(), with_prototypes()
+    with plain.model.disable_adapter(), classifier.model.disable_adapter():
+        assert torch.equal(logits_of(classifier), logits_of(plain))
+
+
+def test_other_classes_have_none():
+    classifier, others = with_prototypes(), TaskClasses(CLASSES, (TEMPLATES,), tuple("abcd"))
+    trained = classifier.classes
+    classifier.set_classes(others)
+    assert torch.equal(logits_of(classifier), logits_of(make_classifier()))
+    torch.testing.assert_close(classifier.prototypes.data, classifier.encoder.frozen())
+    assert torch.equal(logits_of(classifier.set_classes(trained)), logits_of(with_prototypes()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types(dtype):
+    classifier = SEPClassifier(make_model(dtype=dtype), CLASSES, TEMPLATES)
+    plain = classifier.eval()(IMAGES.to(dtype)).logits
+    with_them = classifier.keep_prototypes(1.0)(IMAGES.to(dtype)).logits
+    assert with_them.dtype == plain.dtype
+    assert (with_them - plain).abs().max() > 0.01
+
+
+def test_chunks_of_a_batch_give_the_same():
+    classifier = with_prototypes().eval()
+    rows = torch.cat([classifier(IMAGES[i : i + 2]).logits for i in (0, 2, 4)])
+    torch.testing.assert_close(rows, logits_of(classifier))
+
+
+def test_files(tmp_path):
+    classifier = with_prototypes()
+    classifier.save_pretrained(tmp_path)
+    assert FILE in contents(tmp_path)
+    kept = load_file(tmp_path / FILE)["prototypes"]
+    torch.testing.assert_close(kept, F.normalize(classifier.prototypes.data, dim=-1))
+    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path)
+    assert torch.equal(loaded(IMAGES).logits, logits_of(classifier))
+    assert loaded.prototypes is None
+    torch.testing.assert_close(ImageScorer(loaded)(IMAGES), logits_of(classifier).softmax(dim=-1))
+
+
+def test_training_goes_on_from_what_was_kept(tmp_path):
+    with_prototypes().save_pretrained(tmp_path)
+    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(loaded.prototypes.data, load_file(tmp_path / FILE)["prototypes"])
+
+
+def test_a_task_brings_its_prototypes(tmp_path):
+    trained = with_prototypes()
+    trained.save_pretrained(tmp_path)
+    classifier = SEPClassifier(make_model("first", seed=9), CLASSES, TEMPLATES).eval()
+    classifier.load_task(tmp_path, "task")
+    names, inputs = ["task"] * len(IMAGES), {"pixel_values": IMAGES}
+    ((_, logits, _),) = classifier.tasks.logits(names, inputs, classifier.image_embeds, classifier._logits)
+    torch.testing.assert_close(logits, logits_of(trained))
+
+
+def test_a_scorer_made_while_training():
+    classifier = with_prototypes().train()
+    scorer = ImageScorer(classifier).eval()
+    torch.testing.assert_close(scorer(IMAGES), logits_of(classifier).softmax(dim=-1))
+
+
+# errors
+
+
+def test_there_is_nothing_to_keep():
+    with raises("There are no prototypes to keep: the classifier was made with prototype_weight=0."):
+        make_classifier(prototype_weight=0.0).keep_prototypes()
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("inf"), float("nan")])
+def test_weights_that_are_not_allowed(weight):
+    classifier = with_prototypes()
+    expected = logits_of(classifier)
+    with raises(f"prototype_logit_weight must be above 0 and finite, but got {weight!r}."):
+        classifier.keep_prototypes(weight)
+    assert torch.equal(logits_of(classifier), expected)
+
+
+def test_prototypes_that_training_has_broken():
+    classifier = make_classifier()
+    classifier.prototypes.data[1, 1] = float("nan")
+    with raises("prototypes must be finite, but some values are not. Train with a lower learning rate."):
+        classifier.keep_prototypes()
+
+
+def test_prototypes_of_another_number():
+    with raises("prototypes must have shape (4, embedding size), but got (3, 24)."):
+        TaskClasses(CLASSES, prototypes=torch.ones(3, 24), prototype_logit_weight=1.0)
+
+
+def test_prototypes_of_another_model():
+    classes = TaskClasses(CLASSES, prototypes=torch.ones(4, 9), prototype_logit_weight=1.0)
+    message = (
+        "The prototypes of the classes have 9 entries, but the model's embeddings 24: they were made with another "
+    )
+    classifier = SEPClassifier(make_model(), classes, prototype_weight=0.0).eval()
+    with raises(message + "base model."):
+        classifier(IMAGES)
+
+
+def test_files_that_are_missing_or_cut_short(tmp_path):
+    with_prototypes().save_pretrained(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[:-10])
+    with pytest.raises(SafetensorError):
+        SEPClassifier.from_pretrained(make_clip(), tmp_path)
+    (tmp_path / FILE).unlink()
+    message = f"{tmp_path / FILE} does not exist, but sep_classes.json says that it should. Copy or download it again."
+    with raises(message):
+        SEPClassifier.from_pretrained(make_clip(), tmp_path)
+    save_file({"prototypes": torch.ones(3, 24)}, tmp_path / FILE)
+    with raises("prototypes must have shape (4, embedding size), but got (3, 24)."):
+        SEPClassifier.from_pretrained(make_clip(), tmp_path)
+
+
+def test_a_class_list_without_them_reads_as_before(tmp_path):
+    make_classifier().save_pretrained(tmp_path)
+    file = tmp_path / "sep_classes.json"
+    data = json.loads(file.read_text())
+    del data["prototype_logit_weight"]
+    file.write_text(json.dumps(data))
+    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path)
+    assert torch.equal(loaded(IMAGES).logits, logits_of(make_classifier()))
