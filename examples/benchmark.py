@@ -41,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
-from sep_peft import SEPClassifier, SEPConfig
+from sep_peft import SEPClassifier, SEPConfig, cast_adapter
 
 
 MIB = 2**20
@@ -59,12 +59,17 @@ PLAIN = "plain image encoding"
 PROMPTED = "prompted image forward"
 SEP = "SEP image encoding"
 SEP_LATE = "SEP image encoding, late start"
+SEP_ONE = "SEP encoding of one image"
+SEP_ONE_CLASSIFIED = "SEP classification of one image"
 PLAIN_EVALUATION = "plain evaluation"
 SEP_EVALUATION = "SEP evaluation"
 LORA_STEP = "LoRA step"
 SEP_STEP = "SEP step"
 SEP_FULL_STEP = "SEP step, full loss"
+SEP_MORE_STEP = "SEP step, full loss, more classes"
 SEP_MANY_STEP = "SEP step, many classes"
+
+RESIDENT = "resident adapters / their files"
 
 
 # what is measured
@@ -80,7 +85,9 @@ class Settings:
         late_start: the `start_layer` that is compared with 0.
         batch_size: images a batch.
         num_classes: classes of the task.
+        more_classes: classes of the task with more classes, for time.
         many_classes: classes of the task with many classes, for memory.
+        resident: adapters that are in one model at once.
         rounds: repetitions of every timing.
         goals: name of a row -> the most that it should be.
         threads: CPU threads of torch.
@@ -93,7 +100,9 @@ class Settings:
     late_start: int
     batch_size: int
     num_classes: int
+    more_classes: int
     many_classes: int
+    resident: int
     rounds: int
     goals: dict
     threads: int = 0
@@ -114,9 +123,28 @@ VIT_B_16 = Settings(
     late_start=9,
     batch_size=8,
     num_classes=50,
+    more_classes=500,
     many_classes=1000,
+    resident=100,
     rounds=7,
-    goals={f"{PROMPTED} / {PLAIN}": 1.10, f"{SEP} / {PLAIN}": 2.15},
+    goals={
+        f"{PROMPTED} / {PLAIN}": 1.10,
+        f"{SEP} / {PLAIN}": 2.10,
+        f"{SEP_LATE} / {PLAIN}": 1 + (12 - 9) / 12 + 0.1,  # the shared layers once, the others twice
+        f"{SEP_ONE_CLASSIFIED} / {SEP_ONE}": 1.10,
+        f"{SEP_FULL_STEP} / {PLAIN}": 3.6,
+        f"{SEP_MORE_STEP} / {PLAIN}": 7.0,
+        f"peak memory: {SEP_MANY_STEP} / {SEP_STEP}": 1.5,
+        "SEP adapter: size": 1.0,
+        "SEP adapter, bf16: size": 1.0,
+        "SEP adapter: load": 100.0,
+        "SEP adapter: switch": 1.0,
+        RESIDENT: 1.1,
+        f"{SEP}: compiled / eager": 1.0,
+        f"{SEP}: bf16 autocast / eager": 1.0,
+        f"{SEP_FULL_STEP}: compiled / eager": 1.0,
+        f"{SEP_FULL_STEP}: bf16 autocast / eager": 1.0,
+    },
 )
 TINY = Settings(
     text={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -132,7 +160,9 @@ TINY = Settings(
     late_start=1,
     batch_size=4,
     num_classes=10,
+    more_classes=20,
     many_classes=300,
+    resident=3,
     rounds=2,
     goals={},  # what does not grow with the model outweighs everything else here
 )
@@ -322,6 +352,7 @@ def ratio_row(times: dict[str, list[float]], name: str, base: str) -> Row:
 
 def measure_inference(settings: Settings) -> list[Row]:
     task = make_task(settings, settings.num_classes)
+    one = replace(task, pixel_values=task.pixel_values[:1], labels=task.labels[:1])
     plain, sep = make_clip(settings), make_sep(settings)
     workloads = {
         PLAIN: image_encoding(plain, task),
@@ -330,6 +361,8 @@ def measure_inference(settings: Settings) -> list[Row]:
         SEP_LATE: image_encoding(make_sep(settings, start_layer=settings.late_start), task),
         PLAIN_EVALUATION: clip_evaluation(plain, task),
         SEP_EVALUATION: sep_evaluation(sep, task),
+        SEP_ONE: image_encoding(sep, one),
+        SEP_ONE_CLASSIFIED: sep_evaluation(sep, one),
     }
     times = time_by_turns(workloads, settings, "inference")
     return [
@@ -339,6 +372,7 @@ def measure_inference(settings: Settings) -> list[Row]:
         ratio_row(times, SEP_LATE, PLAIN),
         *(Row(n, "images/s", [settings.batch_size / t for t in times[n]]) for n in (PLAIN_EVALUATION, SEP_EVALUATION)),
         ratio_row(times, SEP_EVALUATION, PLAIN_EVALUATION),
+        ratio_row(times, SEP_ONE_CLASSIFIED, SEP_ONE),
     ]
 
 
@@ -349,6 +383,7 @@ def measure_training(settings: Settings) -> list[Row]:
         LORA_STEP: lora_step(make_lora(settings), task),
         SEP_STEP: sep_step(sep, task),
         SEP_FULL_STEP: sep_full_step(sep, task),
+        SEP_MORE_STEP: sep_full_step(sep, make_task(settings, settings.more_classes)),
     }
     times = time_by_turns({PLAIN: image_encoding(make_clip(settings), task), **steps}, settings, "training")
     return [
@@ -360,20 +395,26 @@ def measure_training(settings: Settings) -> list[Row]:
 
 
 def measure_extended(settings: Settings) -> list[Row]:
-    """Inference compiled, and under autocast to bfloat16; ratios are to plain CLIP in the same mode."""
+    """What torch.compile and autocast to bfloat16 do for plain CLIP, for SEP and for a training step."""
     task = make_task(settings, settings.num_classes)
-    plain, sep = make_clip(settings), make_sep(settings)
+    eager = {
+        PLAIN: image_encoding(make_clip(settings), task),
+        SEP: image_encoding(make_sep(settings), task),
+        SEP_FULL_STEP: sep_full_step(make_sep(settings), task),
+    }
     rows = []
-    for mode, wrap in {"compiled": torch.compile, "bf16 autocast": torch.autocast("cpu", torch.bfloat16)}.items():
-        base, mixed, prompted = (f"{name}, {mode}" for name in (PLAIN, SEP, PROMPTED))
-        workloads = {
-            base: wrap(image_encoding(plain, task)),
-            mixed: wrap(image_encoding(sep, task)),
-            prompted: wrap(inference(sep.base_model.towers["vision"].embed_prompted, task)),
-        }
-        times = time_by_turns(workloads, settings, mode)
-        rows += [Row(base, "s", times[base]), ratio_row(times, prompted, base), ratio_row(times, mixed, base)]
+    for mode, wrap in {"compiled": compiled, "bf16 autocast": torch.autocast("cpu", torch.bfloat16)}.items():
+        faster = {f"{name}, {mode}": wrap(workload) for name, workload in eager.items()}
+        times = time_by_turns({**eager, **faster}, settings, mode)
+        for name in eager:
+            values = [a / b for a, b in zip(times[f"{name}, {mode}"], times[name], strict=True)]
+            rows.append(Row(f"{name}: {mode} / eager", "× time", values))
+        rows.append(ratio_row(times, f"{SEP}, {mode}", f"{PLAIN}, {mode}"))
     return rows
+
+
+def compiled(workload: Workload) -> Workload:
+    return torch.compile(workload, dynamic=False)
 
 
 # memory
@@ -416,13 +457,15 @@ def measure_memory(settings: Settings) -> list[Row]:
     # A process that is started directly begins with the peak of its parent; one that a small server forks does not.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.clip.modeling_clip", "sep_peft"])
-    rows = []
+    rows, peaks = [], {}
     for name in tqdm(MEMORY_CASES, desc="memory"):
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             peak, growth = pool.submit(peak_memory, name, settings).result()
+        peaks[name] = peak
         rows.append(Row(f"peak memory: {name}", "MiB", [peak / MIB]))
         rows.append(Row(f"peak memory above the model: {name}", "MiB", [growth / MIB]))
-    return rows
+    ratio = peaks[SEP_MANY_STEP] / peaks[SEP_STEP]
+    return [*rows, Row(f"peak memory: {SEP_MANY_STEP} / {SEP_STEP}", "× memory", [ratio])]
 
 
 # adapters
@@ -438,13 +481,35 @@ def measure_adapters(settings: Settings) -> list[Row]:
     for name, config in tqdm(configs.items(), desc="adapters"):
         with tempfile.TemporaryDirectory() as folder:
             rows += measure_adapter(name, get_peft_model(make_clip(settings), config), folder, settings.rounds)
-    return rows
+            if name == "SEP adapter":
+                cast_adapter(folder, torch.bfloat16)
+                rows.append(Row(f"{name}, bf16: size", "MB", [adapter_bytes(folder) / 1e6]))
+    return [*rows, measure_resident(settings)]
+
+
+def adapter_bytes(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob("adapter_*"))
+
+
+def measure_resident(settings: Settings) -> Row:
+    """Bytes that many adapters in one model add, over the bytes of as many files."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_sep(settings)
+        model.save_pretrained(folder)
+        before = tensor_bytes(model)
+        for index in tqdm(range(settings.resident), desc="resident adapters"):
+            model.load_adapter(folder, f"task_{index}")
+        return Row(RESIDENT, "× bytes", [(tensor_bytes(model) - before) / settings.resident / adapter_bytes(folder)])
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def measure_adapter(name: str, model: PeftModel, folder: str, rounds: int) -> list[Row]:
     """Bytes on disk, time to load from there (out of the file cache) and time to switch to a loaded one."""
     model.save_pretrained(folder)
-    size = sum(file.stat().st_size for file in Path(folder).glob("adapter_*"))
+    size = adapter_bytes(folder)
     loads, switches = [], []
     for _ in range(rounds + 1):
         loads.append(1000 * seconds(partial(model.load_adapter, folder, "second")))

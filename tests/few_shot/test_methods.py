@@ -87,6 +87,8 @@ def test_recipe_and_overrides(write):
         ({"learner": "sep", "selection": "all"}, '{file}: selection must be "representative" or "random", '
          "but is 'all'."),
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
+        ({"learner": "lora", "prototype_logit_weight": 1.0}, '{file}: prototype_logit_weight is for learner "sep", '
+         "but this is 'lora'."),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_method(write, entries, message):
