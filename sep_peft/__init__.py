@@ -15,7 +15,7 @@ from .explain import Explanation, explain
 from .export import ImageEmbedder, ImageScorer
 from .fusion import TokenFusion
 from .hotswap import hotswap_adapter
-from .model import SEPModel
+from .model import SEPModel, lifted
 from .model_card import CardDetails, Score
 from .pipelines import ImageClassifier
 from .version import __version__
@@ -42,6 +42,7 @@ __all__ = [
     "convert_reference_checkpoint",
     "explain",
     "hotswap_adapter",
+    "lifted",
     "losses",
 ]
 

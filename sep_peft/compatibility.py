@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
-from .layer import count_positions, layer_lists
+from .layer import SEPLayer, count_positions, layer_lists
 from .registration import PREFIX
 from .tower import ROOT_CHILD, SEPTower
 
@@ -38,7 +39,12 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"The adapter name {name!r} is a part of SEP's prefix {PREFIX!r}, so keys could not be told apart. Choose "
             "another name."
         )
-    own = {part for path, _ in model.named_modules() if f"{PREFIX}" not in path for part in path.split(".")}
+    # what other methods have inside their layers is no part of SEP's keys
+    others = tuple(
+        f"{p}." for p, m in model.named_modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SEPLayer)
+    )
+    paths = [path for path, _ in model.named_modules() if PREFIX not in path and not path.startswith(others)]
+    own = {part for path in paths for part in path.split(".")}
     if name in own | FUSION_PARTS:
         raise ValueError(
             f"The adapter name {name!r} is also the name of a module inside the model, so keys could not be told "

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from functools import wraps
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .architectures import Architecture
@@ -18,7 +20,7 @@ from .checkpoint import check_keys
 from .combine import check_combination, weighted_sum
 from .compatibility import check_adapter_name, check_fit, target_towers
 from .config import SEPConfig
-from .layer import SEPLayer, SEPProjection, SEPReader
+from .layer import SEPLayer, SEPProjection, SEPReader, Wrapper
 from .mixed_batch import check_names, check_rows, chosen_adapters
 from .registration import PREFIX
 from .resolve import find_architecture
@@ -56,6 +58,27 @@ class SEPModel(BaseTuner):
     tuner_layer_cls = SEPLayer
 
     # injection
+
+    def __init__(self, model: nn.Module, config, adapter_name: str, *args, **kwargs):
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a PeftModel. To add SEP above the adapters it has, wrap the model inside: "
+                "get_peft_model(model.get_base_model(), SEPConfig())."
+            )
+        below = {k: c for k, c in getattr(model, "peft_config", {}).items() if not isinstance(c, SEPConfig)}
+        if not below:
+            super().__init__(model, config, adapter_name, *args, **kwargs)
+            return
+        # PEFT would write SEP's configurations into the dictionary of the method below, which would then save them
+        before = model.peft_config
+        model.peft_config = {k: c for k, c in before.items() if k not in below}
+        try:
+            super().__init__(model, config, adapter_name, *args, **kwargs)
+        except Exception:
+            model.peft_config = before
+            raise
+        self.peft_config = model.peft_config  # of its own: not found through the model any more
+        model.peft_config = below | self.peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes."""
@@ -144,6 +167,21 @@ class SEPModel(BaseTuner):
                 f"One SEP adapter can be active at a time, but got {list(adapter_name)}. Pass a single name."
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters of SEP; those of methods below keep what they have."""
+        for module in self._layers():
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in self._layers():
+            module.enable_adapters(enabled)
+
+    def _layers(self) -> list[nn.Module]:
+        """Layers of SEP, and what `modules_to_save` wrapped if SEP did that; not those of methods below."""
+        copies = any(config.modules_to_save for config in self.peft_config.values())
+        kinds = (SEPLayer, AuxiliaryTrainingWrapper) if copies else SEPLayer
+        return [module for module in self.model.modules() if isinstance(module, kinds)]
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose parameters are the weighted sum of those of others, a "model soup".
@@ -274,3 +312,36 @@ class SEPModel(BaseTuner):
 def find_towers(model: nn.Module) -> dict[str, SEPTower]:
     """ "text" and "vision" -> the tower with SEP's prompts; empty without an adapter."""
     return {module.tower: module for module in model.modules() if isinstance(module, SEPTower)}
+
+
+@contextmanager
+def lifted(model: nn.Module) -> Iterator[nn.Module]:
+    """Take SEP out of a model for a while, so that adapters of other methods below it can be saved, loaded or merged.
+
+    Other methods find their layers by path, and SEP's wrappers are a part of paths. In the block paths and outputs are
+    those of the model below SEP; behind it SEP is back, above whatever the block has made.
+
+    Args:
+        model: a `PeftModel` with SEP, or the model that it wraps.
+
+    Yields:
+        the model without SEP.
+
+    Example:
+        >>> with lifted(model):
+        ...     lora_model.save_pretrained("my-lora")
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    places = []
+    for path, module in base.named_modules():
+        parent_path, _, name = path.rpartition(".")
+        if isinstance(module, Wrapper) and name != ROOT_CHILD:
+            places.append((base.get_submodule(parent_path), name, module))
+    for parent, name, wrapper in places:
+        setattr(parent, name, wrapper.base_layer)
+    try:
+        yield base
+    finally:
+        for parent, name, wrapper in places:
+            wrapper.base_layer = getattr(parent, name)
+            setattr(parent, name, wrapper)

@@ -174,6 +174,35 @@ class TestTwoAdapters:
         assert torch.equal(outputs(model), two)
 
 
+def test_what_is_printed_reads_sensibly(capsys):
+    model = adapted("published", "one")
+    model.add_adapter("two", SEPConfig.published(**SETTINGS["vision only"]))
+    model.print_trainable_parameters()
+    own = sum(p.numel() for n, p in model.named_parameters() if ".sep_" in n and ".one" in n)
+    total = sum(p.numel() for p in model.parameters())
+    line = f"trainable params: {own:,d} || all params: {total:,d} || trainable%: {100 * own / total:.4f}\n"
+    assert capsys.readouterr().out == line
+    printed = str(model)
+    assert "SEPModel(" in printed and "SEPTower(" in printed and "SEPEncoderLayer(" in printed
+    assert "(one): TokenFusion" in printed or "(one): ModuleDict" in printed
+
+
+def test_the_status_of_each_layer():
+    model = adapted("published", "one")
+    model.add_adapter("two", SEPConfig.published(**SETTINGS["vision only"]))
+    towers = {status.name: status for status in model.get_layer_status() if status.module_type == "SEPTower"}
+    assert {name.rpartition(".")[2]: status.available_adapters for name, status in towers.items()} == {
+        "text_model": ["one"],
+        "vision_model": ["one", "two"],
+    }
+    for status in towers.values():
+        assert status.enabled and status.active_adapters == ["one"] and not status.merged_adapters
+        assert status.requires_grad["one"] is True and status.requires_grad.get("two") in (None, False)
+    status = model.get_model_status()
+    assert status.adapter_model_type == "SEPModel" and status.peft_types == {"one": "SEP", "two": "SEP"}
+    assert status.enabled is True and status.active_adapters == ["one"] and status.merged_adapters == []
+
+
 def test_three_adapters_agree_on_the_next_active_one():
     """Each tower picks the next adapter itself; they must pick the same one, also where an adapter skips a tower."""
     model = adapted("vision only", "a")

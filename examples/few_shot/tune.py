@@ -2,8 +2,8 @@
 
     python examples/few_shot/tune.py --data-root data --dataset caltech101-covered --method sep lora --seeds 1
 
-`tuning/<method>.json` lists candidates as changes of the method's `recipe`, `config` and `loss`. What was tried is
-written to `tried.json` in the output folder, best first.
+`tuning/<method>.json` lists candidates as changes of the method's `recipe`, `config`, `loss` and `prediction` (its
+`prototype_logit_weight`). What was tried is written to `tried.json` in the output folder, best first.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ def main() -> None:
 
 
 def change(method: Method, changes: dict[str, dict[str, Any]]) -> Method:
-    """The method with some entries of its recipe, config and loss replaced."""
-    if unknown := sorted(set(changes) - {"recipe", "config", "loss"}):
-        raise ValueError(f"A candidate may change recipe, config and loss, but has {unknown}.")
+    """The method with some entries of its recipe, config, loss and prediction replaced."""
+    if unknown := sorted(set(changes) - {"recipe", "config", "loss", "prediction"}):
+        raise ValueError(f"A candidate may change recipe, config, loss and prediction, but has {unknown}.")
     return replace(
         method,
         recipe=Recipe(**{**asdict(method.recipe), **changes.get("recipe", {})}),
         config={**method.config, **changes.get("config", {})},
         loss={**method.loss, **changes.get("loss", {})},
+        **changes.get("prediction", {}),
     )
 
 
