@@ -18,6 +18,7 @@ from .hotswap import hotswap_adapter
 from .model import SEPModel, lifted
 from .model_card import CardDetails, Score
 from .pipelines import ImageClassifier
+from .trunk_cache import TrunkCache
 from .version import __version__
 
 
@@ -37,6 +38,7 @@ __all__ = [
     "TaskClasses",
     "TokenFusion",
     "TowerSpec",
+    "TrunkCache",
     "__version__",
     "cast_adapter",
     "convert_reference_checkpoint",

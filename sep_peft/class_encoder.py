@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,8 +16,13 @@ from .classes import TaskClasses
 from .functional import mix_embeddings, unit, wide
 from .losses import PROTOTYPE_SCALE
 from .model import find_towers
+from .passes import TrunkFeatures
 from .texts import TextInputs
 from .tower import SEPTower
+
+
+#: Class texts encoded at a time.
+TEXT_CHUNK_SIZE = 128
 
 
 class ClassEncoder(nn.Module):
@@ -100,23 +106,30 @@ class ClassEncoder(nn.Module):
         return self._cached("frozen", self._versions(tower.base_layer.parameters()), encode)
 
     def train(self, mode: bool = True) -> ClassEncoder:
-        """Switch between training and evaluation; what is cached is dropped."""
-        self._cache = {}
+        """Switch between training and evaluation; what is cached is dropped when the mode changes."""
+        if mode != self.training:  # Trainer calls this before every step
+            self._cache = {}
         return super().train(mode)
 
     def _mixed(self, tower: SEPTower, frozen: torch.Tensor) -> torch.Tensor:
         if tower.active_settings.batch_coupled:  # every class must see every other
             prompted = tower.embed_prompted(**self._coupled_texts(tower))
-        elif len(self.classes) <= self.chunk_size or not torch.is_grad_enabled():
-            prompted = torch.cat([tower.embed_prompted(**chunk) for chunk in self._chunks(0)])
         else:
-            prompted = torch.cat(
-                [
-                    checkpoint(lambda chunk=chunk: tower.embed_prompted(**chunk), use_reentrant=False)
-                    for chunk in self._chunks(0)
-                ]
-            )
+            embeds = [partial(tower.embed_prompted, **chunk, trunk=trunk) for chunk, trunk in self._trunks(tower)]
+            if len(embeds) == 1 or not torch.is_grad_enabled():
+                prompted = torch.cat([embed() for embed in embeds])
+            else:
+                prompted = torch.cat([checkpoint(embed, use_reentrant=False) for embed in embeds])
         return mix_embeddings(wide(prompted), frozen, tower.frozen_weight)
+
+    def _trunks(self, tower: SEPTower) -> list[tuple[TextInputs, TrunkFeatures | None]]:
+        """Class names in chunks, and, while training, what the layers below `start_layer` make of each."""
+        chunks = self._chunks(0)
+        if not self.training or tower.active_settings.start_layer == 0 or tower.spec.in_stages:
+            return [(chunk, None) for chunk in chunks]
+        key = (tower.prompting_adapter(), *self._versions(tower.base_layer.parameters()))
+        trunks = self._cached("trunk", key, lambda: [tower.trunk(**chunk) for chunk in chunks])
+        return list(zip(chunks, trunks, strict=True))
 
     def _texts(self, index: int) -> TextInputs:
         """Tensors (C, L): 0 are the class names, from 1 on the templates."""

@@ -14,6 +14,8 @@ import torch
 CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
+#: Weight of the kept prototypes' logits in predictions, chosen on validation pictures by `examples/few_shot`.
+PROTOTYPE_LOGIT_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)

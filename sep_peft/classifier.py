@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,23 +14,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .class_encoder import ClassEncoder, padding_of
-from .classes import TEMPLATE, TaskClasses, check_labels
+from .class_encoder import TEXT_CHUNK_SIZE, ClassEncoder, padding_of
+from .classes import PROTOTYPE_LOGIT_WEIGHT, TEMPLATE, TaskClasses, check_labels
 from .classifier_files import load_base, load_classes, push_files, save_files
 from .functional import mix_embeddings, unit, wide
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .model_card import CardDetails
 from .prediction import predict
+from .scoring import logits_of
 from .tasks import Tasks
 from .texts import TextInputs
 from .tower import SEPTower
-
-
-#: Weight of the kept prototypes' logits in predictions, chosen on validation pictures by `examples/few_shot`.
-PROTOTYPE_LOGIT_WEIGHT = 2.0
-#: Class texts encoded at a time.
-TEXT_CHUNK_SIZE = 128
+from .trunk_cache import embeds_from_trunk
 
 
 @dataclass
@@ -268,20 +263,34 @@ class SEPClassifier(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> SEPClassifierOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        trunk: torch.Tensor | None = None,
+        frozen_embeds: torch.Tensor | None = None,
+        trunk_layer: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SEPClassifierOutput:
         """
         Args:
             pixel_values: (B, channels, height, width).
             labels: (B,) class indices, for the loss.
+            trunk, frozen_embeds, trunk_layer: (B, L, D), (B, E) and (B,) of a `TrunkCache`, in the place of pictures.
             kwargs: what else the image tower takes.
 
         Raises:
-            ValueError: a label out of range.
+            ValueError: a label out of range, neither or both of pictures and a trunk, or a trunk of another adapter.
         """
+        if (pixel_values is None) == (trunk is None):
+            raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
         if labels is not None:
             check_labels(labels, len(self.classes))
         text, frozen_text = self.encoder()
-        image, frozen_image = self.image_embeds(pixel_values, **kwargs)
+        if trunk is None:
+            image, frozen_image = self.image_embeds(pixel_values, **kwargs)
+        else:
+            image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
         logits = self._logits(image, text, None if self.training else self.encoder.prototype_weights())
         if labels is None:
             return SEPClassifierOutput(logits=logits)
@@ -298,18 +307,7 @@ class SEPClassifier(nn.Module):
         return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 
     def _logits(self, image: torch.Tensor, text: torch.Tensor, prototype_weights: torch.Tensor | None) -> torch.Tensor:
-        """(B, E), (C, E) and None or (C, E) -> (B, C), in fp32 or wider."""
-        tower = self.vision_tower
-        row, model = tower.architecture, tower.owner
-        cosines = image @ text.T
-        added = 0 if prototype_weights is None else image @ prototype_weights.to(image.dtype).T
-        if row.logit_scale is None:
-            return cosines + added
-        scale = wide(attrgetter(row.logit_scale)(model))
-        if row.max_scale is not None:
-            scale = scale.clamp(0.0, attrgetter(row.max_scale)(model))
-        logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[row.scale]
-        return added + (logits if row.logit_bias is None else logits + wide(attrgetter(row.logit_bias)(model)))
+        return logits_of(self.vision_tower, image, text, prototype_weights)
 
     # prediction
 

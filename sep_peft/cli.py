@@ -99,10 +99,15 @@ def _add_train(parsers) -> None:
     group.add_argument(
         "--learning-rate", type=float, help=f"({recipe.learning_rate}, published {published.learning_rate})"
     )
+    group.add_argument("--cache", help='folder for what is below --start-layer, computed once; or "memory"')
+    group.add_argument(
+        "--views", type=whole_number, help=f"augmentations of each picture in the cache ({recipe.views})"
+    )
     group.add_argument("--seed", type=int, default=recipe.seed, help="of drawn pictures and training (%(default)s)")
     group = parser.add_argument_group("adapter", "see SEPConfig in README")
     group.add_argument("--text-prompts", type=whole_number, default=config.num_text_prompts, help="(%(default)s)")
     group.add_argument("--vision-prompts", type=whole_number, default=config.num_vision_prompts, help="(%(default)s)")
+    group.add_argument("--start-layer", type=int, default=config.start_layer, help="where prompts enter (%(default)s)")
     group.add_argument("--fusion-rank", type=whole_number, help=f"({config.fusion_rank})")
     group.add_argument("--fusion-hidden-size", type=whole_number, help=f"({config.fusion_hidden_size})")
     group.add_argument(

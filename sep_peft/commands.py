@@ -56,15 +56,17 @@ SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 def train(args: argparse.Namespace) -> Result:
     """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card."""
     _check_output(args.output, args.overwrite)
+    if args.cache is not None and args.start_layer == 0:
+        raise ValueError("--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache.")
     recipe = (Recipe.published if args.published else Recipe)(
-        **_given(args, "epochs", "batch_size", "learning_rate", "seed", "max_steps")
+        **_given(args, "epochs", "batch_size", "learning_rate", "seed", "max_steps", "views")
     )
     folder, broken = _readable(read_folder(args.folder, args.shots, args.seed), args)
     set_seed(args.seed)
     classifier = _new_classifier(args, folder.names)
     with classifier.model.disable_adapter():
         zero_shot = _evaluate_parts(classifier, folder, args, "zero-shot")
-    fit(classifier, folder.train, recipe, quiet=args.quiet)
+    fit(classifier, folder.train, recipe, quiet=args.quiet, cache=args.cache)
     adapted = _evaluate_parts(classifier, folder, args, "SEP")
     name = args.name or Path(args.folder).resolve().name
     scores = [
@@ -131,6 +133,7 @@ def _new_classifier(args: argparse.Namespace, names: list[str]) -> SEPClassifier
     config = (SEPConfig.published if args.published else SEPConfig)(
         num_text_prompts=args.text_prompts,
         num_vision_prompts=args.vision_prompts,
+        start_layer=args.start_layer,
         **_given(args, "fusion_rank", "fusion_hidden_size", "share_fusion"),
     )
     base, processor = _load_base(args)

@@ -77,6 +77,26 @@ class FrozenPass:
         return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
 
 
+class TrunkFeatures(NamedTuple):
+    """What stays the same while an adapter with `start_layer` is trained, for one batch.
+
+    Attributes:
+        hidden: (B, L, D), what enters layer `start_layer`.
+        frozen: (B, E), the frozen embedding, projected, not normalized.
+        num_outputs: of layers that return tuples; None where they return hidden states alone.
+    """
+
+    hidden: torch.Tensor
+    frozen: torch.Tensor
+    num_outputs: int | None
+
+    def as_pass(self, start_layer: int) -> FrozenPass:
+        """Stands in for the frozen pass that computed them."""
+        known = FrozenPass(start_layer)
+        known.trunk, known.num_outputs = self.hidden, self.num_outputs
+        return known
+
+
 @dataclass
 class PromptedPass:
     """The tower with prompts: inserts them, fuses them anew, and takes them out behind the last layer.

@@ -21,7 +21,7 @@ from .config import SEPConfig
 from .fusion import TokenFusion
 from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, SEPReader, layer_lists
 from .mixed_batch import by_rows, chosen_adapters
-from .passes import FrozenPass, FusionTrace, PromptedPass, current_pass
+from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures, current_pass
 from .settings import TowerSettings
 
 
@@ -71,6 +71,7 @@ class SEPTower(SEPLayer):
         self._owner = (model,)  # in a tuple, so that the model does not become a child of its own tower
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)
         self._inner: tuple[SEPLayer, ...] = ()  # wrappers inside the tower, for bookkeeping
+        self._layer_outputs: tuple = ()  # see `layer_outputs`
         self.sep_prompts = nn.ParameterDict()
         self.sep_fusion = nn.ModuleDict()
         self.sep_settings: dict[str, TowerSettings] = {}
@@ -247,13 +248,56 @@ class SEPTower(SEPLayer):
             return self.project(mixing.pooled(self, self._call_base(**inputs, return_dict=True), inputs))
 
     @by_rows
-    def embed_prompted(self, *args, **kwargs) -> torch.Tensor:
-        """The prompted branch alone, (B, E), projected and not normalized."""
+    def embed_prompted(self, *args, trunk: TrunkFeatures | None = None, **kwargs) -> torch.Tensor:
+        """The prompted branch alone, (B, E), projected and not normalized.
+
+        Args:
+            trunk: of these inputs; layers below `start_layer` are then not run.
+        """
         inputs = self._bind(args, kwargs)
         adapter = self.prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
-        return self.project(mixing.pooled(self, self._run_prompted(adapter, inputs, None, None), inputs))
+        known = None if trunk is None else trunk.as_pass(self.sep_settings[adapter].start_layer)
+        return self.project(mixing.pooled(self, self._run_prompted(adapter, inputs, known, None), inputs))
+
+    @torch.no_grad()
+    def trunk(self, *args, **kwargs) -> TrunkFeatures:
+        """What training of the active adapter does not change: everything below `start_layer`, and the frozen branch.
+
+        Takes what the tower takes.
+
+        Raises:
+            ValueError: see `check_trunk`.
+        """
+        self.check_trunk()
+        settings = self.active_settings
+        inputs, known = self._bind(args, kwargs), FrozenPass(settings.start_layer)
+        with current_pass.set(known):
+            output = self._call_base(**inputs, return_dict=True)
+        self._layer_outputs = (known.num_outputs,)
+        return TrunkFeatures(known.trunk, self.project(mixing.pooled(self, output, inputs)), known.num_outputs)
+
+    def check_trunk(self) -> None:
+        """
+        Raises:
+            ValueError: no adapter prompts this tower, it starts at layer 0, or the tower's layers come in stages.
+        """
+        settings = self.active_settings
+        if settings is None or settings.start_layer == 0:
+            raise ValueError(
+                f"The {self.tower} tower has no trunk to keep: its prompts enter at start_layer=0, or it has none. "
+                "Take SEPConfig(start_layer=...) above 0."
+            )
+        if self.spec.in_stages:
+            raise ValueError(
+                f"The {self.tower} tower of {type(self.owner).__name__} has layers in stages, whose trunk is more than "
+                "hidden states. Train it without a cache."
+            )
+
+    def layer_outputs(self, inputs: dict) -> int | None:
+        """`TrunkFeatures.num_outputs`, which belongs to the layers' code: found out by one run of `inputs`."""
+        return (self._layer_outputs or (self.trunk(**inputs).num_outputs,))[0]
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The model's own projection into the joint space, (B, D) -> (B, E)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from .classifier import PROTOTYPE_LOGIT_WEIGHT, SEPClassifier
+from .classes import PROTOTYPE_LOGIT_WEIGHT
+from .classifier import SEPClassifier
 from .folders import Samples
 from .pictures import read_picture
+from .trunk_cache import TrunkCache
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Recipe:
         smallest_crop: least share of a picture's area that augmentation keeps.
         text_weight, vision_weight: of the consistency losses.
         prototype_logit_weight: of the trained prototypes in predictions; 0, as published: they serve the loss alone.
+        views: augmentations of each picture, where what is below `start_layer` is cached.
         seed: of batches and augmentation.
         max_steps: stop after so many steps; None: after `epochs`.
     """
@@ -39,6 +43,7 @@ class Recipe:
     text_weight: float = 2.0
     vision_weight: float = 1.5
     prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
+    views: int = 8
     seed: int = 1
     max_steps: int | None = None
 
@@ -77,25 +82,54 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
+        return self.read(index, random)
+
+    def read(self, index: int, source) -> dict:
+        """A picture, augmented by draws from `source`, the module `random` or a `random.Random`."""
         path, label = self.samples[index]
         picture = read_picture(path)
         if self.smallest_crop is not None:
-            picture = random_crop_and_flip(picture, self.smallest_crop)
+            picture = random_crop_and_flip(picture, self.smallest_crop, source)
         return {"pixel_values": self.processor(picture, return_tensors="pt")["pixel_values"][0], "labels": label}
 
 
-def random_crop_and_flip(picture: Image.Image, smallest: float) -> Image.Image:
+class FixedViews(torch.utils.data.Dataset):
+    """`views` augmentations of each picture, the same ones every time: entry i + N v is view v of picture i.
+
+    Args:
+        pictures: N of them, augmented.
+        views: augmentations of each.
+        seed: of them.
+    """
+
+    def __init__(self, pictures: Pictures, views: int, seed: int):
+        self.pictures, self.views, self.seed = pictures, views, seed
+
+    def __len__(self) -> int:
+        return len(self.pictures) * self.views
+
+    def __getitem__(self, index: int) -> dict:
+        return self.pictures.read(index % len(self.pictures), random.Random(f"{self.seed}/{index}"))
+
+
+def random_crop_and_flip(picture: Image.Image, smallest: float, source=random) -> Image.Image:
     """A square-ish part of `smallest` to all of the area, mirrored half of the time: the field's augmentation."""
     width, height = picture.size
-    area, ratio = width * height * random.uniform(smallest, 1), random.uniform(3 / 4, 4 / 3)
+    area, ratio = width * height * source.uniform(smallest, 1), source.uniform(3 / 4, 4 / 3)
     part = min(width, round((area * ratio) ** 0.5)), min(height, round((area / ratio) ** 0.5))
-    left, top = random.randint(0, width - part[0]), random.randint(0, height - part[1])
+    left, top = source.randint(0, width - part[0]), source.randint(0, height - part[1])
     side = min(width, height)
     picture = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + part[0], top + part[1]))
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else picture
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if source.random() < 0.5 else picture
 
 
-def fit(classifier: SEPClassifier, samples: Samples, recipe: Recipe, quiet: bool = False) -> None:
+def fit(
+    classifier: SEPClassifier,
+    samples: Samples,
+    recipe: Recipe,
+    quiet: bool = False,
+    cache: str | os.PathLike | None = None,
+) -> None:
     """Train the adapter; the prototypes start at the class means, as published.
 
     Args:
@@ -103,7 +137,14 @@ def fit(classifier: SEPClassifier, samples: Samples, recipe: Recipe, quiet: bool
         samples: pictures and names of their classes.
         recipe: how to train.
         quiet: without progress.
+        cache: for adapters with `start_layer` above 0: what is below it is computed once, for `recipe.views`
+            augmentations of each picture. A folder to keep it in, or "memory"; None: no cache.
+
+    Raises:
+        ValueError: the adapter has no trunk to cache.
     """
+    if cache is not None:
+        classifier.vision_tower.check_trunk()
     names, processor = classifier.class_names, classifier.processor
     classifier.loss_weights |= {"text_weight": recipe.text_weight, "vision_weight": recipe.vision_weight}
     plain = Pictures(samples, names, processor)
@@ -111,6 +152,9 @@ def fit(classifier: SEPClassifier, samples: Samples, recipe: Recipe, quiet: bool
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(recipe, len(samples), classifier.device.type == "cpu", quiet, folder)
         data = Pictures(samples, names, processor, recipe.smallest_crop)
+        if cache is not None:
+            views = FixedViews(data, recipe.views, recipe.seed)
+            data = TrunkCache(classifier.model, views, None if cache == "memory" else cache, views=recipe.views)
         Trainer(classifier, arguments, train_dataset=data).train()
     if recipe.prototype_logit_weight:
         classifier.keep_prototypes(recipe.prototype_logit_weight)

@@ -1,0 +1,241 @@
+"""`TrunkCache`: training on what is below `start_layer`, computed once, equals training without it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from families import CASES
+from peft import get_peft_model
+from safetensors import SafetensorError
+from small_clip import make_clip, make_images, perturb
+from test_classifier import CLASSES, TEMPLATES, raises
+
+from sep_peft import SEPClassifier, SEPConfig, TrunkCache
+from sep_peft.functional import mix_embeddings
+from sep_peft.layer import SEPEncoderLayer
+from sep_peft.model import find_towers
+from sep_peft.trunk_cache import embeds_from_trunk
+
+
+LABELS = torch.tensor([3, 0, 2, 2, 1])
+NO_TRUNK = (
+    "The vision tower has no trunk to keep: its prompts enter at start_layer=0, or it has none. Take "
+    "SEPConfig(start_layer=...) above 0."
+)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, images=None, **extra):
+        self.images, self.extra, self.reads = make_images(5) if images is None else images, extra, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return {"pixel_values": self.images[index], "labels": int(LABELS[index % 5]), **self.extra}
+
+
+def make_classifier(start_layer: int = 2, **config) -> SEPClassifier:
+    torch.manual_seed(0)
+    model = get_peft_model(make_clip(), SEPConfig(start_layer=start_layer, **config))
+    perturb(model)
+    return SEPClassifier(model, CLASSES, TEMPLATES, prototype_weight=0.0)
+
+
+def batch_of(cache: TrunkCache) -> dict[str, torch.Tensor]:
+    return torch.utils.data.default_collate([cache[i] for i in range(len(cache))])
+
+
+def step(classifier: SEPClassifier, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    classifier.zero_grad()
+    loss = classifier.train()(**inputs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in classifier.named_parameters() if p.grad is not None}
+
+
+class Calls:
+    """How often each layer of the vision tower and of the text tower has run."""
+
+    def __init__(self, classifier):
+        self.counts, self.handles = {}, []
+        for tower, module in find_towers(classifier.model).items():
+            for layer in module.modules():
+                if isinstance(layer, SEPEncoderLayer):
+                    key = tower, layer.index
+                    self.counts[key] = 0
+                    self.handles.append(layer.base_layer.register_forward_hook(lambda *_, key=key: self.add(key)))
+
+    def add(self, key):
+        self.counts[key] += 1
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("config", [{}, {"frozen_weight": 0.0}, {"fusion": "none"}, {"batch_coupled": True}], ids=str)
+def test_a_step_equals_one_without_the_cache(config, folder, tmp_path):
+    classifier = make_classifier(**config)
+    expected = step(classifier, pixel_values=make_images(5), labels=LABELS)
+    cache = TrunkCache(classifier.model, Pictures(), tmp_path if folder else None)
+    assert len(cache) == 5 and cache[0]["trunk"].shape == (10, 48) and cache[0]["frozen_embeds"].shape == (24,)
+    torch.testing.assert_close(step(classifier, **batch_of(cache)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [k for k, case in CASES.items() if case.image and "pixel_values" in case.image(1)])
+def test_families(family):
+    """Every image tower either gives the same embeddings from its trunk, or is refused before anything runs."""
+    case = CASES[family]
+    model = case.build()
+    torch.manual_seed(0)
+    options = {"num_text_prompts": 0, "num_vision_prompts": 2, "start_layer": 1} | case.options
+    model = get_peft_model(model, SEPConfig(**options))
+    perturb(model)
+    tower = find_towers(model)["vision"].eval()
+    inputs = case.image(2)
+    extra = {key: value[0] for key, value in inputs.items() if key != "pixel_values"}
+    try:
+        cache = TrunkCache(model, Pictures(inputs["pixel_values"], **extra))
+    except ValueError as error:
+        reasons = ("has layers in stages", "several sizes", "Every picture must have shape", "pixel_values and labels")
+        assert any(reason in str(error) for reason in reasons), error
+        assert case.frames > 1 or extra or "stages" in str(error) or "sizes" in str(error), error
+        return
+    batch = batch_of(cache)
+    image, _ = embeds_from_trunk(tower, batch["trunk"], batch["frozen_embeds"], batch["trunk_layer"])
+    prompted, frozen = tower.embed(**inputs)
+    torch.testing.assert_close(image, mix_embeddings(prompted, frozen, tower.frozen_weight), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_run():
+    """With the cache only those from `start_layer` on, once; without it the trunk once and these twice."""
+    classifier = make_classifier(start_layer=2)
+    cache = TrunkCache(classifier.model, Pictures())
+    batch = batch_of(cache)
+    step(classifier, **batch)
+    calls = Calls(classifier)
+    step(classifier, **batch)
+    assert calls.counts == {
+        **{("text", i): int(i >= 2) for i in range(3)},
+        **{("vision", i): int(i >= 2) for i in range(4)},
+    }
+    calls = Calls(classifier)
+    step(classifier, pixel_values=make_images(5), labels=LABELS)
+    assert [calls.counts["vision", i] for i in range(4)] == [1, 1, 2, 2]
+
+
+def test_every_change_is_noticed_and_what_is_known_is_used(tmp_path):
+    def computed(classifier, images=None, **options):
+        """Rows that go through the trunk."""
+        rows, tower = [], find_towers(classifier.model)["vision"]
+        handle = tower.base_layer.register_forward_hook(
+            lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True
+        )
+        TrunkCache(classifier.model, Pictures(images), tmp_path, **options)
+        handle.remove()
+        return sum(rows)
+
+    images = make_images(5)
+    assert computed(make_classifier()) == 5
+    assert computed(make_classifier()) == 0
+    changed = images.clone()
+    changed[3, 0, 0, 0] += 1e-3
+    assert computed(make_classifier(), changed) == 1
+    assert computed(make_classifier(), images.flip(0)) == 0  # another order, another transform of the same pixels
+    assert computed(make_classifier(), images * 1.01) == 5
+    assert computed(make_classifier(1)) == 5
+    assert computed(make_classifier(), dtype=torch.bfloat16) == 5
+    other = make_classifier()
+    find_towers(other.model)["vision"].base_layer.encoder.layers[0].base_layer.mlp.fc1.weight.data[0, 0] += 1e-3
+    assert computed(other) == 5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert computed(make_classifier()) == 5
+    assert computed(make_classifier()) == 0
+
+
+def test_a_second_instance_reads_what_the_first_wrote(tmp_path):
+    first = batch_of(TrunkCache(make_classifier().model, Pictures(), tmp_path))
+    second = batch_of(TrunkCache(make_classifier().model, Pictures(), tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    classifier = make_classifier()  # has run no trunk itself
+    torch.testing.assert_close(
+        step(classifier, **second),
+        step(make_classifier(), pixel_values=make_images(5), labels=LABELS),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_a_write_that_fails_leaves_no_file_that_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        TrunkCache(make_classifier().model, Pictures(), tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    monkeypatch.undo()
+    assert len(TrunkCache(make_classifier().model, Pictures(), tmp_path)) == 5
+
+
+def test_a_file_that_is_cut_short(tmp_path):
+    TrunkCache(make_classifier().model, Pictures(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SafetensorError):
+        TrunkCache(make_classifier().model, Pictures(), tmp_path)
+
+
+def test_views():
+    cache = TrunkCache(make_classifier().model, Pictures(make_images(10)), views=2)
+    assert len(cache) == 5
+    seen = {float(cache[1]["trunk"].sum()) for _ in range(40)}
+    assert len(seen) == 2
+    assert cache[-1]["labels"] == 1
+
+
+def test_half_precision_is_close():
+    classifier = make_classifier()
+    full, half = (batch_of(TrunkCache(classifier.model, Pictures(), dtype=d)) for d in (torch.float32, torch.bfloat16))
+    assert half["trunk"].dtype == torch.float32
+    torch.testing.assert_close(half["trunk"], full["trunk"], rtol=1e-2, atol=1e-2)
+    assert not torch.equal(half["trunk"], full["trunk"])
+
+
+# errors
+
+
+def test_nothing_to_cache():
+    with raises(NO_TRUNK):
+        TrunkCache(make_classifier(0).model, Pictures())
+    classifier = make_classifier()
+    batch = batch_of(TrunkCache(classifier.model, Pictures()))
+    with raises("Pass either pixel_values or trunk and frozen_embeds."):
+        classifier(labels=LABELS)
+    with raises("Pass either pixel_values or trunk and frozen_embeds."):
+        classifier(make_images(5), **batch)
+    message = "The cached trunk ends at layer 2, but the active adapter starts at layer 1. Make a "
+    with raises(message + "TrunkCache for this adapter."):
+        make_classifier(1)(**batch)
+
+
+def test_pictures_that_cannot_be_cached():
+    model = make_classifier().model
+    with raises("views must divide the number of entries, but got 2 views and 5 entries."):
+        TrunkCache(model, Pictures(), views=2)
+    with raises("views must divide the number of entries, but got 1 views and 0 entries."):
+        TrunkCache(model, Pictures(make_images(0)))
+    with raises("Every picture must have shape (3, 24, 24), but entry 0 has (3, 24, 23)."):
+        TrunkCache(model, Pictures(make_images(5)[..., 1:]))
+    with raises("A trunk cache takes pixel_values and labels alone, but the pictures have ['mask']."):
+        TrunkCache(model, Pictures(mask=torch.ones(1)))
+
+
+def test_class_texts_follow_the_weights_below():
+    """What the encoder keeps of the trunk while training is made anew when a weight changes in place."""
+    classifier, fresh = make_classifier(), make_classifier()
+    inputs = {"pixel_values": make_images(5), "labels": LABELS}
+    before, _ = step(classifier, **inputs)
+    with torch.no_grad():
+        for each in (classifier, fresh):
+            find_towers(each.model)["text"].base_layer.get_input_embeddings().weight.mul_(1.5)
+    after = step(classifier, **inputs)
+    assert not torch.allclose(after[0], before)
+    torch.testing.assert_close(after, step(fresh, **inputs))
