@@ -185,6 +185,29 @@ def test_errors_of_train(run, pictures, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.parametrize("kept", ["memory", "folder"])
+def test_train_on_a_cached_trunk(run, pictures, kept, tmp_path):
+    """Trained twice it is the same adapter, whether the trunk is computed or found on disk."""
+    cache = "memory" if kept == "memory" else tmp_path / "cache"
+    options = ["--base-model", BASE, *SMALL, "--start-layer", 2, "--cache", cache, "--views", 2, "--json"]
+    results = []
+    for name in ("one", "two"):
+        code, _, err = run("train", pictures, *options, "--output", tmp_path / name)
+        assert code == 0, err
+        results.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+        if kept == "folder":
+            assert len(list(cache.glob("*.safetensors"))) == 1
+    assert results[0] == results[1]
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["start_layer"] == 2
+
+
+def test_a_cache_needs_a_trunk(run, pictures, tmp_path):
+    out = ["--base-model", BASE, "--output", tmp_path / "new", "--cache", "memory"]
+    message = "--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache."
+    assert error_of(run, "train", pictures, *out) == message
+
+
 # predict
 
 
