@@ -306,7 +306,9 @@ class SEPClassifier(nn.Module):
         prompted, frozen = wide(prompted), wide(frozen)
         return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 
-    def _logits(self, image: torch.Tensor, text: torch.Tensor, prototype_weights: torch.Tensor | None) -> torch.Tensor:
+    def _logits(
+        self, image: torch.Tensor, text: torch.Tensor, prototype_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return logits_of(self.vision_tower, image, text, prototype_weights)
 
     # prediction
