@@ -17,6 +17,7 @@ from .checkpoint import check_save_dtype
 from .functional import mix_embeddings, unit, wide
 from .model import find_towers
 from .passes import TrunkFeatures
+from .registration import PREFIX
 from .tower import SEPTower
 
 
@@ -42,7 +43,7 @@ class TrunkCache(torch.utils.data.Dataset):
         batch_size: pictures that go through the trunk at a time.
 
     Raises:
-        ValueError: no trunk to keep, a tower that takes more than pictures of one shape, a picture of another shape,
+        ValueError: no trunk to keep, one that is trained itself (LoRA below SEP, `modules_to_save`), a tower that takes more than pictures of one shape, a picture of another shape,
             an empty data set, or a number of entries that is no multiple of `views`.
         SafetensorError: a file of the cache cannot be read.
 
@@ -70,6 +71,11 @@ class TrunkCache(torch.utils.data.Dataset):
         self._known: dict[str, dict[str, torch.Tensor] | Path] = {}
         self._keys: list[str] = []
         self._layer = start_layer_of(self._tower)
+        if trained := [name for name, parameter in base_parameters(self._tower) if parameter.requires_grad]:
+            raise ValueError(
+                f"The {self._tower.tower} tower below SEP is trained as well ({trained[0]} and {len(trained) - 1} more), "
+                "so its trunk does not stay the same. Freeze it, or train without a cache."
+            )
         self._model_key = model_key(self._tower, dtype)
         for file in self._files():
             self._register(file)
@@ -153,10 +159,16 @@ def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
     device = next(tower.base_layer.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.sha256(f"{settings and settings.start_layer} {dtype} {autocast}".encode())
-    for parameter in (*tower.base_layer.parameters(), *tower.projection_parameters()):
+    own = (parameter for _, parameter in base_parameters(tower))
+    for parameter in (*own, *tower.projection_parameters()):
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def base_parameters(tower: SEPTower) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of what SEP does not train."""
+    return [(name, p) for name, p in tower.base_layer.named_parameters() if PREFIX not in name]
 
 
 def start_layer_of(tower: SEPTower) -> int:

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from families import CASES
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from small_clip import make_clip, make_images, perturb
 from test_classifier import CLASSES, TEMPLATES, raises
@@ -214,6 +214,16 @@ def test_nothing_to_cache():
     message = "The cached trunk ends at layer 2, but the active adapter starts at layer 1. Make a "
     with raises(message + "TrunkCache for this adapter."):
         make_classifier(1)(**batch)
+
+
+def test_a_trunk_that_is_trained_itself():
+    clip = get_peft_model(make_clip(), LoraConfig(r=2, target_modules=["q_proj"]), "style").get_base_model()
+    model = get_peft_model(clip, SEPConfig(start_layer=2))
+    with pytest.raises(ValueError, match=r"^The vision tower below SEP is trained as well .* train without a cache\.$"):
+        TrunkCache(model, Pictures())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".sep_" in name)
+    assert len(TrunkCache(model, Pictures())) == 5
 
 
 def test_pictures_that_cannot_be_cached():
