@@ -43,8 +43,9 @@ class TrunkCache(torch.utils.data.Dataset):
         batch_size: pictures that go through the trunk at a time.
 
     Raises:
-        ValueError: no trunk to keep, one that is trained itself (LoRA below SEP, `modules_to_save`), a tower that takes more than pictures of one shape, a picture of another shape,
-            an empty data set, or a number of entries that is no multiple of `views`.
+        ValueError: no trunk to keep, one that is trained itself (LoRA below SEP, `modules_to_save`), a tower that takes
+            more than pictures of one shape, a picture of another shape, an empty data set, or a number of entries that
+            is no multiple of `views`.
         SafetensorError: a file of the cache cannot be read.
 
     Example:
@@ -73,8 +74,8 @@ class TrunkCache(torch.utils.data.Dataset):
         self._layer = start_layer_of(self._tower)
         if trained := [name for name, parameter in base_parameters(self._tower) if parameter.requires_grad]:
             raise ValueError(
-                f"The {self._tower.tower} tower below SEP is trained as well ({trained[0]} and {len(trained) - 1} more), "
-                "so its trunk does not stay the same. Freeze it, or train without a cache."
+                f"The {self._tower.tower} tower below SEP is trained as well ({trained[0]} and {len(trained) - 1} "
+                "more), so its trunk does not stay the same. Freeze it, or train without a cache."
             )
         self._model_key = model_key(self._tower, dtype)
         for file in self._files():
