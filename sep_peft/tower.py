@@ -9,6 +9,8 @@ Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -265,7 +267,7 @@ class SEPTower(SEPLayer):
     def trunk(self, *args, **kwargs) -> TrunkFeatures:
         """What training of the active adapter does not change: everything below `start_layer`, and the frozen branch.
 
-        Takes what the tower takes.
+        Takes what the tower takes. Dropout is off: what is kept for many steps must not be what one draw has left.
 
         Raises:
             ValueError: see `check_trunk`.
@@ -273,7 +275,7 @@ class SEPTower(SEPLayer):
         self.check_trunk()
         settings = self.active_settings
         inputs, known = self._bind(args, kwargs), FrozenPass(settings.start_layer)
-        with current_pass.set(known):
+        with current_pass.set(known), without_dropout(self.base_layer):
             output = self._call_base(**inputs, return_dict=True)
         self._layer_outputs = (known.num_outputs,)
         return TrunkFeatures(known.trunk, self.project(mixing.pooled(self, output, inputs)), known.num_outputs)
@@ -415,3 +417,16 @@ class SEPTower(SEPLayer):
             return {}
         fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, and behind it each module's own mode again."""
+    training = [] if torch.compiler.is_compiling() else [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

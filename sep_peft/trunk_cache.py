@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import check_save_dtype
 from .functional import mix_embeddings, unit, wide
+from .layer import SEPLayer
 from .model import find_towers
 from .passes import TrunkFeatures
 from .registration import PREFIX
@@ -155,13 +158,18 @@ class TrunkCache(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
-    """Changes with the weights of the tower and its projection, the layer of the trunk, and how it is computed."""
+    """Changes with all that the trunk depends on: weights, buffers, configuration, adapters below, layer, precision."""
     settings = tower.active_settings
     device = next(tower.base_layer.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.sha256(f"{settings and settings.start_layer} {dtype} {autocast}".encode())
+    config = {key: value for key, value in tower.base_layer.config.to_dict().items() if key != "_name_or_path"}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for module in tower.base_layer.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SEPLayer):
+            digest.update(f"{module.active_adapters} {module.disable_adapters}".encode())
     own = (parameter for _, parameter in base_parameters(tower))
-    for parameter in (*own, *tower.projection_parameters()):
+    for parameter in (*own, *tower.base_layer.buffers(), *tower.projection_parameters()):
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

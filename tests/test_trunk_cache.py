@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import CASES
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from small_clip import make_clip, make_images, perturb
 from test_classifier import CLASSES, TEMPLATES, raises
@@ -150,6 +151,9 @@ def test_every_change_is_noticed_and_what_is_known_is_used(tmp_path):
     assert computed(other) == 5
     with torch.autocast("cpu", torch.bfloat16):
         assert computed(make_classifier()) == 5
+    other = make_classifier()
+    find_towers(other.model)["vision"].base_layer.config.hidden_act = "gelu"
+    assert computed(other) == 5
     assert computed(make_classifier()) == 0
 
 
@@ -189,6 +193,31 @@ def test_views():
     seen = {float(cache[1]["trunk"].sum()) for _ in range(40)}
     assert len(seen) == 2
     assert cache[-1]["labels"] == 1
+
+
+def test_dropout_is_not_kept():
+    classifier = make_classifier().train()
+    layers = [m for m in find_towers(classifier.model)["vision"].modules() if hasattr(m, "dropout")]
+    for layer in layers:
+        layer.dropout = 0.5
+    found = batch_of(TrunkCache(classifier.model, Pictures()))
+    assert layers and classifier.training and all(layer.training for layer in layers)
+    expected = batch_of(TrunkCache(make_classifier().eval().model, Pictures()))
+    assert torch.equal(found["trunk"], expected["trunk"]) and torch.equal(
+        found["frozen_embeds"], expected["frozen_embeds"]
+    )
+
+
+def test_lora_switched_off_below_is_another_model(tmp_path):
+    lora = get_peft_model(make_clip(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "style")
+    model = get_peft_model(lora.get_base_model(), SEPConfig(start_layer=2))
+    lora.base_model.set_requires_grad("style", False)
+    on = TrunkCache(model, Pictures(), tmp_path)[0]["trunk"]
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(False)
+    off = TrunkCache(model, Pictures(), tmp_path)[0]["trunk"]
+    assert not torch.equal(on, off)
 
 
 def test_half_precision_is_close():
