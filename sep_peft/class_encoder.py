@@ -17,6 +17,7 @@ from .functional import mix_embeddings, unit, wide
 from .losses import PROTOTYPE_SCALE
 from .model import find_towers
 from .passes import TrunkFeatures
+from .scoring import ClassWeights
 from .texts import TextInputs
 from .tower import SEPTower
 
@@ -75,6 +76,11 @@ class ClassEncoder(nn.Module):
         adapter = tower.prompting_adapter()
         key = (adapter, *self._versions(tower.base_layer.parameters(), tower.adapter_parameters(adapter)))
         return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
+
+    def weights(self) -> ClassWeights:
+        """What the classes give to predictions: embeddings, kept prototypes and the share of zero-shot."""
+        text, frozen = self()
+        return ClassWeights(text, frozen, self.prototype_weights(), self.classes.zero_shot_share)
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.

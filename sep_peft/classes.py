@@ -16,6 +16,8 @@ CLASS_TEMPLATE = "{}."
 TEMPLATE = "a photo of a {}."
 #: Weight of the kept prototypes' logits in predictions, chosen on validation pictures by `examples/few_shot`.
 PROTOTYPE_LOGIT_WEIGHT = 2.0
+#: Share of zero-shot in the predictions of classes that an adapter was not trained on, chosen there as well.
+ZERO_SHOT_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class TaskClasses:
         templates: the template texts, where the classes were made from names.
         prototypes: (C, E), one trained vector a class that takes part in predictions; None: texts alone predict.
         prototype_logit_weight: weight of the prototypes' logits beside those of the texts.
+        zero_shot_share: share of the frozen embeddings' cosines in the predictions, from 0 to 1; `ZERO_SHOT_SHARE`
+            suits classes that the adapter was not trained on.
 
     Raises:
         ValueError: no classes, two of one name, tensors whose first dimensions differ, or prototypes of another number,
-            with a value that is not finite, or without a weight above 0.
+            with a value that is not finite, or without a weight above 0, or a share outside 0 to 1.
     """
 
     class_inputs: dict[str, torch.Tensor]
@@ -42,6 +46,7 @@ class TaskClasses:
     templates: tuple[str, ...] = field(default=())
     prototypes: torch.Tensor | None = None
     prototype_logit_weight: float = 0.0
+    zero_shot_share: float = 0.0
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -56,6 +61,8 @@ class TaskClasses:
         check_names(self.names)
         if len(self.names) != count:
             raise ValueError(f"There are {len(self.names)} class names for {count} rows of class_inputs.")
+        if not 0 <= self.zero_shot_share <= 1:
+            raise ValueError(f"zero_shot_share must be between 0 and 1, but got {self.zero_shot_share!r}.")
         if self.prototypes is not None:
             self._check_prototypes()
 
@@ -110,6 +117,7 @@ class TaskClasses:
             "class_inputs": _to_lists(self.class_inputs),
             "template_inputs": [_to_lists(inputs) for inputs in self.template_inputs],
             "prototype_logit_weight": self.prototype_logit_weight,
+            "zero_shot_share": self.zero_shot_share,
         }
 
     @classmethod
@@ -132,6 +140,7 @@ class TaskClasses:
             tuple(data["templates"]),
             prototypes,
             0.0 if prototypes is None else data["prototype_logit_weight"],
+            data.get("zero_shot_share", 0.0),
         )
 
 

@@ -22,7 +22,7 @@ from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .model_card import CardDetails
 from .prediction import predict
-from .scoring import logits_of
+from .scoring import ClassWeights, logits_of
 from .tasks import Tasks
 from .texts import TextInputs
 from .tower import SEPTower
@@ -147,29 +147,31 @@ class SEPClassifier(nn.Module):
         return self.encoder.classes
 
     def set_classes(
-        self, classes: Sequence[str] | TaskClasses, template: str | Sequence[str] | None = None
+        self,
+        classes: Sequence[str] | TaskClasses,
+        template: str | Sequence[str] | None = None,
+        zero_shot_share: float | None = None,
     ) -> SEPClassifier:
-        """Swap in other classes; nothing is trained, and the prototypes start anew.
+        """Swap in other classes; nothing is trained, and the prototypes start anew. Returns self.
 
         Args:
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
             template: None keeps the present one.
-
-        Returns:
-            self.
+            zero_shot_share: of the frozen model in predictions, from 0 to 1, as `TaskClasses` has it;
+                `ZERO_SHOT_SHARE` for classes that were not trained. None: what `TaskClasses` say, and 0 for names.
         """
-        classes = self._tokenized(classes, template)
+        classes = self._tokenized(classes, template, zero_shot_share)
         self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
         if self.prototypes is not None:
             self.reset_prototypes()
         return self
 
-    def _tokenized(self, classes: Sequence[str] | TaskClasses, template: str | Sequence[str] | None) -> TaskClasses:
-        if isinstance(classes, TaskClasses):
-            return classes
-        tokenizer = self._need("tokenizer", PreTrainedTokenizerBase, "to read class names")
-        template = template or self.classes.templates or TEMPLATE
-        return TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
+    def _tokenized(self, classes, template, zero_shot_share: float | None) -> TaskClasses:
+        if not isinstance(classes, TaskClasses):
+            tokenizer = self._need("tokenizer", PreTrainedTokenizerBase, "to read class names")
+            template = template or self.classes.templates or TEMPLATE
+            classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
+        return classes if zero_shot_share is None else replace(classes, zero_shot_share=zero_shot_share)
 
     def add_task(
         self,
@@ -177,19 +179,20 @@ class SEPClassifier(nn.Module):
         classes: Sequence[str] | TaskClasses,
         adapter: str | None = None,
         template: str | Sequence[str] | None = None,
+        zero_shot_share: float | None = None,
     ) -> SEPClassifier:
         """Add a task, for `predict(..., task=name)`. Returns self.
 
         Args:
             name: of the task.
-            classes, template: as for `set_classes`.
+            classes, template, zero_shot_share: as for `set_classes`.
             adapter: an adapter of the model, or "__base__" for none; None: the one with the task's name.
 
         Raises:
             ValueError: the name is taken, there is no such adapter, or a class text does not fit.
         """
         self.tasks.check_new(name)
-        classes = self._tokenized(classes, template)
+        classes = self._tokenized(classes, template, zero_shot_share)
         self.tasks.add(name, classes, name if adapter is None else adapter, self.encoder.chunk_size)
         return self
 
@@ -286,17 +289,18 @@ class SEPClassifier(nn.Module):
             raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
         if labels is not None:
             check_labels(labels, len(self.classes))
-        text, frozen_text = self.encoder()
+        weights = ClassWeights(*self.encoder()) if self.training else self.encoder.weights()
         if trunk is None:
             image, frozen_image = self.image_embeds(pixel_values, **kwargs)
         else:
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
-        logits = self._logits(image, text, None if self.training else self.encoder.prototype_weights())
+        logits = logits_of(self.vision_tower, image, frozen_image, weights)
         if labels is None:
             return SEPClassifierOutput(logits=logits)
         if not self.training:
             return SEPClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
-        parts = sep_loss(logits, labels, image, frozen_image, text, frozen_text, self.prototypes, **self.loss_weights)
+        embeds = image, frozen_image, weights.text, weights.frozen_text
+        parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.loss_weights)
         return SEPClassifierOutput(loss=parts.total, logits=logits, parts=parts)
 
     def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,11 +309,6 @@ class SEPClassifier(nn.Module):
         prompted, frozen = tower.embed(pixel_values=pixel_values, **kwargs)
         prompted, frozen = wide(prompted), wide(frozen)
         return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
-
-    def _logits(
-        self, image: torch.Tensor, text: torch.Tensor, prototype_weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return logits_of(self.vision_tower, image, text, prototype_weights)
 
     # prediction
 

@@ -151,7 +151,7 @@ def predict(args: argparse.Namespace) -> Result:
         raise ValueError(f"There are no pictures in {', '.join(args.pictures)}.")
     classifier = _load(args)
     if args.classes:
-        classifier.set_classes(args.classes)
+        classifier.set_classes(args.classes, zero_shot_share=args.zero_shot_share)
     top_k = args.top_k or min(5, len(classifier.classes))
     data = []
     for start in _progress(args, "batches")(range(0, len(pictures), args.batch_size)):
@@ -192,7 +192,8 @@ def evaluate(args: argparse.Namespace) -> Result:
     samples, broken = _check_pictures(read_test(args.folder), args)
     classifier = _load(args)
     if args.new_classes:
-        classifier.set_classes(sorted({name for _, name in samples}))
+        names = sorted({name for _, name in samples})
+        classifier.set_classes(names, zero_shot_share=args.zero_shot_share)
     adapted, zero_shot = _evaluate(classifier, samples, args, "SEP"), None
     if not args.no_zero_shot:
         with classifier.model.disable_adapter():

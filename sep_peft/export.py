@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from .functional import mix_embeddings, wide
 from .model import find_towers
+from .scoring import ClassWeights, logits_of
 
 
 if TYPE_CHECKING:
@@ -62,15 +64,17 @@ class ImageScorer(nn.Module):
         super().__init__()
         self.model = classifier.model
         self.class_names = classifier.class_names
-        self._score = (classifier._logits,)  # in a tuple, so that the classifier is no part of what is exported
+        # in tuples, so that the classifier is no part of what is exported
+        self._score = (partial(logits_of, classifier.vision_tower),)
         self._embed = (classifier.image_embeds,)
         with torch.no_grad():
-            text, _ = classifier.encoder()
-            weights = classifier.encoder.prototype_weights()
-        self.register_buffer("text_embeds", text.clone(), persistent=False)
-        self.register_buffer("prototype_weights", weights, persistent=False)
+            weights = classifier.encoder.weights()
+        self.register_buffer("text_embeds", weights.text.clone(), persistent=False)
+        self.register_buffer("frozen_text_embeds", weights.frozen_text.clone(), persistent=False)
+        self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
+        self._zero_shot_share = weights.zero_shot_share
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
-        image, _ = self._embed[0](pixel_values)
-        return self._score[0](image, self.text_embeds, self.prototype_weights).softmax(dim=-1)
+        weights = ClassWeights(self.text_embeds, self.frozen_text_embeds, self.prototype_weights, self._zero_shot_share)
+        return self._score[0](*self._embed[0](pixel_values), weights).softmax(dim=-1)

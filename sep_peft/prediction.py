@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from .classes import TaskClasses
 from .pictures import read_picture
+from .scoring import logits_of
 
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ def _logits(
         logits = classifier(**batch).logits
         yield range(len(logits)), logits, classifier.classes
     else:
-        yield from classifier.tasks.logits(tasks, batch, classifier.image_embeds, classifier._logits)
+        score = partial(logits_of, classifier.vision_tower)
+        yield from classifier.tasks.logits(tasks, batch, classifier.image_embeds, score)
 
 
 def _rank(logits: torch.Tensor, classes: TaskClasses, top_k: int | None) -> list[list[dict]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
@@ -10,20 +11,38 @@ from .functional import wide
 from .tower import SEPTower
 
 
-def logits_of(
-    tower: SEPTower, image: torch.Tensor, text: torch.Tensor, prototype_weights: torch.Tensor | None = None
-) -> torch.Tensor:
+class ClassWeights(NamedTuple):
+    """What the C classes of a task give to their logits.
+
+    Args:
+        text: SEP's text embeddings, (C, E), of unit length.
+        frozen_text: the frozen ones, (C, E), of unit length.
+        prototypes: (C, E), whose products with SEP's image embeddings are added; None: nothing is.
+        zero_shot_share: share of the frozen embeddings' cosines, between 0 and 1.
+    """
+
+    text: torch.Tensor
+    frozen_text: torch.Tensor
+    prototypes: torch.Tensor | None = None
+    zero_shot_share: float = 0.0
+
+
+def logits_of(tower: SEPTower, image: torch.Tensor, frozen_image: torch.Tensor, classes: ClassWeights) -> torch.Tensor:
     """Logits (B, C), in fp32 or wider.
+
+    With the share s of zero-shot, the cosines are ``(1 - s) cos(v, t_c) + s cos(v0, t0_c)``, frozen embeddings v0, t0.
 
     Args:
         tower: of the images; its row knows the scale and the bias of the model.
-        image: (B, E), of unit length.
-        text: (C, E), of unit length.
-        prototype_weights: (C, E), whose products with `image` are added.
+        image: SEP's image embeddings, (B, E), of unit length.
+        frozen_image: the frozen ones, (B, E), of unit length.
+        classes: what the images are compared with.
     """
     row, model = tower.architecture, tower.owner
-    cosines = image @ text.T
-    added = 0 if prototype_weights is None else image @ prototype_weights.to(image.dtype).T
+    cosines = image @ classes.text.T
+    if classes.zero_shot_share:
+        cosines = torch.lerp(cosines, frozen_image @ classes.frozen_text.T, classes.zero_shot_share)
+    added = 0 if classes.prototypes is None else image @ classes.prototypes.to(image.dtype).T
     if row.logit_scale is None:
         return cosines + added
     scale = wide(attrgetter(row.logit_scale)(model))

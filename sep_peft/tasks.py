@@ -155,15 +155,15 @@ class Tasks(nn.Module):
             names: a task for each row.
             inputs: of `embed`.
             embed: the batch's inputs -> SEP's and the frozen image embeddings (B, E) under the chosen adapters.
-            score: image embeddings (B, E), text embeddings and prototype weights (C, E) -> logits (B, C).
+            score: SEP's and the frozen image embeddings, each (B, E), and a task's `ClassWeights` -> logits (B, C).
 
         Yields:
             for each task its rows, their logits and its classes.
         """
-        image, _ = run_rows([self[name].adapter for name in names], inputs, embed)
+        images = run_rows([self[name].adapter for name in names], inputs, embed)
         for name in dict.fromkeys(names):
             task, rows = self[name], [row for row, other in enumerate(names) if other == name]
             with chosen_adapters.set(task.adapter):
-                text, _ = task.encoder()
-                weights = task.encoder.prototype_weights()
-            yield rows, score(image[torch.tensor(rows, device=image.device)], text, weights), task.classes
+                weights = task.encoder.weights()
+            own = [image[torch.tensor(rows, device=image.device)] for image in images]
+            yield rows, score(*own, weights), task.classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from test_classifier import (
     raises,
 )
 
-from sep_peft import ImageScorer, SEPClassifier, TaskClasses
+from sep_peft import ImageScorer, SEPClassifier, TaskClasses, scoring
 
 
 FILE = "sep_prototypes.safetensors"
@@ -124,7 +125,8 @@ def test_a_task_brings_its_prototypes(tmp_path):
     classifier = SEPClassifier(make_model("first", seed=9), CLASSES, TEMPLATES).eval()
     classifier.load_task(tmp_path, "task")
     names, inputs = ["task"] * len(IMAGES), {"pixel_values": IMAGES}
-    ((_, logits, _),) = classifier.tasks.logits(names, inputs, classifier.image_embeds, classifier._logits)
+    score = partial(scoring.logits_of, classifier.vision_tower)
+    ((_, logits, _),) = classifier.tasks.logits(names, inputs, classifier.image_embeds, score)
     torch.testing.assert_close(logits, logits_of(trained))
 
 

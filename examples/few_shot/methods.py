@@ -10,7 +10,8 @@
 
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
 `SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, `prototype_logit_weight` what its
-`keep_prototypes` takes after training (0: the texts alone predict, as published).
+`keep_prototypes` takes after training (0: the texts alone predict, as published), `zero_shot_share` what its
+`set_classes` takes for classes that were not trained.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Method:
     recipe: Recipe = field(default_factory=Recipe)
     selection: str = "representative"
     prototype_logit_weight: float = 0.0
+    zero_shot_share: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,6 +108,8 @@ def read_method(path: Path, **overrides: Any) -> Method:
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
     if method.prototype_logit_weight and method.learner != "sep":
         raise ValueError(f'{path}: prototype_logit_weight is for learner "sep", but this is {method.learner!r}.')
+    if method.zero_shot_share and method.learner != "sep":
+        raise ValueError(f'{path}: zero_shot_share is for learner "sep", but this is {method.learner!r}.')
     return method
 
 

@@ -184,8 +184,11 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         results, trained = {}, classifier.classes
         for evaluation in plan.evaluations:
             # kept prototypes belong to the classes of the training pictures
-            classes = trained if evaluation.data.classes == plan.data.classes else evaluation.data.classes
-            classifier.set_classes(classes)
+            if evaluation.data.classes == plan.data.classes:
+                classifier.set_classes(trained)
+            else:
+                share = {"zero_shot_share": method.zero_shot_share} if method.zero_shot_share else {}
+                classifier.set_classes(evaluation.data.classes, **share)
             results[evaluation.name] = evaluate(classifier, evaluation, pictures, accelerator, args.workers)
     return {
         "results": results,
