@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from families import CASES, LAYERS, Case, patches
 from peft import PeftModel, get_peft_model
 from small_clip import perturb
 
-from sep_peft import SEPClassifier, SEPConfig, functional, passes, texts
+from sep_peft import SEPConfig, functional, passes, texts
+from sep_peft.scoring import ClassWeights, logits_of
 
 
 TOWERS = [
@@ -371,9 +371,9 @@ def test_logits_are_scaled_as_the_model_scales_them(name, value):
     embeds = {}
     for tower, layer in model.base_model.towers.items():
         embeds[tower] = functional.mix_embeddings(*layer.embed(**tower_inputs(case, tower)), 0.5)
-    found = SEPClassifier._logits(
-        SimpleNamespace(vision_tower=tower_of(model, "vision")), embeds["vision"], embeds["text"]
-    )
+    text, vision = embeds["text"], embeds["vision"]
+    # Without a share of zero-shot the frozen embeddings are not read.
+    found = logits_of(tower_of(model, "vision"), vision, vision, ClassWeights(text, text))
     expected = model(**case.inputs()).logits_per_image
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
