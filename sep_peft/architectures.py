@@ -53,6 +53,10 @@ class TowerSpec:
             `pooled` says nothing then.
         queries: the queries by which `reader` makes the embeddings, (1, Q, D), a parameter below the model.
         layer_tokens: tokens that each layer adds behind all others by itself and takes out again.
+        mlp_norm: the norm in front of the MLP, below an encoder layer, of a tower that pools one token: the first of a
+            picture, the end of a text as `text_end` says (where there is none, the first). Of the last layer's MLP that
+            token alone is then computed where nothing else is asked for, so the MLP's result must be added to what the
+            norm has read. None: all tokens are.
     """
 
     path: str
@@ -80,6 +84,7 @@ class TowerSpec:
     projected: str | None = None
     unit_option: str | None = None
     layer_tokens: int = 0
+    mlp_norm: str | None = None
     reader: str | None = None
     queries: str | None = None
 

@@ -18,12 +18,15 @@ from .losses import PROTOTYPE_SCALE
 from .model import find_towers
 from .passes import TrunkFeatures
 from .scoring import ClassWeights
+from .text_chunks import TextChunks
 from .texts import TextInputs
 from .tower import SEPTower
 
 
 #: Class texts encoded at a time.
 TEXT_CHUNK_SIZE = 128
+#: Text tokens, prompts included, whose activations a training step keeps; for ViT-B/16 about 0.35 MB each in fp32.
+KEPT_TOKENS = 8192
 
 
 class ClassEncoder(nn.Module):
@@ -32,20 +35,27 @@ class ClassEncoder(nn.Module):
     Args:
         model: with a SEP adapter on its text tower. It is no child of this module: the owner of this owns the model.
         classes: C classes.
-        chunk_size: texts encoded at a time. While training, more texts than that are encoded in chunks that the
-            backward pass computes again, so memory does not grow with the number of classes.
+        chunk_size: texts encoded at a time, those of similar length together.
+        kept_tokens: text tokens, prompts included, whose activations a training step keeps. Where the chunks have more,
+            the backward pass computes each of them again, so memory does not grow with the number of classes; 0 is
+            always.
 
     Raises:
-        ValueError: a class text does not fit beside the prompts, or `chunk_size` is below 1.
+        ValueError: a class text does not fit beside the prompts, `chunk_size` is below 1, or `kept_tokens` below 0.
     """
 
-    def __init__(self, model: nn.Module, classes: TaskClasses, chunk_size: int):
+    def __init__(
+        self, model: nn.Module, classes: TaskClasses, chunk_size: int = TEXT_CHUNK_SIZE, kept_tokens: int = KEPT_TOKENS
+    ):
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, but got {chunk_size}.")
+        if kept_tokens < 0:
+            raise ValueError(f"kept_tokens must be at least 0, but got {kept_tokens}.")
         self._model = (model,)
         self.classes = classes
         self.chunk_size = chunk_size
+        self.kept_tokens = kept_tokens
         self._cache: dict[str, tuple] = {}
         device = next(model.parameters()).device
         tokenized = [texts.trim(self.tower, inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
@@ -53,11 +63,10 @@ class ClassEncoder(nn.Module):
         for inputs in tokenized:
             texts.check_length(self.tower, inputs)
         prototypes = None if classes.prototypes is None else unit(wide(classes.prototypes)).to(device)
-        # buffers, so that they follow the model to its device
-        self.register_buffer("prototypes", prototypes, persistent=False)
-        for index, inputs in enumerate(tokenized):
-            for key, value in inputs.items():
-                self.register_buffer(f"{index}_{key}", value.to(device), persistent=False)
+        self.register_buffer("prototypes", prototypes, persistent=False)  # so that they follow the model to its device
+        chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
+        self.names, self.templates = chunks[0], nn.ModuleList(chunks[1:])
+        self.to(device)
 
     @property
     def tower(self) -> SEPTower:
@@ -103,10 +112,10 @@ class ClassEncoder(nn.Module):
     def frozen(self) -> torch.Tensor:
         """Frozen text embeddings (C, E), of unit length, averaged over the templates."""
         tower = self.tower
-        indices = range(1, 1 + len(self.classes.template_inputs)) or [0]
 
         def encode():
-            embeds = [torch.cat([tower.embed_frozen(**chunk) for chunk in self._chunks(i)]) for i in indices]
+            read = self.templates or [self.names]
+            embeds = [chunks.join([tower.embed_frozen(**chunk) for chunk in chunks]) for chunks in read]
             return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
 
         return self._cached("frozen", self._versions(tower.base_layer.parameters()), encode)
@@ -122,30 +131,20 @@ class ClassEncoder(nn.Module):
             prompted = tower.embed_prompted(**self._coupled_texts(tower))
         else:
             embeds = [partial(tower.embed_prompted, **chunk, trunk=trunk) for chunk, trunk in self._trunks(tower)]
-            if len(embeds) == 1 or not torch.is_grad_enabled():
-                prompted = torch.cat([embed() for embed in embeds])
-            else:
-                prompted = torch.cat([checkpoint(embed, use_reentrant=False) for embed in embeds])
+            tokens = self.names.num_tokens(tower.active_settings.num_prompts)
+            if torch.is_grad_enabled() and len(embeds) > 1 and tokens > self.kept_tokens:
+                embeds = [partial(checkpoint, embed, use_reentrant=False) for embed in embeds]
+            prompted = self.names.join([embed() for embed in embeds])
         return mix_embeddings(wide(prompted), frozen, tower.frozen_weight)
 
     def _trunks(self, tower: SEPTower) -> list[tuple[TextInputs, TrunkFeatures | None]]:
         """Class names in chunks, and, while training, what the layers below `start_layer` make of each."""
-        chunks = self._chunks(0)
+        chunks = list(self.names)
         if not self.training or tower.active_settings.start_layer == 0 or tower.spec.in_stages:
             return [(chunk, None) for chunk in chunks]
         key = (tower.prompting_adapter(), *self._versions(tower.base_layer.parameters()))
         trunks = self._cached("trunk", key, lambda: [tower.trunk(**chunk) for chunk in chunks])
         return list(zip(chunks, trunks, strict=True))
-
-    def _texts(self, index: int) -> TextInputs:
-        """Tensors (C, L): 0 are the class names, from 1 on the templates."""
-        prefix = f"{index}_"
-        return {name.removeprefix(prefix): value for name, value in self._buffers.items() if name.startswith(prefix)}
-
-    def _chunks(self, index: int) -> list[TextInputs]:
-        inputs = self._texts(index)
-        starts = range(0, len(self.classes), self.chunk_size)
-        return [{key: value[i : i + self.chunk_size] for key, value in inputs.items()} for i in starts]
 
     def _coupled_texts(self, tower: SEPTower) -> TextInputs:
         """Class names as the released code tokenizes them: padded with 0, without a mask.
@@ -153,7 +152,9 @@ class ClassEncoder(nn.Module):
         Its selection runs past the end of short names, so padding of the right id must be there to be selected.
         """
         length = tower.spec.insert_at + tower.active_settings.num_prompts
-        return {"input_ids": texts.pad_with_zeros(tower, self._texts(0), length)}
+        device = next(tower.base_layer.parameters()).device
+        inputs = {key: value.to(device) for key, value in self.classes.class_inputs.items()}
+        return {"input_ids": texts.pad_with_zeros(tower, texts.trim(tower, inputs), length)}
 
     def _cached(self, name: str, key: tuple, compute) -> torch.Tensor:
         """The value for `key`; one that was made for another key is dropped."""

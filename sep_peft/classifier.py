@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .class_encoder import TEXT_CHUNK_SIZE, ClassEncoder, padding_of
+from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import PROTOTYPE_LOGIT_WEIGHT, TEMPLATE, TaskClasses, check_labels
 from .classifier_files import load_base, load_classes, push_files, save_files
 from .functional import mix_embeddings, unit, wide
@@ -59,6 +59,7 @@ class SEPClassifier(nn.Module):
         vision_weight: weight of the image consistency, 6 as published.
         prototype_weight: weight of the prototype terms, 0.5 as published.
         chunk_size: class texts encoded at a time; see `ClassEncoder`.
+        kept_tokens: tokens of class texts whose activations a training step keeps; see `ClassEncoder`.
 
     Raises:
         ValueError: no SEP adapter in the model, no tower that sees, no classes, a class twice, or a class text that
@@ -82,6 +83,7 @@ class SEPClassifier(nn.Module):
         vision_weight: float = 6.0,
         prototype_weight: float = 0.5,
         chunk_size: int = TEXT_CHUNK_SIZE,
+        kept_tokens: int = KEPT_TOKENS,
     ):
         super().__init__()
         towers = find_towers(model)
@@ -110,7 +112,7 @@ class SEPClassifier(nn.Module):
             elif isinstance(template_inputs, Mapping):
                 template_inputs = (template_inputs,)
             class_inputs = TaskClasses(dict(class_inputs), tuple(map(dict, template_inputs)))
-        self.encoder = ClassEncoder(model, class_inputs, chunk_size)
+        self.encoder = ClassEncoder(model, class_inputs, chunk_size, kept_tokens)
         self.tasks = Tasks(model)
         if prototype_weight:
             self.reset_prototypes()
@@ -161,10 +163,14 @@ class SEPClassifier(nn.Module):
                 `ZERO_SHOT_SHARE` for classes that were not trained. None: what `TaskClasses` say, and 0 for names.
         """
         classes = self._tokenized(classes, template, zero_shot_share)
-        self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
+        self._encode(classes)
         if self.prototypes is not None:
             self.reset_prototypes()
         return self
+
+    def _encode(self, classes: TaskClasses) -> None:
+        sizes = self.encoder.chunk_size, self.encoder.kept_tokens
+        self.encoder = ClassEncoder(self.model, classes, *sizes).train(self.training)
 
     def _tokenized(self, classes, template, zero_shot_share: float | None) -> TaskClasses:
         if not isinstance(classes, TaskClasses):
@@ -253,7 +259,7 @@ class SEPClassifier(nn.Module):
             raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
         kept = unit(wide(self.prototypes.detach())).cpu()
         classes = replace(self.classes, prototypes=kept, prototype_logit_weight=logit_weight)
-        self.encoder = ClassEncoder(self.model, classes, self.encoder.chunk_size).train(self.training)
+        self._encode(classes)
         return self
 
     # forward

@@ -19,6 +19,7 @@ CLIP_TEXT = TowerSpec(
     causal=True,
     positions="embeddings.position_embedding",
     text_end="eos",
+    mlp_norm="layer_norm2",
 )
 CLIP_VISION = TowerSpec(
     path="vision_model",
@@ -27,12 +28,15 @@ CLIP_VISION = TowerSpec(
     projection="visual_projection",
     entry_norm="pre_layrnorm",
     leading_tokens=1,
+    mlp_norm="layer_norm2",
 )
 
 CLIP_TEXT_ALONE = replace(CLIP_TEXT, path="", projection=None)
 CLIP_VISION_ALONE = replace(CLIP_VISION, path="", projection=None)
 #: A classification head over the mean of all patches.
-CLIP_CLASSIFICATION = Architecture(vision=replace(CLIP_VISION, projection=None, pooled="mean_tokens"), logit_scale=None)
+CLIP_CLASSIFICATION = Architecture(
+    vision=replace(CLIP_VISION, projection=None, pooled="mean_tokens", mlp_norm=None), logit_scale=None
+)
 
 SIGLIP_TEXT = TowerSpec(
     path="text_model",
@@ -78,8 +82,14 @@ BERT_TEXT = TowerSpec(
 ALIGN_TEXT = CHINESE_CLIP_TEXT = FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
 
 VIT_VISION = TowerSpec(
-    path="vision_model", layers="layers", inputs="pixel_values", projection="visual_projection", leading_tokens=1
+    path="vision_model",
+    layers="layers",
+    inputs="pixel_values",
+    projection="visual_projection",
+    leading_tokens=1,
+    mlp_norm="layernorm_after",
 )
+DINO_2_VISION = replace(VIT_VISION, layers="encoder.layer", mlp_norm="norm2")
 
 BLIP_TEXT = replace(BERT_TEXT, entry_embedding=None)
 BLIP_VISION = replace(CLIP_VISION, entry_norm=None)
@@ -155,7 +165,7 @@ TIPS_2_VISION = TowerSpec(path="vision_model", layers="encoder.layer", inputs="p
 
 #: Attention is causal where a mask reaches the layers and looks both ways where none does; with sdpa none does when
 #: nothing is padded. So padding decides, and must not be cut off.
-AIM_2_TEXT = replace(CLIP_TEXT, text_end="first_eos", max_length_padding=True)
+AIM_2_TEXT = replace(CLIP_TEXT, text_end="first_eos", max_length_padding=True, mlp_norm="rms_norm2")
 AIM_2_VISION = TowerSpec(
     path="vision_model",
     layers="encoder.layers",
@@ -174,7 +184,9 @@ GROUPVIT_VISION = TowerSpec(
 )
 
 #: The Q-Former reads all tokens of the image tower and makes one embedding per query.
-BLIP_2_VISION = replace(BLIP_VISION, projection="vision_projection", reader="qformer", queries="query_tokens")
+BLIP_2_VISION = replace(
+    BLIP_VISION, projection="vision_projection", reader="qformer", queries="query_tokens", mlp_norm=None
+)
 #: Why BLIP-2's other towers take no prompts.
 SHARED_QFORMER = "texts go through the Q-Former, whose layers also read the image tower and its query tokens"
 LANGUAGE_MODEL = "a language model reads texts and what the Q-Former makes of pictures, and no joint space is there"
@@ -226,13 +238,14 @@ DUAL_ENCODER_VISION: dict[str, TowerSpec] = {
             ("use_relative_position_bias", "use_shared_relative_position_bias"),
             "its relative position bias is a table of patches by patches, where prompts have no place",
         ),
+        mlp_norm=None,  # it pools the mean
     ),
     "clip_vision_model": CLIP_VISION,
     "deit": replace(VIT_VISION, leading_tokens=2),  # CLS and the distillation token
-    "dinov2": replace(VIT_VISION, layers="encoder.layer"),
-    "dinov2_with_registers": replace(VIT_VISION, layers="encoder.layer"),
+    "dinov2": DINO_2_VISION,
+    "dinov2_with_registers": DINO_2_VISION,
     # Rotary positions belong to its last tokens, so prompts stand behind CLS.
-    "dinov3_vit": replace(VIT_VISION, layers="model.layer", insert_at=1),
+    "dinov3_vit": replace(VIT_VISION, layers="model.layer", insert_at=1, mlp_norm="norm2"),
     "siglip_vision_model": replace(SIGLIP_VISION, projection="visual_projection"),
     "vit": VIT_VISION,
     **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet"), CONVOLUTIONAL_VISION),

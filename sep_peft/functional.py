@@ -66,6 +66,13 @@ def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
+def take_token(hidden: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
+    """hidden (B, L, D) -> (B, 1, D), the token at `position`: one index for all inputs, or (B,)."""
+    if isinstance(position, int):
+        return hidden[:, position : position + 1]
+    return gather_tokens(hidden, position[:, None])
+
+
 def text_span(
     shape: torch.Size | tuple[int, int],
     attention_mask: torch.Tensor | None,
@@ -121,6 +128,16 @@ def insert_prompts(hidden: torch.Tensor, prompts: torch.Tensor, position: int) -
     """Put prompts (B, n, D) into hidden (B, L, D) before index `position` -> (B, L + n, D) in the dtype of hidden."""
     prompts = prompts.to(hidden.dtype)
     return torch.cat([hidden[:, :position], prompts, hidden[:, position:]], dim=1)
+
+
+def replace_prompts(hidden: torch.Tensor, prompts: torch.Tensor, position: int) -> torch.Tensor:
+    """Put prompts (B, n, D) in the place of those that stand in hidden (B, L + n, D) from index `position` on."""
+    return hidden.slice_scatter(prompts.to(hidden.dtype), dim=1, start=position, end=position + prompts.shape[1])
+
+
+def beside_prompts(positions: torch.Tensor | int, count: int, position: int | None) -> torch.Tensor | int:
+    """Where tokens stand once `count` prompts stand before index `position`; None is behind all of them."""
+    return positions if position is None else positions + count * (positions >= position)
 
 
 def split_prompts(hidden: torch.Tensor, count: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:

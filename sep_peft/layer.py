@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .functional import take_token
 from .passes import current_pass
 
 
@@ -89,6 +90,24 @@ class SEPPositionEmbedding(SEPLayer):
         if self.padding_idx is not None:
             moved = torch.where(position_ids == self.padding_idx, position_ids, moved)
         return self.base_layer(torch.cat([position_ids[..., : self.insert_at], moved[..., self.insert_at :]], dim=-1))
+
+
+class SEPLastNorm(SEPLayer):
+    """The norm in front of the last layer's MLP. It has no parameters of its own.
+
+    Where a pass reads one token of each input behind the last layer, the MLP runs for that token alone: the norm hands
+    on (B, 1, D) instead of (B, L, D), and the sum behind the MLP spreads its result over all tokens, of which no other
+    is read.
+    """
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Nothing is kept here; the tower passes the new active adapter on."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        current = current_pass.get()
+        if current is not None and current.pooled is not None:
+            hidden_states = take_token(hidden_states, current.pooled)
+        return self.base_layer(hidden_states)
 
 
 class SEPProjection(Wrapper):

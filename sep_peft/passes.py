@@ -56,12 +56,18 @@ current_pass = Current("sep_peft_current_pass")
 
 
 class FrozenPass:
-    """The tower as it is; remembers the hidden states before `start_layer`, which the prompted pass shares."""
+    """The tower as it is; remembers the hidden states before `start_layer`, which the prompted pass shares.
+
+    Args:
+        start_layer: index of the first prompted layer.
+        pooled: index of the one token that is read behind the last layer, for all inputs or (B,); None where all are.
+    """
 
     position_shift = 0
 
-    def __init__(self, start_layer: int):
+    def __init__(self, start_layer: int, pooled: torch.Tensor | int | None = None):
         self.start_layer = start_layer
+        self.pooled = pooled
         self.trunk: torch.Tensor | None = None
         self.num_outputs: int | None = None  # of layers that return tuples
 
@@ -116,6 +122,8 @@ class PromptedPass:
         batch_coupled: select as the released code does.
         trace: collects what every fusion saw where somebody wants to look at it.
         rotary: makes the rotary embedding of as many positions as there are hidden states; None without one.
+        pooled: index beside the prompts of the one token that is read behind the last layer, for all inputs or (B,);
+            None where all are.
         prompted_shape: (B, L + n) of hidden states with prompts, known once the pass has run.
     """
 
@@ -131,6 +139,7 @@ class PromptedPass:
     batch_coupled: bool = False
     trace: dict[int, FusionTrace] | None = None
     rotary: nn.Module | None = None
+    pooled: torch.Tensor | int | None = None
     prompted_shape: tuple[int, int] | None = field(default=None, init=False)
     _carried: torch.Tensor | None = field(default=None, init=False)
 
@@ -186,30 +195,33 @@ class PromptedPass:
         else:
             position = self._position(hidden.shape[1] - count)
         if index in self.fusions:
-            tokens, prompts = functional.split_prompts(hidden, count, position)
-            hidden = functional.insert_prompts(tokens, self._fuse(index, prompts, tokens), position)
+            hidden = functional.replace_prompts(hidden, self._fuse(index, hidden, position), position)
         return hidden, position
 
     def _position(self, length: int) -> int:
         return length if self.spec.insert_at is None else self.spec.insert_at
 
-    def _fuse(self, index: int, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """prompts (B, n, D) and tokens (B, L, D) of this layer -> new prompts (B, n, D)."""
-        fusion = self.fusions[index]
-        positions = self._select(tokens)
-        chosen = functional.gather_tokens(tokens, positions)
+    def _fuse(self, index: int, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Hidden states with prompts (B, L + n, D) before this layer -> new prompts (B, n, D)."""
+        fusion, count = self.fusions[index], self.prompts.shape[0]
+        positions = self._select(hidden.detach(), position)  # (B, K)
+        own = torch.arange(position, position + count, device=hidden.device).expand(hidden.shape[0], -1)  # (B, n)
+        taken = torch.cat([functional.beside_prompts(positions, count, position), own], dim=1)
+        # one gather for both, because the backward pass of each fills a tensor of the size of `hidden`
+        chosen, prompts = functional.gather_tokens(hidden, taken).split([positions.shape[1], count], dim=1)
         if self.trace is not None:
             self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen))
         return fusion(prompts, chosen)
 
-    def _select(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Positions (B, K) of the tokens that represent each input."""
+    def _select(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Positions (B, K), counted without prompts, of the tokens that represent each input (B, L + n, D)."""
         count = self.prompts.shape[0]
         if self.span is None:
+            tokens, _ = functional.split_prompts(hidden, count, position)
             return functional.largest_tokens(tokens, count, self.batch_coupled, self.visible)
         first, last = self.span
         if self.batch_coupled:  # the released code runs on into the padding
-            last = torch.full_like(last, tokens.shape[1] - 1)
+            last = torch.full_like(last, hidden.shape[1] - count - 1)
         return functional.following_tokens(torch.minimum(first + self.spec.insert_at, last), last, count)
 
 

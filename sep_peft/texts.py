@@ -20,15 +20,19 @@ TextInputs = dict[str, torch.Tensor]
 def span(tower: SEPTower, inputs: TextInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last position of every text, inclusive, two (B,) int64 tensors; inputs are tensors (..., L)."""
     input_ids = inputs["input_ids"].flatten(0, -2)  # (..., L) -> (B, L)
-    eos = None
-    if tower.spec.text_end is not None:
-        config = tower.base_layer.config
-        if tower.spec.text_end == "first_eos":
-            eos = functional.first_positions(input_ids, config.eos_token_id)
-        else:
-            token = config.eos_token_id if tower.spec.text_end == "eos" else functional.HIGHEST_ID
-            eos = functional.eos_positions(input_ids, token)
-    return functional.text_span(input_ids.shape, inputs.get("attention_mask"), eos, input_ids.device)
+    found = eos(tower, inputs)
+    return functional.text_span(input_ids.shape, inputs.get("attention_mask"), found, input_ids.device)
+
+
+def eos(tower: SEPTower, inputs: TextInputs) -> torch.Tensor | None:
+    """Where each text has its EOS by the rule of its family, (B,) int64, -1: nowhere; None without a rule."""
+    if tower.spec.text_end is None:
+        return None
+    input_ids, config = inputs["input_ids"].flatten(0, -2), tower.base_layer.config  # (..., L) -> (B, L)
+    if tower.spec.text_end == "first_eos":
+        return functional.first_positions(input_ids, config.eos_token_id)
+    token = config.eos_token_id if tower.spec.text_end == "eos" else functional.HIGHEST_ID
+    return functional.eos_positions(input_ids, token)
 
 
 def trim(tower: SEPTower, inputs: TextInputs) -> TextInputs:

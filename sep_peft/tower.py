@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import mixed_batch, mixing, records, texts
+from . import functional, mixed_batch, mixing, records, texts, wrapping
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
 from .fusion import TokenFusion
-from .layer import SEPEncoderLayer, SEPLayer, SEPPositionEmbedding, SEPProjection, SEPReader, layer_lists
+from .layer import SEPLayer, layer_lists
 from .mixed_batch import by_rows, chosen_adapters
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures, current_pass
 from .settings import TowerSettings
@@ -107,7 +107,7 @@ class SEPTower(SEPLayer):
         settings = TowerSettings.from_config(config, self.tower, self.num_layers)
         self.sep_settings[adapter_name] = settings
         if settings.num_prompts:
-            self._wrap_inner()
+            self._inner = self._inner or wrapping.wrap(self)
             prompts = torch.empty(settings.num_prompts, self.hidden_size, dtype=torch.float32)
             self.sep_prompts[adapter_name] = nn.Parameter(nn.init.normal_(prompts, std=PROMPT_STD))
             keys = [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
@@ -161,42 +161,10 @@ class SEPTower(SEPLayer):
         for layer in self._inner:
             layer._active_adapter = self._active_adapter
 
-    def _wrap_inner(self) -> None:
-        """Put the wrappers around the encoder layers, the position embedding and what the mix happens behind, once."""
-        if self._inner:
-            return
-        for layers in self._layer_lists():
-            for position, layer in enumerate(layers):
-                layers[position] = SEPEncoderLayer(layer, len(self._inner))
-                self._inner += (layers[position],)
-        if self.spec.positions is not None:
-            wrapped = SEPPositionEmbedding(self.base_layer.get_submodule(self.spec.positions), self.spec.insert_at)
-            self._set_positions(wrapped)
-            self._inner += (wrapped,)
-        if self.spec.mixes_behind_projection:
-            self._set_in_owner(self.spec.projection, SEPProjection(self._projection(), self.hidden_size))
-        if self.spec.reader is not None:
-            reader = self.owner.get_submodule(self.spec.reader)
-            self._set_in_owner(self.spec.reader, SEPReader(reader, self.hidden_size, self.mix_read))
-
-    def _set_in_owner(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self.owner.get_submodule(parent), name, module)
-
-    def _set_positions(self, module: nn.Module) -> None:
-        parent, _, name = self.spec.positions.rpartition(".")
-        setattr(self.base_layer.get_submodule(parent), name, module)
-
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
         """The tower as it was, without any wrapper; what wraps the projection or a reader is the model's to remove."""
         if self._inner:
-            for layers in self._layer_lists():
-                for position, layer in enumerate(layers):
-                    if isinstance(layer, SEPEncoderLayer):  # in a model that is the tower PEFT gets to them first
-                        layers[position] = layer.base_layer
-            for wrapper in self._inner:
-                if isinstance(wrapper, SEPPositionEmbedding):
-                    self._set_positions(wrapper.base_layer)
+            wrapping.unwrap(self)
             self._inner = ()
         if self.is_root:
             del self.base_layer.forward
@@ -240,14 +208,15 @@ class SEPTower(SEPLayer):
         if adapter is None:
             frozen = self.embed_frozen(**inputs)
             return Branches(frozen, frozen)
-        prompted, frozen = self._run(adapter, inputs, trace, need_frozen=True)
+        prompted, frozen = self._run(adapter, inputs, trace, embedding_only=True)
         return Branches(*(self.project(mixing.pooled(self, output, inputs)) for output in (prompted, frozen)))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
         inputs = self._bind(args, kwargs)
-        with torch.no_grad():
-            return self.project(mixing.pooled(self, self._call_base(**inputs, return_dict=True), inputs))
+        with torch.no_grad(), current_pass.set(FrozenPass(0, self._pooled_token(inputs))):
+            output = self._call_base(**inputs, return_dict=True)
+            return self.project(mixing.pooled(self, output, inputs))
 
     @by_rows
     def embed_prompted(self, *args, trunk: TrunkFeatures | None = None, **kwargs) -> torch.Tensor:
@@ -261,7 +230,8 @@ class SEPTower(SEPLayer):
         if adapter is None:
             return self.embed_frozen(**inputs)
         known = None if trunk is None else trunk.as_pass(self.sep_settings[adapter].start_layer)
-        return self.project(mixing.pooled(self, self._run_prompted(adapter, inputs, known, None), inputs))
+        output = self._run_prompted(adapter, inputs, known, None, self._pooled_token(inputs))
+        return self.project(mixing.pooled(self, output, inputs))
 
     @torch.no_grad()
     def trunk(self, *args, **kwargs) -> TrunkFeatures:
@@ -274,7 +244,8 @@ class SEPTower(SEPLayer):
         """
         self.check_trunk()
         settings = self.active_settings
-        inputs, known = self._bind(args, kwargs), FrozenPass(settings.start_layer)
+        inputs = self._bind(args, kwargs)
+        known = FrozenPass(settings.start_layer, self._pooled_token(inputs))
         with current_pass.set(known), without_dropout(self.base_layer):
             output = self._call_base(**inputs, return_dict=True)
         self._layer_outputs = (known.num_outputs,)
@@ -303,8 +274,7 @@ class SEPTower(SEPLayer):
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """The model's own projection into the joint space, (B, D) -> (B, E)."""
-        projection = self._projection()
-        return pooled if projection is None else projection(pooled)
+        return pooled if self.model_projection is None else self.model_projection(pooled)
 
     def mix_read(self, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """What a reader has made of both branches, each (B, Q, D) -> its mix (B, Q, D), for the projection to map."""
@@ -312,10 +282,11 @@ class SEPTower(SEPLayer):
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Parameters of the model's own projection."""
-        projection = self._projection()
-        return [] if projection is None else list(projection.parameters())
+        return [] if self.model_projection is None else list(self.model_projection.parameters())
 
-    def _projection(self) -> nn.Module | None:
+    @property
+    def model_projection(self) -> nn.Module | None:
+        """The model's own projection, or what wraps it; None where the tower projects."""
         if self.spec.projection is None:
             return None
         module = self.owner
@@ -358,20 +329,41 @@ class SEPTower(SEPLayer):
         inputs = dict(zip(self._argument_names, args, strict=False)) | kwargs
         return {self.spec.renamed_inputs.get(name, name): value for name, value in inputs.items()}
 
-    def _run(self, adapter: str, inputs: dict, trace: dict | None = None, need_frozen: bool = False):
-        """Outputs of the prompted pass and of the frozen pass, or None in its place where the mix does not need it."""
+    def _run(self, adapter: str, inputs: dict, trace: dict | None = None, embedding_only: bool = False):
+        """Outputs of the prompted pass and of the frozen pass, or None in its place where the mix does not need it.
+
+        With `embedding_only` both outputs are there, and what they hold beside that which is pooled means nothing.
+        """
         settings = self.sep_settings[adapter]
-        frozen, frozen_pass = None, None
-        if settings.frozen_weight > 0 or need_frozen:
-            frozen_pass = FrozenPass(settings.start_layer) if settings.start_layer else None
+        pooled = self._pooled_token(inputs) if embedding_only else None
+        frozen, shared = None, None
+        if settings.frozen_weight > 0 or embedding_only:
+            frozen_pass = FrozenPass(settings.start_layer, pooled)
             with torch.no_grad(), current_pass.set(frozen_pass):
                 frozen = self._call_base(**inputs, return_dict=True)
-        prompted = self._run_prompted(adapter, inputs, frozen_pass, trace)
-        if frozen_pass is not None:
+            shared = frozen_pass if settings.start_layer else None
+        prompted = self._run_prompted(adapter, inputs, shared, trace, pooled)
+        if shared is not None:
             records.prepend_shared(prompted, frozen, self.spec, settings.start_layer, self._last_layers())
         return prompted, frozen
 
-    def _run_prompted(self, adapter: str, inputs: dict, frozen: FrozenPass | None, trace: dict | None):
+    def _pooled_token(self, inputs: dict) -> torch.Tensor | int | None:
+        """Index of the one token that the tower pools, for all inputs or (B,); None where it is to compute all."""
+        last = self._layer_lists()[-1][-1]
+        if self.spec.mlp_norm is None or (last.training and getattr(last, "gradient_checkpointing", False)):
+            return None  # a checkpointed layer runs again in the backward pass, where no pass is current
+        if self.spec.inputs == "input_ids":
+            return texts.eos(self, inputs).clamp(min=0)
+        return 0
+
+    def _run_prompted(
+        self,
+        adapter: str,
+        inputs: dict,
+        frozen: FrozenPass | None,
+        trace: dict | None,
+        pooled: torch.Tensor | int | None = None,
+    ):
         settings = self.sep_settings[adapter]
         count, start = settings.num_prompts, settings.start_layer
         is_text, mask = self.spec.inputs == "input_ids", inputs.get(self.spec.mask_input)
@@ -390,6 +382,7 @@ class SEPTower(SEPLayer):
             batch_coupled=settings.batch_coupled,
             trace=trace,
             rotary=None if self.spec.rotary is None else getattr(self.base_layer, self.spec.rotary),
+            pooled=None if pooled is None else functional.beside_prompts(pooled, count, self.spec.insert_at),
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)

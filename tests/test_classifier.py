@@ -162,18 +162,53 @@ def test_base_model_of_another_dtype(dtype):
 
 
 @pytest.mark.parametrize("config", [{}, {"start_layer": 1}, {"fusion": "none"}], ids=str)
+@pytest.mark.parametrize("kept_tokens", [0, 1000])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
-def test_chunks_change_neither_loss_nor_gradient(chunk_size, config):
+def test_chunks_change_neither_loss_nor_gradient(chunk_size, kept_tokens, config):
     texts = make_texts([5, 3, 7, 4, 6, 3, 8]), make_texts([7, 5, 9, 6, 8, 5, 10], seed=8)
     results = []
-    for size in (128, chunk_size):
-        classifier = make_classifier(*texts, config=config, chunk_size=size)
+    for options in ({}, {"chunk_size": chunk_size, "kept_tokens": kept_tokens}):
+        classifier = make_classifier(*texts, config=config, **options)
         with torch.no_grad():
             evaluated = classifier.eval()(IMAGES).logits
         output = classifier.train()(IMAGES, LABELS)
         output.loss.backward()
         results.append((evaluated, output.logits, output.loss, [p.grad for p in classifier.parameters()]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kept_tokens", "runs"),
+    # names of 3, 4 | 5, 7 tokens beside 3 prompts: 2 (4 + 3) + 2 (7 + 3) = 34 tokens in two chunks
+    [(34, 2), (33, 4)],
+)
+def test_few_text_tokens_are_kept_and_many_computed_again(kept_tokens, runs):
+    classifier = make_classifier(chunk_size=16, kept_tokens=kept_tokens)
+    first = find_towers(classifier.model)["text"]._inner[0]
+    prompted = []
+
+    def note(module, args, output):
+        if torch.is_grad_enabled():
+            prompted.append(args[0].shape)
+
+    first.register_forward_hook(note)
+    classifier(IMAGES, LABELS).loss.backward()
+    assert len(prompted) == runs and {shape[1] for shape in prompted} == {4, 7}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    """A layer that runs again in the backward pass must compute what it computed."""
+    gradients = []
+    for checkpointed in (False, True):
+        classifier = make_classifier()
+        if checkpointed:
+            base = classifier.model.get_base_model()
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            base.enable_input_require_grads()
+        classifier(IMAGES, LABELS).loss.backward()
+        gradients.append([p.grad for p in classifier.parameters() if p.requires_grad])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_coupled", [False, True])
@@ -234,6 +269,11 @@ def test_longest_class_text(lengths, message):
 def test_templates_may_fill_all_positions():
     """The frozen branch has no prompts."""
     assert logits_of(make_classifier(template_inputs=make_texts([TEXT_POSITIONS] * 4))).isfinite().all()
+
+
+def test_bad_kept_tokens():
+    with raises("kept_tokens must be at least 0, but got -1."):
+        make_classifier(kept_tokens=-1)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])

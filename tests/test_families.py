@@ -116,6 +116,37 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
         torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)
+def test_the_last_mlp_runs_for_what_is_pooled(name, tower, attention):
+    """For that token alone where the embedding is all that is wanted, with the same embeddings and gradients."""
+    case = CASES[name]
+    model = adapt(case, attention)
+    layer = tower_of(model, tower)
+    if layer.spec.mlp_norm is None:
+        return
+    lengths = []
+    norm = layer._layer_lists()[-1][-1].get_submodule(layer.spec.mlp_norm)
+    norm.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    for inputs in variants_of_inputs(case, tower):
+        results = []
+        for pooled in (True, False):
+            lengths.clear()
+            if not pooled:
+                layer._pooled_token = lambda inputs: None
+            branches = layer.embed(**inputs)
+            assert (lengths == [1, 1]) is pooled
+            alone = layer.embed_prompted(**inputs), layer.embed_frozen(**inputs)
+            model.zero_grad()
+            branches.prompted.square().mean().backward()
+            gradients = [p.grad for p in layer.adapter_parameters("default") if p.grad is not None]
+            results.append((*branches, *alone, *gradients))
+            vars(layer).pop("_pooled_token", None)
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+        lengths.clear()
+        layer(**layer._bind((), inputs))
+        assert min(lengths) > 1  # whoever calls the tower gets all of its tokens
+
+
 #: Families whose image layers take no mask, so that prompts cannot be hidden; copies of all tokens test them instead.
 MASKLESS = {
     "blip",

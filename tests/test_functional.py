@@ -73,6 +73,32 @@ def test_insert_and_split_are_inverse(position):
     assert torch.equal(tokens, hidden) and torch.equal(again, prompts)
 
 
+@pytest.mark.parametrize("position", [0, 1, 4])
+def test_replaced_prompts_leave_the_tokens(position):
+    hidden, prompts = torch.randn(2, 4, 3, requires_grad=True), torch.randn(2, 2, 3, requires_grad=True)
+    joined = functional.insert_prompts(hidden, torch.zeros(2, 2, 3), position)
+    replaced = functional.replace_prompts(joined, prompts.double(), position)
+    tokens, again = functional.split_prompts(replaced, 2, position)
+    assert replaced.dtype == hidden.dtype and torch.equal(tokens, hidden) and torch.equal(again, prompts)
+    weight = torch.randn(2, 6, 3)
+    (replaced * weight).sum().backward()
+    expected_hidden, expected_prompts = functional.split_prompts(weight, 2, position)
+    assert torch.equal(hidden.grad, expected_hidden) and torch.equal(prompts.grad, expected_prompts)
+
+
+@pytest.mark.parametrize("position", [0, 2, None])
+def test_tokens_beside_prompts_are_the_same_tokens(position):
+    hidden, prompts, positions = torch.randn(2, 4, 3), torch.randn(2, 5, 3), torch.tensor([[3, 0, 2], [1, 1, 0]])
+    joined = functional.insert_prompts(hidden, prompts, 4 if position is None else position)
+    moved = functional.beside_prompts(positions, 5, position)
+    assert torch.equal(functional.gather_tokens(joined, moved), functional.gather_tokens(hidden, positions))
+    for one in (0, 3):
+        token = functional.take_token(joined, functional.beside_prompts(one, 5, position))
+        assert torch.equal(token, hidden[:, one : one + 1])
+    token = functional.take_token(joined, functional.beside_prompts(positions[:, 0], 5, position))
+    assert torch.equal(token, hidden[[0, 1], [3, 1]][:, None])
+
+
 def expected_visibility(keys: list[bool], count: int, position: int, causal: bool) -> list[list[bool]]:
     """Who sees whom, row by row, from the rule: prompts are seen, and see what a token in their place would see."""
     keys = keys[:position] + [True] * count + keys[position:]
