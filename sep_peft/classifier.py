@@ -242,9 +242,10 @@ class SEPClassifier(nn.Module):
     def keep_prototypes(self, logit_weight: float = PROTOTYPE_LOGIT_WEIGHT) -> SEPClassifier:
         """Let the class prototypes W, as trained, predict beside the texts; call it after training.
 
-        Predictions then read ``logits + logit_weight 10 cos(v, w_c)``, the scale of the prototypes in the loss. As
-        published W serves the loss alone. It knows the classes it was trained on: `set_classes` drops it. It is saved
-        with the classes, and without an adapter it is silent.
+        Predictions then read ``logits + logit_weight 10 (cos(v, w_c) + cos(v0, w_c)) / 2`` with SEP's and the frozen
+        image embedding v and v0, both of which the loss compares with W on this scale. As published W serves the loss
+        alone. It knows the classes it was trained on: `set_classes` drops it. It is saved with the classes, and without
+        an adapter it is silent.
 
         Args:
             logit_weight: weight of the prototypes' logits, above 0.

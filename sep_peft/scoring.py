@@ -17,7 +17,8 @@ class ClassWeights(NamedTuple):
     Args:
         text: SEP's text embeddings, (C, E), of unit length.
         frozen_text: the frozen ones, (C, E), of unit length.
-        prototypes: (C, E), whose products with SEP's image embeddings are added; None: nothing is.
+        prototypes: (C, E), whose products with the mean of SEP's and the frozen image embedding are added; None:
+            nothing is.
         zero_shot_share: share of the frozen embeddings' cosines, between 0 and 1.
     """
 
@@ -42,7 +43,9 @@ def logits_of(tower: SEPTower, image: torch.Tensor, frozen_image: torch.Tensor, 
     cosines = image @ classes.text.T
     if classes.zero_shot_share:
         cosines = torch.lerp(cosines, frozen_image @ classes.frozen_text.T, classes.zero_shot_share)
-    added = 0 if classes.prototypes is None else image @ classes.prototypes.to(image.dtype).T
+    added = 0
+    if classes.prototypes is not None:
+        added = torch.lerp(image, frozen_image.to(image.dtype), 0.5) @ classes.prototypes.to(image.dtype).T
     if row.logit_scale is None:
         return cosines + added
     scale = wide(attrgetter(row.logit_scale)(model))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark.py"
 ADAPTERS = ("SEP adapter", "published SEP adapter", "LoRA adapter")
-MEMORY = ("plain image encoding", "SEP image encoding", "LoRA step", "SEP step", "SEP step, many classes")
+CLASSES = ("SEP step, more classes", "SEP step, many classes")
+MEMORY = ("plain image encoding", "SEP image encoding", "LoRA step", "SEP step", *CLASSES)
 ROWS = {
     "plain image encoding",
     "prompted image forward / plain image encoding",
@@ -34,7 +35,8 @@ ROWS = {
     "SEP classification of one image / SEP encoding of one image",
     "SEP adapter, bf16: size",
     "resident adapters / their files",
-    "peak memory: SEP step, many classes / SEP step",
+    *(f"peak memory: {name} / SEP step" for name in CLASSES),
+    "SEP step, full loss / plain image encoding, glibc as it is",
     "SEP step / LoRA step",
     "SEP step, full loss / LoRA step",
     *(f"{adapter}: {quantity}" for adapter in ADAPTERS for quantity in ("size", "load", "switch")),

@@ -39,8 +39,10 @@ def with_prototypes(weight: float | None = 1.5, **options) -> SEPClassifier:
 @torch.no_grad()
 def reference(classifier: SEPClassifier, weight: float) -> torch.Tensor:
     """Logits by texts alone, and the prototypes' one by one."""
-    image, _ = classifier.eval().image_embeds(IMAGES)
-    added = [[10 * weight * F.cosine_similarity(v, w, dim=0).item() for w in classifier.prototypes] for v in image]
+    added = [
+        [10 * weight * sum(F.cosine_similarity(x, w, dim=0).item() for x in (v, v0)) / 2 for w in classifier.prototypes]
+        for v, v0 in zip(*classifier.eval().image_embeds(IMAGES), strict=True)
+    ]
     return logits_of(classifier) + torch.tensor(added)
 
 

@@ -48,6 +48,8 @@ class Recipe:
         warmup_epochs: epochs in which the learning rate rises to its highest.
         adam_epsilon, weight_decay: of AdamW.
         smallest_crop: least share of a picture's area that augmentation keeps.
+        cached_views: augmentations of each picture for which what is below SEP's `start_layer` is computed once; 0:
+            every epoch draws and computes anew.
     """
 
     learning_rate: float = 2.5e-3
@@ -57,6 +59,7 @@ class Recipe:
     adam_epsilon: float = 1e-3
     weight_decay: float = 0.0
     smallest_crop: float = 0.08
+    cached_views: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def read_method(path: Path, **overrides: Any) -> Method:
         raise ValueError(f'{path}: prototype_logit_weight is for learner "sep", but this is {method.learner!r}.')
     if method.zero_shot_share and method.learner != "sep":
         raise ValueError(f'{path}: zero_shot_share is for learner "sep", but this is {method.learner!r}.')
+    if method.recipe.cached_views and not (method.learner == "sep" and method.config.get("start_layer")):
+        raise ValueError(f'{path}: cached_views is for learner "sep" with a start_layer above 0.')
     return method
 
 

@@ -103,6 +103,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="implementation; default: the model's own")
     parser.add_argument("--save-adapters", action="store_true", help="keep the trained adapters")
+    parser.add_argument("--cache", type=Path, help="folder for what recipes with cached_views cache; default: memory")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
 
@@ -171,7 +172,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     log, chosen, start = [], {}, time.perf_counter()
     with method.evaluating():
         if method.trains:
-            log = fit(classifier, method, plan, pictures, accelerator, folder, cell.seed, args.workers)
+            log = fit(classifier, method, plan, pictures, accelerator, folder, cell.seed, args.workers, args.cache)
         elif hasattr(classifier, "fit"):
             classifier.eval()
             parts = (plan.pictures.train, plan.pictures.val or plan.pictures.train)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,14 @@ from accelerate.utils import set_seed
 from evaluation import batches
 from methods import Method, trainable
 from protocols import Plan
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
+from train_pictures import CachedPictures, TrainPictures
 from transformers import get_cosine_schedule_with_warmup
 from transforms import TrainTransform
 
 
 CHECKPOINT = "checkpoint.pt"
-
-
-class TrainPictures(Dataset):
-    """Augmented pictures; what happens to one depends on the seed, the epoch and its place in the draw alone."""
-
-    def __init__(self, plan: Plan, transform: TrainTransform, seed: int):
-        self.plan, self.transform, self.seed, self.epoch = plan, transform, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.plan.pictures.train)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        sample = self.plan.pictures.train[index]
-        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
-        return self.transform(self.plan.data.open(sample.key), rng), sample.label
 
 
 def fit(
@@ -46,8 +31,12 @@ def fit(
     folder: Path,
     seed: int,
     workers: int,
+    cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train the classifier in place, or go on where a checkpoint in `folder` stands.
+
+    Args:
+        cache: folder for the trunk of pictures, where the recipe has `cached_views`; None: in memory.
 
     Returns:
         a dict per epoch: loss, its parts, accuracy on the training pictures, learning rate.
@@ -60,6 +49,8 @@ def fit(
         parameters.values(), lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=recipe.weight_decay
     )
     pictures = TrainPictures(plan, TrainTransform(image_processor, recipe.smallest_crop), seed)
+    if recipe.cached_views:
+        pictures = CachedPictures(pictures, recipe.cached_views, classifier.model, cache)
     steps = -(-len(pictures) // recipe.batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_epochs * steps, recipe.epochs * steps)
     log = resume(folder / CHECKPOINT, parameters, optimizer, schedule)
@@ -90,9 +81,9 @@ def one_epoch(model, optimizer, schedule, pictures, batch_size, accelerator, see
     shares, sizes = share_out(len(pictures), batch_size, accelerator, seed * 1000 + pictures.epoch)
     loader = DataLoader(pictures, batch_sampler=shares, num_workers=workers)
     sums = torch.zeros(2, device=accelerator.device)  # loss, right
-    for (pixels, labels), (own, whole) in zip(loader, sizes, strict=True):
-        pixels, labels = pixels.to(accelerator.device), labels.to(accelerator.device)
-        output = model(pixel_values=pixels, labels=labels)
+    for batch, (own, whole) in zip(loader, sizes, strict=True):
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        output, labels = model(**batch), batch["labels"]
         share = own / whole
         accelerator.backward(output.loss * share * accelerator.num_processes)
         optimizer.step()

@@ -81,7 +81,7 @@ def test_recipe_and_overrides(write):
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
          "config, description, learner, loss, prototype_logit_weight, recipe, selection, zero_shot_share."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
-         "batch_size, epochs, learning_rate, smallest_crop, warmup_epochs, weight_decay."),
+         "batch_size, cached_views, epochs, learning_rate, smallest_crop, warmup_epochs, weight_decay."),
         ({"learner": "svm"}, "{file}: learner must be one of zero-shot, sep, lora, linear-probe, tip-adapter, "
          "but is 'svm'."),
         ({"learner": "sep", "selection": "all"}, '{file}: selection must be "representative" or "random", '
@@ -89,6 +89,10 @@ def test_recipe_and_overrides(write):
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
         ({"learner": "lora", "prototype_logit_weight": 1.0}, '{file}: prototype_logit_weight is for learner "sep", '
          "but this is 'lora'."),
+        ({"learner": "sep", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
+         "start_layer above 0."),
+        ({"learner": "lora", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
+         "start_layer above 0."),
         ({"learner": "lora", "zero_shot_share": 0.5}, '{file}: zero_shot_share is for learner "sep", '
          "but this is 'lora'."),
     ],

@@ -22,14 +22,14 @@ NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
 def command(assets, scripts, describe, tmp_path):
     """Arguments of a small run; `launcher` stands before the script."""
     data = describe("four", reader="folder", root="caltech101", classes=NAMES)
-    method = describe(
-        "tiny",
-        learner="sep",
-        config={"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4},
-        recipe={"epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8},
-    )
 
-    def make(output, *options, launcher=(sys.executable,)):
+    def make(output, *options, launcher=(sys.executable,), start_layer=0, **recipe):
+        method = describe(
+            "tiny",
+            learner="sep",
+            config={"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4, "start_layer": start_layer},
+            recipe={"epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8, **recipe},
+        )
         arguments = ["--protocol", "base-to-new", "--data-root", assets, "--dataset", data, "--method", method]
         arguments += ["--model", assets / "clip-small", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
         return [str(part) for part in (*launcher, scripts / "run.py", *arguments, *options)]
@@ -76,6 +76,21 @@ def test_killed_run_goes_on_and_ends_the_same(command, tmp_path):
         f"ValueError: {folder} holds a run with other settings (precision differ). Choose another --output, or remove "
         "that folder." in refused.stderr
     )
+
+
+def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, tmp_path):
+    """With one view less the last epoch shows the first one's pictures."""
+    outputs = []
+    for views in (0, 3, 2, 2):
+        outputs.append(tmp_path / f"{len(outputs)}")
+        cache = ("--cache", tmp_path / "cache") if len(outputs) == 4 else ()
+        run(command(outputs[-1], *cache, start_layer=3, cached_views=views))
+    found = [[entry["loss"] for entry in results(output)["log"]] for output in outputs]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2][:2] == pytest.approx(found[0][:2], rel=1e-4)
+    assert found[2][2] != pytest.approx(found[0][2], rel=1e-3)
+    assert found[3] == pytest.approx(found[2], rel=1e-4)
+    assert list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_two_processes_equal_one(command, tmp_path):
