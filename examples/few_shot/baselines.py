@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from sep_peft.classes import TaskClasses
+from sep_peft.losses import PROTOTYPE_SCALE, prototype_loss
 
 
 class PlainClassifier(nn.Module):
@@ -59,19 +61,85 @@ class PlainClassifier(nn.Module):
 
     def text_embeds(self) -> torch.Tensor:
         """(C, E), of unit length; in evaluation encoded once."""
-        if self.training or self._text is None:
-            device = next(self.model.parameters()).device
-            inputs = {key: value.to(device) for key, value in self.classes.template_inputs[0].items()}
-            text = unit_features(self.model.get_text_features(**inputs))
-            if self.training:
-                return text
-            self._text = text
+        if self.training:
+            return self.encode_texts()
+        if self._text is None:
+            self._text = self.encode_texts()
         return self._text
+
+    def encode_texts(self) -> torch.Tensor:
+        """(C, E), of unit length."""
+        device = next(self.model.parameters()).device
+        inputs = {key: value.to(device) for key, value in self.classes.template_inputs[0].items()}
+        return unit_features(self.model.get_text_features(**inputs))
 
     def logits(self, image: torch.Tensor) -> torch.Tensor:
         """(B, E) -> (B, C)."""
         logits = self.model.logit_scale.exp() * image @ self.text_embeds().T
         return logits + getattr(self.model, "logit_bias", 0.0)
+
+
+class AdaptedClassifier(PlainClassifier):
+    """CLIP with an adapter of PEFT.
+
+    With `prototype_weight` it has all that `SEPClassifier` has beside SEP itself: class prototypes W in the loss, which
+    predict once they are kept, and a share of zero-shot for classes that were not trained. ::
+
+        loss = CE(logits, y) + prototype_weight [CE(10 cos(v, W), y) + CE(10 cos(v0, W), y)]
+
+    with embeddings v of the picture, and v0 without the adapter.
+    """
+
+    def __init__(self, model, processor, classes, template: str, prototype_weight: float = 0.0):
+        super().__init__(model, processor, classes, template)
+        self.prototype_weight, self.prototypes = prototype_weight, None
+        self.kept: tuple[list[str], torch.Tensor] | None = None  # classes, and what their prototypes add to logits
+        if prototype_weight:
+            self.reset_prototypes([])
+
+    @torch.no_grad()
+    def frozen(self, compute: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """What the model computes without its adapter."""
+        with self.model.disable_adapter():
+            return compute(*args)
+
+    def reset_prototypes(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """W (C, E) is the mean frozen embedding of a class's pictures, or its frozen text embedding without any."""
+        prototypes = self.frozen(self.encode_texts)
+        sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes), 1)
+        for batch in batches:
+            labels = batch["labels"].to(sums.device)
+            sums.index_add_(0, labels, self.frozen(self.image_embeds, batch["pixel_values"].to(sums.device)))
+            counts.index_add_(0, labels, torch.ones_like(labels[:, None], dtype=counts.dtype))
+        self.prototypes = nn.Parameter(torch.where(counts > 0, sums / counts.clamp(min=1), prototypes))
+
+    def keep_prototypes(self, logit_weight: float) -> None:
+        """See `SEPClassifier.keep_prototypes`."""
+        weights = logit_weight * PROTOTYPE_SCALE * F.normalize(self.prototypes.detach(), dim=-1)
+        self.kept = self.class_names, weights
+
+    def set_classes(self, classes, zero_shot_share: float = 0.0) -> AdaptedClassifier:
+        """See `SEPClassifier.set_classes`."""
+        super().set_classes(classes)
+        self.zero_shot_share = zero_shot_share
+        return self
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
+        """As `PlainClassifier`, with the loss above while training."""
+        needs_frozen = self.prototypes is not None or self.zero_shot_share
+        frozen = self.frozen(self.image_embeds, pixel_values) if needs_frozen else None
+        image = self.image_embeds(pixel_values)
+        logits = self.logits(image)
+        if self.zero_shot_share:
+            zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen(self.encode_texts).T
+            logits = torch.lerp(logits, zero_shot, self.zero_shot_share)
+        if self.kept is not None and not self.training and self.class_names == self.kept[0]:
+            logits = logits + torch.lerp(image, frozen, 0.5) @ self.kept[1].T
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        if loss is not None and self.training and self.prototypes is not None:
+            terms = [prototype_loss(embeds, self.prototypes, labels) for embeds in (image, frozen)]
+            loss = loss + self.prototype_weight * sum(terms)
+        return ModelOutput(loss=loss, logits=logits)
 
 
 class LinearProbe(PlainClassifier):

@@ -9,9 +9,9 @@
     }
 
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
-`SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, `prototype_logit_weight` what its
-`keep_prototypes` takes after training (0: the texts alone predict, as published), `zero_shot_share` what its
-`set_classes` takes for classes that were not trained.
+`SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, or the `prototype_weight` of LoRA's classifier,
+`prototype_logit_weight` what `keep_prototypes` takes after training (0: the texts alone predict, as published),
+`zero_shot_share` what `set_classes` takes for classes that were not trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import LinearProbe, PlainClassifier, TipAdapter
+from baselines import AdaptedClassifier, LinearProbe, PlainClassifier, TipAdapter
 from peft import LoraConfig, get_peft_model
 from selection import random_selection
 from torch import nn
@@ -109,10 +109,9 @@ def read_method(path: Path, **overrides: Any) -> Method:
         raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
     if method.selection == "random" and method.learner != "sep":
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
-    if method.prototype_logit_weight and method.learner != "sep":
-        raise ValueError(f'{path}: prototype_logit_weight is for learner "sep", but this is {method.learner!r}.')
-    if method.zero_shot_share and method.learner != "sep":
-        raise ValueError(f'{path}: zero_shot_share is for learner "sep", but this is {method.learner!r}.')
+    for entry in ("loss", "prototype_logit_weight", "zero_shot_share"):
+        if getattr(method, entry) and not method.trains:
+            raise ValueError(f'{path}: {entry} is for learners "sep" and "lora", but this is {method.learner!r}.')
     if method.recipe.cached_views and not (method.learner == "sep" and method.config.get("start_layer")):
         raise ValueError(f'{path}: cached_views is for learner "sep" with a start_layer above 0.')
     return method
@@ -134,6 +133,7 @@ def build_classifier(
         return SEPClassifier.from_class_names(model, processor, classes, template, **method.loss)
     if method.learner == "lora":
         model = get_peft_model(model, LoraConfig(**method.config))
+        return AdaptedClassifier(model, processor, classes, template, **method.loss)
     kind = FEATURE_LEARNERS.get(method.learner, PlainClassifier)
     return kind(model, processor, classes, template)
 

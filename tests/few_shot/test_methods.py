@@ -87,14 +87,16 @@ def test_recipe_and_overrides(write):
         ({"learner": "sep", "selection": "all"}, '{file}: selection must be "representative" or "random", '
          "but is 'all'."),
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
-        ({"learner": "lora", "prototype_logit_weight": 1.0}, '{file}: prototype_logit_weight is for learner "sep", '
-         "but this is 'lora'."),
+        ({"learner": "tip-adapter", "prototype_logit_weight": 1.0}, '{file}: prototype_logit_weight is for learners '
+         '"sep" and "lora", but this is \'tip-adapter\'.'),
+        ({"learner": "zero-shot", "loss": {"prototype_weight": 0.5}}, '{file}: loss is for learners "sep" and "lora", '
+         "but this is 'zero-shot'."),
         ({"learner": "sep", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
          "start_layer above 0."),
         ({"learner": "lora", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
          "start_layer above 0."),
-        ({"learner": "lora", "zero_shot_share": 0.5}, '{file}: zero_shot_share is for learner "sep", '
-         "but this is 'lora'."),
+        ({"learner": "linear-probe", "zero_shot_share": 0.5}, '{file}: zero_shot_share is for learners "sep" and '
+         '"lora", but this is \'linear-probe\'.'),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_method(write, entries, message):
@@ -162,3 +164,35 @@ def test_linear_probe_learns_and_knows_its_classes(scripts, build):
     assert chosen["validation accuracy"] == 100
     assert (classifier.logits(noisy[1]).argmax(dim=1) == labels).all()
     assert classifier.can_classify(list(NAMES)) and not classifier.can_classify(["crab", "chair"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lora_with_all_that_sep_has_beside_itself(build, write):
+    """Prototypes in the loss and in predictions, and a share of zero-shot, against their equations."""
+    config = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
+    classifier = build(read_method(write(learner="lora", config=config, loss={"prototype_weight": 0.5})))
+    plain = build(read_method(write(learner="lora", config=config)))
+    zero_shot = build(read_method(write(learner="zero-shot")))
+    pixels, labels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 0, 2])
+    cosine = torch.nn.functional.cosine_similarity
+    v, v0 = plain.image_embeds(pixels), zero_shot.image_embeds(pixels)
+    assert not torch.allclose(v, v0, atol=1e-3)
+
+    classifier.reset_prototypes([{"pixel_values": pixels, "labels": labels}])
+    prototypes = torch.stack([v0[1], zero_shot.text_embeds()[1], (v0[0] + v0[2]) / 2])
+    torch.testing.assert_close(classifier.prototypes.data, prototypes)
+    output = classifier.train()(pixel_values=pixels, labels=labels)
+    terms = [cosine(x[:, None], prototypes[None], dim=-1) for x in (v, v0)]
+    parts = [torch.nn.functional.cross_entropy(10 * term, labels) for term in terms]
+    torch.testing.assert_close(output.loss, plain(pixels, labels).loss + 0.5 * sum(parts))
+    output.loss.backward()
+    assert all(p.grad is not None for p in trainable(classifier).values())
+
+    logits = plain.eval()(pixels).logits
+    torch.testing.assert_close(classifier.eval()(pixels).logits, logits)
+    classifier.keep_prototypes(3.0)
+    torch.testing.assert_close(classifier(pixels).logits, logits + 15 * (terms[0] + terms[1]))
+    others = ("cup", "crab")
+    shared = classifier.set_classes(others, zero_shot_share=0.75)(pixels).logits
+    expected = [model.set_classes(others).eval()(pixels).logits for model in (plain, zero_shot)]
+    torch.testing.assert_close(shared, 0.25 * expected[0] + 0.75 * expected[1])
