@@ -2,7 +2,8 @@
 
     python examples/few_shot/summarize.py outputs/few_shot
 
-writes `summary.md`, `summary.json`, `shots.png` and `base_new.png` into that folder, or into --output.
+writes `summary.md`, `summary.json`, `shots.png` and `base_new.png` into that folder, or into --output. With `--earlier
+summary.json`, methods without runs keep their rows of that summary.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from typing import Any
 
 from plots import plot_base_new, plot_shots
 from run_folder import write_json
-from tables import ZERO_SHOT, average_tables, make_tables, read_runs
+from tables import ZERO_SHOT, add_earlier, average_tables, make_tables, read, read_runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="--output of run.py")
     parser.add_argument("--output", type=Path, help="folder for the summary; default: the same")
+    parser.add_argument("--earlier", type=Path, help="summary.json whose rows stand for methods that have no runs")
     args = parser.parse_args()
     output = args.output or args.runs
     runs = read_runs(args.runs)
     if not runs:
         parser.error(f"{args.runs} holds no finished run")
     tables = make_tables(runs)
+    if args.earlier:
+        tables = add_earlier(tables, read(args.earlier))
     output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(to_markdown(key, rows) for key, rows in tables.items())
     if averages := average_tables(tables):

@@ -9,6 +9,8 @@ from typing import Any
 
 
 ZERO_SHOT = "zero-shot"
+#: What the name of an average over data sets begins with.
+AVERAGE = "average of"
 #: A table's key -> its rows, each a method with mean and spread per column.
 Tables = dict[tuple[str, str, int], dict[str, dict[str, Any]]]
 
@@ -67,6 +69,16 @@ def add_score(row: dict[str, Any]) -> None:
         row["score"] = mean(shifted)
 
 
+def add_earlier(tables: Tables, summary: list[dict[str, Any]]) -> Tables:
+    """Tables with the rows of an earlier summary.json for methods that have none; averages are to be made anew."""
+    merged = {key: dict(rows) for key, rows in tables.items()}
+    for entry in summary:
+        if not entry["dataset"].startswith(AVERAGE):
+            rows = merged.setdefault((entry["protocol"], entry["dataset"], entry["shots"]), {})
+            rows.update({name: row for name, row in entry["methods"].items() if name not in rows})
+    return {key: order(rows) for key, rows in sorted(merged.items())}
+
+
 def order(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Zero-shot first, then from the lowest score to the highest; without a score last."""
 
@@ -84,7 +96,7 @@ def average_tables(tables: Tables) -> Tables:
         parts = [rows for (protocol, _, s), rows in tables.items() if (protocol, s) == ("base-to-new", shots)]
         names = [name for name in parts[0] if all(name in rows for rows in parts)]
         if len(parts) > 1 and names:
-            key = ("base-to-new", f"average of {len(parts)} data sets", shots)
+            key = ("base-to-new", f"{AVERAGE} {len(parts)} data sets", shots)
             found[key] = order({name: average_row([rows[name] for rows in parts]) for name in names})
     return found
 

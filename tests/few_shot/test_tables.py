@@ -83,6 +83,27 @@ def test_files(runs, scripts, tmp_path):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_of_an_earlier_summary(runs, scripts, tmp_path):
+    """What was run anew replaces them, what was not stays, and averages are of what stands there now."""
+    first, later, output = tmp_path / "first", tmp_path / "later", tmp_path / "second"
+    script = [sys.executable, str(scripts / "summarize.py")]
+    subprocess.run([*script, str(runs), "--output", str(first)], check=True, capture_output=True, timeout=120)
+    write_run(later, "base-to-new", "birds", "sep", 16, 1, base=90.0, new=80.0)
+    command = [*script, str(later), "--earlier", str(first / "summary.json"), "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    before, after = (
+        {(e["protocol"], e["dataset"], e["shots"]): e["methods"] for e in json.loads((f / "summary.json").read_text())}
+        for f in (first, output)
+    )
+    assert list(after) == list(before)
+    birds, average = ("base-to-new", "birds", 16), ("base-to-new", "average of 2 data sets", 16)
+    assert after[birds]["sep"]["columns"]["base"] == {"mean": 90.0, "std": None}
+    assert after[birds]["zero-shot"] == before[birds]["zero-shot"]
+    assert after[average]["sep"]["columns"]["base"]["mean"] == (90.0 + 70.0) / 2
+    rest = set(before) - {birds, average}
+    assert {key: after[key] for key in rest} == {key: before[key] for key in rest}
+
+
 def test_nothing_to_summarize(scripts, tmp_path):
     command = [sys.executable, str(scripts / "summarize.py"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
