@@ -21,7 +21,7 @@ from .functional import mix_embeddings, unit, wide
 from .losses import SEPLoss, sep_loss
 from .model import find_towers
 from .model_card import CardDetails
-from .prediction import predict
+from .prediction import predict, processor_part
 from .scoring import ClassWeights, logits_of
 from .tasks import Tasks
 from .texts import TextInputs
@@ -174,7 +174,7 @@ class SEPClassifier(nn.Module):
 
     def _tokenized(self, classes, template, zero_shot_share: float | None) -> TaskClasses:
         if not isinstance(classes, TaskClasses):
-            tokenizer = self._need("tokenizer", PreTrainedTokenizerBase, "to read class names")
+            tokenizer = processor_part(self.processor, "tokenizer", PreTrainedTokenizerBase, "to read class names")
             template = template or self.classes.templates or TEMPLATE
             classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
         return classes if zero_shot_share is None else replace(classes, zero_shot_share=zero_shot_share)
@@ -338,15 +338,6 @@ class SEPClassifier(nn.Module):
             ValueError: a picture cannot be read, `top_k` is larger than the number of classes, or a task is unknown.
         """
         return predict(self, images, top_k, batch_size, task)
-
-    def _need(self, part: str, kind: type, purpose: str):
-        """The processor's part, or the processor where it is that part itself."""
-        found = getattr(self.processor, part, self.processor)
-        if not isinstance(found, kind):
-            raise ValueError(
-                f"This classifier has no processor {purpose}. Pass processor=AutoProcessor.from_pretrained(...)."
-            )
-        return found
 
     # files
 

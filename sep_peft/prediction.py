@@ -30,7 +30,7 @@ def predict(
     tasks = None if task is None else classifier.tasks.of_rows(task, len(images))
     used = [classifier.classes] if tasks is None else [classifier.tasks[name].classes for name in tasks]
     _check_top_k(top_k, used)
-    processor = classifier._need("image_processor", ImageProcessingMixin, "to read pictures")
+    processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read pictures")
     pictures = [read_picture(image) for image in images]
     results: list = [None] * len(pictures)
     with evaluating(classifier):
@@ -41,6 +41,20 @@ def predict(
                 for row, ranking in zip(own, _rank(logits, classes, top_k), strict=True):
                     results[start + row] = ranking
     return results[0] if single else results
+
+
+def processor_part(processor, part: str, kind: type, purpose: str):
+    """The processor's part, or the processor where it is that part itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = getattr(processor, part, processor)
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"This classifier has no processor {purpose}. Pass processor=AutoProcessor.from_pretrained(...)."
+        )
+    return found
 
 
 @contextmanager
