@@ -87,9 +87,9 @@ class ClassEncoder(nn.Module):
         return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
 
     def weights(self) -> ClassWeights:
-        """What the classes give to predictions: embeddings, kept prototypes and the share of zero-shot."""
+        """What the classes give to predictions: embeddings, kept prototypes and the margin of zero-shot."""
         text, frozen = self()
-        return ClassWeights(text, frozen, self.prototype_weights(), self.classes.zero_shot_share)
+        return ClassWeights(text, frozen, self.prototype_weights(), self.classes.zero_shot_margin)
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.

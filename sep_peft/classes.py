@@ -15,9 +15,9 @@ CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
 #: Weight of the kept prototypes' logits in predictions, chosen on validation pictures by `examples/few_shot`.
-PROTOTYPE_LOGIT_WEIGHT = 2.0
-#: Share of zero-shot in the predictions of classes that an adapter was not trained on, chosen there as well.
-ZERO_SHOT_SHARE = 0.75
+PROTOTYPE_LOGIT_WEIGHT = 3.0
+#: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
+ZERO_SHOT_MARGIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class TaskClasses:
         templates: the template texts, where the classes were made from names.
         prototypes: (C, E), one trained vector a class that takes part in predictions; None: texts alone predict.
         prototype_logit_weight: weight of the prototypes' logits beside those of the texts.
-        zero_shot_share: share of the frozen embeddings' cosines in the predictions, from 0 to 1; `ZERO_SHOT_SHARE`
-            suits classes that the adapter was not trained on.
+        zero_shot_margin: zero-shot decides each picture unless SEP is more than so many times as confident; 0: SEP
+            decides alone. `ZERO_SHOT_MARGIN` suits classes that the adapter was not trained on.
 
     Raises:
         ValueError: no classes, two of one name, tensors whose first dimensions differ, or prototypes of another number,
-            with a value that is not finite, or without a weight above 0, or a share outside 0 to 1.
+            with a value that is not finite, or without a weight above 0, or a margin below 0 or not finite.
     """
 
     class_inputs: dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class TaskClasses:
     templates: tuple[str, ...] = field(default=())
     prototypes: torch.Tensor | None = None
     prototype_logit_weight: float = 0.0
-    zero_shot_share: float = 0.0
+    zero_shot_margin: float = 0.0
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -61,8 +61,8 @@ class TaskClasses:
         check_names(self.names)
         if len(self.names) != count:
             raise ValueError(f"There are {len(self.names)} class names for {count} rows of class_inputs.")
-        if not 0 <= self.zero_shot_share <= 1:
-            raise ValueError(f"zero_shot_share must be between 0 and 1, but got {self.zero_shot_share!r}.")
+        if not 0 <= self.zero_shot_margin < float("inf"):
+            raise ValueError(f"zero_shot_margin must be at least 0 and finite, but got {self.zero_shot_margin!r}.")
         if self.prototypes is not None:
             self._check_prototypes()
 
@@ -117,7 +117,7 @@ class TaskClasses:
             "class_inputs": _to_lists(self.class_inputs),
             "template_inputs": [_to_lists(inputs) for inputs in self.template_inputs],
             "prototype_logit_weight": self.prototype_logit_weight,
-            "zero_shot_share": self.zero_shot_share,
+            "zero_shot_margin": self.zero_shot_margin,
         }
 
     @classmethod
@@ -129,8 +129,13 @@ class TaskClasses:
             prototypes: (C, E), where there are any.
 
         Raises:
-            ValueError: an entry is missing.
+            ValueError: an entry is missing, or the list has a share of zero-shot, which has become a margin.
         """
+        if share := data.get("zero_shot_share"):
+            raise ValueError(
+                f"The class list has a zero_shot_share of {share}, which is not known any more. Load the adapter by "
+                f"PeftModel and name its classes anew, with zero_shot_margin={ZERO_SHOT_MARGIN}."
+            )
         if missing := [key for key in ("names", "templates", "class_inputs", "template_inputs") if key not in data]:
             raise ValueError(f"The class list lacks {', '.join(missing)}.")
         return cls(
@@ -140,7 +145,7 @@ class TaskClasses:
             tuple(data["templates"]),
             prototypes,
             0.0 if prototypes is None else data["prototype_logit_weight"],
-            data.get("zero_shot_share", 0.0),
+            data.get("zero_shot_margin", 0.0),
         )
 
 

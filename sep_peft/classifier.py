@@ -152,17 +152,17 @@ class SEPClassifier(nn.Module):
         self,
         classes: Sequence[str] | TaskClasses,
         template: str | Sequence[str] | None = None,
-        zero_shot_share: float | None = None,
+        zero_shot_margin: float | None = None,
     ) -> SEPClassifier:
         """Swap in other classes; nothing is trained, and the prototypes start anew. Returns self.
 
         Args:
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
             template: None keeps the present one.
-            zero_shot_share: of the frozen model in predictions, from 0 to 1, as `TaskClasses` has it;
-                `ZERO_SHOT_SHARE` for classes that were not trained. None: what `TaskClasses` say, and 0 for names.
+            zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it;
+                `ZERO_SHOT_MARGIN` for classes that were not trained. None: what `TaskClasses` say, and 0 for names.
         """
-        classes = self._tokenized(classes, template, zero_shot_share)
+        classes = self._tokenized(classes, template, zero_shot_margin)
         self._encode(classes)
         if self.prototypes is not None:
             self.reset_prototypes()
@@ -172,12 +172,12 @@ class SEPClassifier(nn.Module):
         sizes = self.encoder.chunk_size, self.encoder.kept_tokens
         self.encoder = ClassEncoder(self.model, classes, *sizes).train(self.training)
 
-    def _tokenized(self, classes, template, zero_shot_share: float | None) -> TaskClasses:
+    def _tokenized(self, classes, template, zero_shot_margin: float | None) -> TaskClasses:
         if not isinstance(classes, TaskClasses):
             tokenizer = processor_part(self.processor, "tokenizer", PreTrainedTokenizerBase, "to read class names")
             template = template or self.classes.templates or TEMPLATE
             classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
-        return classes if zero_shot_share is None else replace(classes, zero_shot_share=zero_shot_share)
+        return classes if zero_shot_margin is None else replace(classes, zero_shot_margin=zero_shot_margin)
 
     def add_task(
         self,
@@ -185,20 +185,20 @@ class SEPClassifier(nn.Module):
         classes: Sequence[str] | TaskClasses,
         adapter: str | None = None,
         template: str | Sequence[str] | None = None,
-        zero_shot_share: float | None = None,
+        zero_shot_margin: float | None = None,
     ) -> SEPClassifier:
         """Add a task, for `predict(..., task=name)`. Returns self.
 
         Args:
             name: of the task.
-            classes, template, zero_shot_share: as for `set_classes`.
+            classes, template, zero_shot_margin: as for `set_classes`.
             adapter: an adapter of the model, or "__base__" for none; None: the one with the task's name.
 
         Raises:
             ValueError: the name is taken, there is no such adapter, or a class text does not fit.
         """
         self.tasks.check_new(name)
-        classes = self._tokenized(classes, template, zero_shot_share)
+        classes = self._tokenized(classes, template, zero_shot_margin)
         self.tasks.add(name, classes, name if adapter is None else adapter, self.encoder.chunk_size)
         return self
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from . import commands
-from .classes import TEMPLATE, ZERO_SHOT_SHARE
+from .classes import TEMPLATE, ZERO_SHOT_MARGIN
 from .config import SEPConfig
 from .training import Recipe
 from .version import __version__
@@ -137,17 +137,17 @@ def _add_predict(parsers) -> None:
         action="append",
         help="tell this class in place of the trained; repeat",
     )
-    _add_zero_shot_share(parser, "--class")
+    _add_zero_shot_margin(parser, "--class")
     parser.add_argument("--batch-size", type=whole_number, default=32, help="(%(default)s)")
 
 
-def _add_zero_shot_share(parser: argparse.ArgumentParser, option: str) -> None:
+def _add_zero_shot_margin(parser: argparse.ArgumentParser, option: str) -> None:
     parser.add_argument(
-        "--zero-shot-share",
+        "--zero-shot-margin",
         type=float,
-        default=ZERO_SHOT_SHARE,
-        metavar="SHARE",
-        help=f"of the base model in what is predicted with {option}, from 0 to 1 (%(default)s)",
+        default=ZERO_SHOT_MARGIN,
+        metavar="TIMES",
+        help=f"with {option} zero-shot decides unless SEP is so many times as confident (%(default)s; 0: never)",
     )
 
 
@@ -161,7 +161,7 @@ def _add_evaluate(parsers) -> None:
     parser.add_argument(
         "--new-classes", action="store_true", help="tell apart the classes of FOLDER in place of the trained ones"
     )
-    _add_zero_shot_share(parser, "--new-classes")
+    _add_zero_shot_margin(parser, "--new-classes")
     parser.add_argument("--no-zero-shot", action="store_true", help="do not measure the base model as well")
     parser.add_argument("--batch-size", type=whole_number, default=32, help="(%(default)s)")
 

@@ -151,7 +151,7 @@ def predict(args: argparse.Namespace) -> Result:
         raise ValueError(f"There are no pictures in {', '.join(args.pictures)}.")
     classifier = _load(args)
     if args.classes:
-        classifier.set_classes(args.classes, zero_shot_share=args.zero_shot_share)
+        classifier.set_classes(args.classes, zero_shot_margin=args.zero_shot_margin)
     top_k = args.top_k or min(5, len(classifier.classes))
     data = []
     for start in _progress(args, "batches")(range(0, len(pictures), args.batch_size)):
@@ -193,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     classifier = _load(args)
     if args.new_classes:
         names = sorted({name for _, name in samples})
-        classifier.set_classes(names, zero_shot_share=args.zero_shot_share)
+        classifier.set_classes(names, zero_shot_margin=args.zero_shot_margin)
     adapted, zero_shot = _evaluate(classifier, samples, args, "SEP"), None
     if not args.no_zero_shot:
         with classifier.model.disable_adapter():

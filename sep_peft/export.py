@@ -72,9 +72,11 @@ class ImageScorer(nn.Module):
         self.register_buffer("text_embeds", weights.text.clone(), persistent=False)
         self.register_buffer("frozen_text_embeds", weights.frozen_text.clone(), persistent=False)
         self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
-        self._zero_shot_share = weights.zero_shot_share
+        self._zero_shot_margin = weights.zero_shot_margin
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
-        weights = ClassWeights(self.text_embeds, self.frozen_text_embeds, self.prototype_weights, self._zero_shot_share)
+        weights = ClassWeights(
+            self.text_embeds, self.frozen_text_embeds, self.prototype_weights, self._zero_shot_margin
+        )
         return self._score[0](*self._embed[0](pixel_values), weights).softmax(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -19,37 +20,45 @@ class ClassWeights(NamedTuple):
         frozen_text: the frozen ones, (C, E), of unit length.
         prototypes: (C, E), whose products with the mean of SEP's and the frozen image embedding are added; None:
             nothing is.
-        zero_shot_share: share of the frozen embeddings' cosines, between 0 and 1.
+        zero_shot_margin: how many times zero-shot's confidence counts beside SEP's; 0: SEP alone.
     """
 
     text: torch.Tensor
     frozen_text: torch.Tensor
     prototypes: torch.Tensor | None = None
-    zero_shot_share: float = 0.0
+    zero_shot_margin: float = 0.0
 
 
 def logits_of(tower: SEPTower, image: torch.Tensor, frozen_image: torch.Tensor, classes: ClassWeights) -> torch.Tensor:
     """Logits (B, C), in fp32 or wider.
 
-    With the share s of zero-shot, the cosines are ``(1 - s) cos(v, t_c) + s cos(v0, t0_c)``, frozen embeddings v0, t0.
+    With a margin m the more confident of SEP and zero-shot decides each picture, where zero-shot counts m times: of
+    their probabilities p and p0 the result is ``log max(p, m p0)``, whose softmax is a probability again.
 
     Args:
         tower: of the images; its row knows the scale and the bias of the model.
-        image: SEP's image embeddings, (B, E), of unit length.
-        frozen_image: the frozen ones, (B, E), of unit length.
+        image: SEP's image embeddings v, (B, E), of unit length.
+        frozen_image: the frozen ones v0, (B, E), of unit length.
         classes: what the images are compared with.
     """
-    row, model = tower.architecture, tower.owner
-    cosines = image @ classes.text.T
-    if classes.zero_shot_share:
-        cosines = torch.lerp(cosines, frozen_image @ classes.frozen_text.T, classes.zero_shot_share)
-    added = 0
+    logits = _scaled(tower, image @ classes.text.T)
     if classes.prototypes is not None:
-        added = torch.lerp(image, frozen_image.to(image.dtype), 0.5) @ classes.prototypes.to(image.dtype).T
+        both = torch.lerp(image, frozen_image.to(image.dtype), 0.5)  # the loss compares W with v and with v0
+        logits = logits + both @ classes.prototypes.to(image.dtype).T
+    if classes.zero_shot_margin:
+        zero_shot = _scaled(tower, frozen_image @ classes.frozen_text.T)
+        counted = zero_shot.log_softmax(dim=-1) + math.log(classes.zero_shot_margin)
+        logits = torch.maximum(logits.log_softmax(dim=-1), counted)
+    return logits
+
+
+def _scaled(tower: SEPTower, cosines: torch.Tensor) -> torch.Tensor:
+    """Cosines (B, C) as the model scales them."""
+    row, model = tower.architecture, tower.owner
     if row.logit_scale is None:
-        return cosines + added
+        return cosines
     scale = wide(attrgetter(row.logit_scale)(model))
     if row.max_scale is not None:
         scale = scale.clamp(0.0, attrgetter(row.max_scale)(model))
     logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[row.scale]
-    return added + (logits if row.logit_bias is None else logits + wide(attrgetter(row.logit_bias)(model)))
+    return logits if row.logit_bias is None else logits + wide(attrgetter(row.logit_bias)(model))

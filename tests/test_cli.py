@@ -239,16 +239,16 @@ def test_predict_with_another_base_model_and_classes(run, pictures, adapter):
     assert {top["label"] for top in data[0]["prediction"]} == {"pizza", "cup"}
 
 
-def test_predict_of_other_classes_shares_with_zero_shot(run, pictures, adapter):
+def test_predict_of_other_classes_asks_zero_shot_as_well(run, pictures, adapter):
     picture = sorted((pictures / "test" / "cup").iterdir())[0]
     options = ["--base-model", BASE, "--class", "pizza", "--class", "cup", "--json", "--quiet"]
     found = [
-        json.loads(run("predict", adapter, picture, *options, *share)[1])[0]["prediction"][0]["score"]
-        for share in ([], ["--zero-shot-share", "0.75"], ["--zero-shot-share", "0"])
+        json.loads(run("predict", adapter, picture, *options, *margin)[1])[0]["prediction"][0]["score"]
+        for margin in ([], ["--zero-shot-margin", "1.5"], ["--zero-shot-margin", "0"])
     ]
     assert found[0] == found[1] != found[2]
-    message = error_of(run, "predict", adapter, picture, *options, "--zero-shot-share", "2")
-    assert message == "zero_shot_share must be between 0 and 1, but got 2.0."
+    message = error_of(run, "predict", adapter, picture, *options, "--zero-shot-margin", "-2")
+    assert message == "zero_shot_margin must be at least 0 and finite, but got -2.0."
 
 
 def test_predict_goes_on_behind_an_unreadable_picture(run, pictures, adapter, tmp_path):

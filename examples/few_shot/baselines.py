@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -83,7 +84,7 @@ class AdaptedClassifier(PlainClassifier):
     """CLIP with an adapter of PEFT.
 
     With `prototype_weight` it has all that `SEPClassifier` has beside SEP itself: class prototypes W in the loss, which
-    predict once they are kept, and a share of zero-shot for classes that were not trained. ::
+    predict once they are kept, and zero-shot beside it for classes that were not trained. ::
 
         loss = CE(logits, y) + prototype_weight [CE(10 cos(v, W), y) + CE(10 cos(v0, W), y)]
 
@@ -118,23 +119,24 @@ class AdaptedClassifier(PlainClassifier):
         weights = logit_weight * PROTOTYPE_SCALE * F.normalize(self.prototypes.detach(), dim=-1)
         self.kept = self.class_names, weights
 
-    def set_classes(self, classes, zero_shot_share: float = 0.0) -> AdaptedClassifier:
+    def set_classes(self, classes, zero_shot_margin: float = 0.0) -> AdaptedClassifier:
         """See `SEPClassifier.set_classes`."""
         super().set_classes(classes)
-        self.zero_shot_share = zero_shot_share
+        self.zero_shot_margin = zero_shot_margin
         return self
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
         """As `PlainClassifier`, with the loss above while training."""
-        needs_frozen = self.prototypes is not None or self.zero_shot_share
+        needs_frozen = self.prototypes is not None or self.zero_shot_margin
         frozen = self.frozen(self.image_embeds, pixel_values) if needs_frozen else None
         image = self.image_embeds(pixel_values)
         logits = self.logits(image)
-        if self.zero_shot_share:
-            zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen(self.encode_texts).T
-            logits = torch.lerp(logits, zero_shot, self.zero_shot_share)
         if self.kept is not None and not self.training and self.class_names == self.kept[0]:
             logits = logits + torch.lerp(image, frozen, 0.5) @ self.kept[1].T
+        if self.zero_shot_margin:
+            zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen(self.encode_texts).T
+            counted = zero_shot.log_softmax(dim=1) + math.log(self.zero_shot_margin)
+            logits = torch.maximum(logits.log_softmax(dim=1), counted)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if loss is not None and self.training and self.prototypes is not None:
             terms = [prototype_loss(embeds, self.prototypes, labels) for embeds in (image, frozen)]

@@ -11,7 +11,7 @@
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
 `SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, or the `prototype_weight` of LoRA's classifier,
 `prototype_logit_weight` what `keep_prototypes` takes after training (0: the texts alone predict, as published),
-`zero_shot_share` what `set_classes` takes for classes that were not trained.
+`zero_shot_margin` what `set_classes` takes for classes that were not trained.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Method:
     recipe: Recipe = field(default_factory=Recipe)
     selection: str = "representative"
     prototype_logit_weight: float = 0.0
-    zero_shot_share: float = 0.0
+    zero_shot_margin: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,7 +109,7 @@ def read_method(path: Path, **overrides: Any) -> Method:
         raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
     if method.selection == "random" and method.learner != "sep":
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
-    for entry in ("loss", "prototype_logit_weight", "zero_shot_share"):
+    for entry in ("loss", "prototype_logit_weight", "zero_shot_margin"):
         if getattr(method, entry) and not method.trains:
             raise ValueError(f'{path}: {entry} is for learners "sep" and "lora", but this is {method.learner!r}.')
     if method.recipe.cached_views and not (method.learner == "sep" and method.config.get("start_layer")):

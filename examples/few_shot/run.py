@@ -188,8 +188,8 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
             if evaluation.data.classes == plan.data.classes:
                 classifier.set_classes(trained)
             else:
-                share = {"zero_shot_share": method.zero_shot_share} if method.zero_shot_share else {}
-                classifier.set_classes(evaluation.data.classes, **share)
+                margin = {"zero_shot_margin": method.zero_shot_margin} if method.zero_shot_margin else {}
+                classifier.set_classes(evaluation.data.classes, **margin)
             results[evaluation.name] = evaluate(classifier, evaluation, pictures, accelerator, args.workers)
     return {
         "results": results,

@@ -79,7 +79,7 @@ def test_recipe_and_overrides(write):
     ("entries", "message"),
     [
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
-         "config, description, learner, loss, prototype_logit_weight, recipe, selection, zero_shot_share."),
+         "config, description, learner, loss, prototype_logit_weight, recipe, selection, zero_shot_margin."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
          "batch_size, cached_views, epochs, learning_rate, smallest_crop, warmup_epochs, weight_decay."),
         ({"learner": "svm"}, "{file}: learner must be one of zero-shot, sep, lora, linear-probe, tip-adapter, "
@@ -95,7 +95,7 @@ def test_recipe_and_overrides(write):
          "start_layer above 0."),
         ({"learner": "lora", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
          "start_layer above 0."),
-        ({"learner": "linear-probe", "zero_shot_share": 0.5}, '{file}: zero_shot_share is for learners "sep" and '
+        ({"learner": "linear-probe", "zero_shot_margin": 0.5}, '{file}: zero_shot_margin is for learners "sep" and '
          '"lora", but this is \'linear-probe\'.'),
     ],
 )  # fmt: skip
@@ -168,7 +168,7 @@ def test_linear_probe_learns_and_knows_its_classes(scripts, build):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lora_with_all_that_sep_has_beside_itself(build, write):
-    """Prototypes in the loss and in predictions, and a share of zero-shot, against their equations."""
+    """Prototypes in the loss and in predictions, and zero-shot beside it, against their equations."""
     config = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
     classifier = build(read_method(write(learner="lora", config=config, loss={"prototype_weight": 0.5})))
     plain = build(read_method(write(learner="lora", config=config)))
@@ -193,6 +193,6 @@ def test_lora_with_all_that_sep_has_beside_itself(build, write):
     classifier.keep_prototypes(3.0)
     torch.testing.assert_close(classifier(pixels).logits, logits + 15 * (terms[0] + terms[1]))
     others = ("cup", "crab")
-    shared = classifier.set_classes(others, zero_shot_share=0.75)(pixels).logits
-    expected = [model.set_classes(others).eval()(pixels).logits for model in (plain, zero_shot)]
-    torch.testing.assert_close(shared, 0.25 * expected[0] + 0.75 * expected[1])
+    both = classifier.set_classes(others, zero_shot_margin=1.5)(pixels).logits
+    p, p0 = (model.set_classes(others).eval()(pixels).logits.softmax(dim=1) for model in (plain, zero_shot))
+    torch.testing.assert_close(both, torch.maximum(p, 1.5 * p0).log())
