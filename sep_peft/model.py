@@ -166,7 +166,13 @@ class SEPModel(BaseTuner):
             raise ValueError(
                 f"One SEP adapter can be active at a time, but got {list(adapter_name)}. Pass a single name."
             )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if any(config.modules_to_save for config in self.peft_config.values()):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            return
+        # PEFT walks through all modules twice and switches every layer; a tower switches what is inside it
+        for tower in self.towers.values():
+            tower.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters of SEP; those of methods below keep what they have."""
