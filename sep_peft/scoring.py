@@ -32,8 +32,7 @@ class ClassWeights(NamedTuple):
 def logits_of(tower: SEPTower, image: torch.Tensor, frozen_image: torch.Tensor, classes: ClassWeights) -> torch.Tensor:
     """Logits (B, C), in fp32 or wider.
 
-    With a margin m the more confident of SEP and zero-shot decides each picture, where zero-shot counts m times: of
-    their probabilities p and p0 the result is ``log max(p, m p0)``, whose softmax is a probability again.
+    With a margin of zero-shot the more confident of both decides each picture (`more_confident`).
 
     Args:
         tower: of the images; its row knows the scale and the bias of the model.
@@ -47,9 +46,16 @@ def logits_of(tower: SEPTower, image: torch.Tensor, frozen_image: torch.Tensor, 
         logits = logits + both @ classes.prototypes.to(image.dtype).T
     if classes.zero_shot_margin:
         zero_shot = _scaled(tower, frozen_image @ classes.frozen_text.T)
-        counted = zero_shot.log_softmax(dim=-1) + math.log(classes.zero_shot_margin)
-        logits = torch.maximum(logits.log_softmax(dim=-1), counted)
+        logits = more_confident(logits, zero_shot, classes.zero_shot_margin)
     return logits
+
+
+def more_confident(logits: torch.Tensor, zero_shot: torch.Tensor, margin: float) -> torch.Tensor:
+    """``log max(p, m p0)`` of the probabilities p and p0 of both logits (B, C); its softmax is a probability again.
+
+    For each picture the more confident of the two decides, where zero-shot counts m times; m is above 0.
+    """
+    return torch.maximum(logits.log_softmax(dim=-1), zero_shot.log_softmax(dim=-1) + math.log(margin))
 
 
 def _scaled(tower: SEPTower, cosines: torch.Tensor) -> torch.Tensor:

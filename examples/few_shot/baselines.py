@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from sep_peft.classes import TaskClasses
 from sep_peft.losses import PROTOTYPE_SCALE, prototype_loss
+from sep_peft.scoring import more_confident
 
 
 class PlainClassifier(nn.Module):
@@ -106,7 +106,7 @@ class AdaptedClassifier(PlainClassifier):
 
     def reset_prototypes(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """W (C, E) is the mean frozen embedding of a class's pictures, or its frozen text embedding without any."""
-        prototypes = self.frozen(self.encode_texts)
+        prototypes = self.frozen_text_embeds()
         sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes), 1)
         for batch in batches:
             labels = batch["labels"].to(sums.device)
@@ -123,7 +123,14 @@ class AdaptedClassifier(PlainClassifier):
         """See `SEPClassifier.set_classes`."""
         super().set_classes(classes)
         self.zero_shot_margin = zero_shot_margin
+        self.register_buffer("_frozen_text", None, persistent=False)  # so that it follows the model to its device
         return self
+
+    def frozen_text_embeds(self) -> torch.Tensor:
+        """(C, E), without the adapter; encoded once, because training does not change them."""
+        if self._frozen_text is None:
+            self._frozen_text = self.frozen(self.encode_texts)
+        return self._frozen_text
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
         """As `PlainClassifier`, with the loss above while training."""
@@ -134,9 +141,8 @@ class AdaptedClassifier(PlainClassifier):
         if self.kept is not None and not self.training and self.class_names == self.kept[0]:
             logits = logits + torch.lerp(image, frozen, 0.5) @ self.kept[1].T
         if self.zero_shot_margin:
-            zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen(self.encode_texts).T
-            counted = zero_shot.log_softmax(dim=1) + math.log(self.zero_shot_margin)
-            logits = torch.maximum(logits.log_softmax(dim=1), counted)
+            zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen_text_embeds().T
+            logits = more_confident(logits, zero_shot, self.zero_shot_margin)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if loss is not None and self.training and self.prototypes is not None:
             terms = [prototype_loss(embeds, self.prototypes, labels) for embeds in (image, frozen)]
