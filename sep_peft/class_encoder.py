@@ -24,7 +24,7 @@ from .tower import SEPTower
 
 
 #: Class texts encoded at a time.
-TEXT_CHUNK_SIZE = 128
+TEXT_CHUNK_SIZE = 256
 #: Text tokens, prompts included, whose activations a training step keeps; for ViT-B/16 about 0.46 MB each in fp32.
 KEPT_TOKENS = 8192
 

@@ -62,6 +62,7 @@ class FusionAttention(nn.Module):
     def __init__(self, hidden_size: int, rank: int | None = None, device=None, dtype=None):
         super().__init__()
         self.num_heads = num_heads(hidden_size)
+        self.head_size = hidden_size // self.num_heads
         kwargs = {"device": device, "dtype": dtype}
         for name in ("query", "key", "value", "output"):
             if rank is None:
@@ -95,6 +96,54 @@ class FusionAttention(nn.Module):
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
+class LowRankAttention(FusionAttention):
+    """`FusionAttention` with factored projections, computed on r channels instead of D.
+
+    With ``q = U_q a + b_q``, ``k = U_k b + b_k`` and ``v = U_v c + b_v``, where a, b and c have r channels, and behind
+    the attention a first factor D_o, head h needs only two small matrices of its own::
+
+        q_h . k_h = b~ . (A_h a~)       A_h = [U_k b_k]_h^T [U_q b_q]_h       x~ = (x, 1)
+        D_o v     = sum_h B_h c~        B_h = D_o,h [U_v b_v]_h
+
+    All heads thus attend to the same tokens b~ with the same values c~: heads are further queries. It is the same map.
+    Where r is below the size of a head it takes fewer operations, and nothing but its result is as wide as the tower,
+    which counts where a step encodes the texts of many classes.
+    """
+
+    def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """query (B, n, D) and tokens (B, K, D) -> (B, n, D)."""
+        low = F.linear(tokens, torch.cat([self.key.down.weight, self.value.down.weight]))  # (B, K, 2 r)
+        keys, values = (_with_one(x) for x in low.chunk(2, dim=-1))  # (B, K, r + 1)
+        # A_h of all heads, (heads (r + 1), r + 1)
+        per_head = (self._up(self.key).mT @ self._up(self.query)).flatten(0, 1)
+        queries = F.linear(_with_one(self.query.down(query)), per_head)  # (B, n, heads (r + 1))
+        queries = queries.unflatten(-1, (self.num_heads, -1)).flatten(1, 2)  # (B, n heads, r + 1)
+        attended = F.scaled_dot_product_attention(
+            *(x.unsqueeze(1) for x in (queries, keys, values)), scale=self.head_size**-0.5
+        ).squeeze(1)  # (B, n heads, r + 1)
+        attended = attended.unflatten(1, (-1, self.num_heads)).flatten(2)  # (B, n, heads (r + 1))
+        # B_h of all heads, (heads, r, r + 1) -> (r, heads (r + 1))
+        down = self.output.down.weight.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (heads, r, D / heads)
+        per_head = (down @ self._up(self.value)).transpose(0, 1).flatten(1)
+        return self.output.up(F.linear(attended, per_head))
+
+    def _up(self, projection: LowRankLinear) -> torch.Tensor:
+        """The second factor with its bias as last column, for each head, (heads, D / heads, r + 1)."""
+        up = projection.up
+        return torch.cat([up.weight, up.bias[:, None]], dim=1).unflatten(0, (self.num_heads, -1))
+
+
+def _with_one(x: torch.Tensor) -> torch.Tensor:
+    """(..., r) -> (..., r + 1), with 1 in the last place."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def make_attention(hidden_size: int, rank: int | None = None, **kwargs) -> FusionAttention:
+    """The attention of a fusion; factored below the size of a head it needs fewer operations on r channels."""
+    below = rank is not None and rank < hidden_size // num_heads(hidden_size)
+    return (LowRankAttention if below else FusionAttention)(hidden_size, rank, **kwargs)
+
+
 class TokenFusion(nn.Module):
     """New prompts from K representative tokens of one input and the prompts of the layer before.
 
@@ -126,7 +175,7 @@ class TokenFusion(nn.Module):
         kwargs = {"device": device, "dtype": dtype}
         self.batch_coupled = batch_coupled
         self.norm1 = nn.LayerNorm(hidden_size, **kwargs)
-        self.attention = FusionAttention(hidden_size, rank, **kwargs)
+        self.attention = make_attention(hidden_size, rank, **kwargs)
         self.norm2 = nn.LayerNorm(hidden_size, **kwargs)
         self.fc1 = nn.Linear(hidden_size, mlp_size, bias=False, **kwargs)
         self.fc2 = nn.Linear(mlp_size, hidden_size, bias=False, **kwargs)
@@ -156,10 +205,10 @@ class TokenFusion(nn.Module):
             attended = self.attention(query.transpose(0, 1), keys.transpose(0, 1)).transpose(0, 1)
         else:
             attended = self.attention(query, keys)
-        mixed = self.scale1 * tokens + (1 - self.scale1) * attended
+        mixed = torch.lerp(attended.to(tokens.dtype), tokens, self.scale1)
         hidden = self.fc1(self.norm2(mixed))
         hidden = self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # quick-GELU
-        return self.scale2 * mixed + (1 - self.scale2) * hidden
+        return torch.lerp(hidden.to(mixed.dtype), mixed, self.scale2)
 
     def attention_weights(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """How strongly each prompt attends to each token, (B, heads, n, K), for the same inputs as `forward`."""
