@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -153,10 +153,14 @@ class ClassEncoder(nn.Module):
         """
         length = tower.spec.insert_at + tower.active_settings.num_prompts
         device = next(tower.base_layer.parameters()).device
-        inputs = {key: value.to(device) for key, value in self.classes.class_inputs.items()}
-        return {"input_ids": texts.pad_with_zeros(tower, texts.trim(tower, inputs), length)}
 
-    def _cached(self, name: str, key: tuple, compute) -> torch.Tensor:
+        def pad():
+            inputs = {key: value.to(device) for key, value in self.classes.class_inputs.items()}
+            return {"input_ids": texts.pad_with_zeros(tower, texts.trim(tower, inputs), length)}
+
+        return self._cached("coupled", (length, device), pad)
+
+    def _cached(self, name: str, key: tuple, compute: Callable[[], Any]) -> Any:
         """The value for `key`; one that was made for another key is dropped."""
         entry = self._cache.get(name)
         if entry is None or entry[0] != key:

@@ -15,7 +15,7 @@ CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
 #: Weight of the kept prototypes' logits in predictions, chosen on validation pictures by `examples/few_shot`.
-PROTOTYPE_LOGIT_WEIGHT = 3.0
+PROTOTYPE_LOGIT_WEIGHT = 5.0
 #: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
 ZERO_SHOT_MARGIN = 1.5
 

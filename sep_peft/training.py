@@ -26,6 +26,8 @@ class Recipe:
         epochs: passes over the pictures; the learning rate rises during the first and falls along a cosine.
         batch_size: pictures a step.
         learning_rate: of AdamW, without weight decay.
+        prototype_learning_rate: the same for the class prototypes, which start where they nearly belong; None:
+            `learning_rate`, as published.
         adam_epsilon: of AdamW.
         smallest_crop: least share of a picture's area that augmentation keeps.
         text_weight, vision_weight: of the consistency losses.
@@ -38,6 +40,7 @@ class Recipe:
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 1e-2
+    prototype_learning_rate: float | None = 1e-3
     adam_epsilon: float = 1e-8
     smallest_crop: float = 0.5
     text_weight: float = 2.0
@@ -51,13 +54,16 @@ class Recipe:
     def published(cls, **overrides) -> Recipe:
         """The recipe of the paper's released code, for `SEPConfig.published()`."""
         paper = {"epochs": 50, "learning_rate": 2.5e-3, "adam_epsilon": 1e-3, "smallest_crop": 0.08}
-        return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0, "prototype_logit_weight": 0.0} | overrides))
+        paper |= {"prototype_learning_rate": None, "prototype_logit_weight": 0.0}
+        return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0} | overrides))
 
     def __str__(self) -> str:
         length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
+        own = self.prototype_learning_rate
+        prototypes = "" if own is None else f" ({own:g} for the prototypes)"
         return (
-            f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}, eps "
-            f"{self.adam_epsilon:g}, warm-up for one epoch, cosine; consistency weights {self.text_weight:g} and "
+            f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}{prototypes}, "
+            f"eps {self.adam_epsilon:g}, warm-up for one epoch, cosine; consistency weights {self.text_weight:g} and "
             f"{self.vision_weight:g}; prototypes predict with weight {self.prototype_logit_weight:g}; random crops "
             f"from {self.smallest_crop:.0%} of the area and flips"
         )
@@ -155,9 +161,22 @@ def fit(
         if cache is not None:
             views = FixedViews(data, recipe.views, recipe.seed)
             data = TrunkCache(classifier.model, views, None if cache == "memory" else cache, views=recipe.views)
-        Trainer(classifier, arguments, train_dataset=data).train()
+        optimizers = make_optimizer(classifier, recipe), None  # the schedule is Trainer's
+        Trainer(classifier, arguments, train_dataset=data, optimizers=optimizers).train()
     if recipe.prototype_logit_weight:
         classifier.keep_prototypes(recipe.prototype_logit_weight)
+
+
+def make_optimizer(classifier: SEPClassifier, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW of a recipe; the prototypes are a group of their own, since they may have a learning rate of their own."""
+    prototypes = [p for p in (classifier.prototypes,) if p is not None]
+    others = [p for p in classifier.parameters() if p.requires_grad and all(p is not own for own in prototypes)]
+    groups = [{"params": others}]
+    if prototypes:
+        groups.append({"params": prototypes})
+        if recipe.prototype_learning_rate is not None:
+            groups[1]["lr"] = recipe.prototype_learning_rate
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=0.0)
 
 
 def _arguments(recipe: Recipe, count: int, use_cpu: bool, quiet: bool, folder: str) -> TrainingArguments:

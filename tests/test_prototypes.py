@@ -24,6 +24,7 @@ from test_classifier import (
 )
 
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses, scoring
+from sep_peft.training import Recipe, make_optimizer
 
 
 FILE = "sep_prototypes.safetensors"
@@ -200,3 +201,28 @@ def test_a_class_list_without_them_reads_as_before(tmp_path):
     file.write_text(json.dumps(data))
     loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path)
     assert torch.equal(loaded(IMAGES).logits, logits_of(make_classifier()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rates"),
+    [
+        (Recipe(learning_rate=0.1), [0.1, 1e-3]),
+        (Recipe(learning_rate=0.1, prototype_learning_rate=0.0), [0.1, 0.0]),
+        (Recipe.published(), [2.5e-3, 2.5e-3]),
+    ],
+    ids=["default", "zero", "published"],
+)
+def test_prototypes_have_their_own_learning_rate(recipe, rates):
+    classifier = with_prototypes(None)
+    optimizer = make_optimizer(classifier, recipe)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+    adapter, prototypes = (group["params"] for group in optimizer.param_groups)
+    assert prototypes[0] is classifier.prototypes
+    trainable = [p for p in classifier.parameters() if p.requires_grad]
+    assert sorted(map(id, adapter + prototypes)) == sorted(map(id, trainable))
+
+
+def test_without_prototypes_the_optimizer_has_the_adapter_alone():
+    classifier = make_classifier(prototype_weight=0.0)
+    (group,) = make_optimizer(classifier, Recipe()).param_groups
+    assert len(group["params"]) == sum(p.requires_grad for p in classifier.parameters())

@@ -43,6 +43,7 @@ class Recipe:
 
     Args:
         learning_rate: highest of the cosine schedule.
+        prototype_learning_rate: the same for class prototypes, where the loss has them; None: `learning_rate`.
         epochs: passes over the training pictures.
         batch_size: pictures a step, over all processes.
         warmup_epochs: epochs in which the learning rate rises to its highest.
@@ -53,6 +54,7 @@ class Recipe:
     """
 
     learning_rate: float = 2.5e-3
+    prototype_learning_rate: float | None = None
     epochs: int = 50
     batch_size: int = 32
     warmup_epochs: int = 1
@@ -112,6 +114,9 @@ def read_method(path: Path, **overrides: Any) -> Method:
     for entry in ("loss", "prototype_logit_weight", "zero_shot_margin"):
         if getattr(method, entry) and not method.trains:
             raise ValueError(f'{path}: {entry} is for learners "sep" and "lora", but this is {method.learner!r}.')
+    has_prototypes = method.loss.get("prototype_weight", 0.5 if method.learner == "sep" else 0.0)
+    if method.recipe.prototype_learning_rate is not None and not has_prototypes:
+        raise ValueError(f"{path}: prototype_learning_rate is for methods whose loss has prototypes.")
     if method.recipe.cached_views and not (method.learner == "sep" and method.config.get("start_layer")):
         raise ValueError(f'{path}: cached_views is for learner "sep" with a start_layer above 0.')
     return method

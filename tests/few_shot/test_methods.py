@@ -81,7 +81,8 @@ def test_recipe_and_overrides(write):
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
          "config, description, learner, loss, prototype_logit_weight, recipe, selection, zero_shot_margin."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
-         "batch_size, cached_views, epochs, learning_rate, smallest_crop, warmup_epochs, weight_decay."),
+         "batch_size, cached_views, epochs, learning_rate, prototype_learning_rate, smallest_crop, warmup_epochs, "
+         "weight_decay."),
         ({"learner": "svm"}, "{file}: learner must be one of zero-shot, sep, lora, linear-probe, tip-adapter, "
          "but is 'svm'."),
         ({"learner": "sep", "selection": "all"}, '{file}: selection must be "representative" or "random", '
@@ -95,6 +96,10 @@ def test_recipe_and_overrides(write):
          "start_layer above 0."),
         ({"learner": "lora", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
          "start_layer above 0."),
+        ({"learner": "lora", "recipe": {"prototype_learning_rate": 0.1}}, "{file}: prototype_learning_rate is for "
+         "methods whose loss has prototypes."),
+        ({"learner": "sep", "loss": {"prototype_weight": 0.0}, "recipe": {"prototype_learning_rate": 0.0}},
+         "{file}: prototype_learning_rate is for methods whose loss has prototypes."),
         ({"learner": "linear-probe", "zero_shot_margin": 0.5}, '{file}: zero_shot_margin is for learners "sep" and '
          '"lora", but this is \'linear-probe\'.'),
     ],

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training import share_out
+from methods import Recipe
+from training import make_optimizer, share_out
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
@@ -28,7 +29,8 @@ def command(assets, scripts, describe, tmp_path):
             "tiny",
             learner="sep",
             config={"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4, "start_layer": start_layer},
-            recipe={"epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8, **recipe},
+            recipe={"epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8}
+            | {"prototype_learning_rate": 0.02, **recipe},
         )
         arguments = ["--protocol", "base-to-new", "--data-root", assets, "--dataset", data, "--method", method]
         arguments += ["--model", assets / "clip-small", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
@@ -122,3 +124,15 @@ def test_shares_are_the_whole(count, batch, processes):
         seen += [index for indices, own, _ in parts for index in indices[:own]]
     assert sorted(seen) == list(range(count))
     assert shared[0] == share_out(count, batch, ranks[0], seed=3) != share_out(count, batch, ranks[0], seed=4)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_prototypes_have_their_own_learning_rate(own, expected):
+    weight, prototypes = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    recipe = Recipe(learning_rate=0.1, prototype_learning_rate=own, weight_decay=0.0, adam_epsilon=1e-8)
+    optimizer = make_optimizer({"model.weight": weight, "prototypes": prototypes}, recipe)
+    (weight.sum() + prototypes.sum()).backward()
+    optimizer.step()  # the first step of Adam is as long as the learning rate
+    torch.testing.assert_close(weight.data, torch.full((2,), 0.9))
+    torch.testing.assert_close(prototypes.data, torch.full((2,), 1 - expected))
+    assert len(make_optimizer({"model.weight": weight}, recipe).param_groups) == 1
