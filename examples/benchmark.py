@@ -146,10 +146,11 @@ VIT_B_16 = Settings(
         f"{SEP_MORE_STEP} / {PLAIN}": 7.0,
         f"{SEP_CACHED_STEP} / {SEP_FULL_STEP}": 0.25,
         f"peak memory: {SEP_MANY_STEP} / {SEP_STEP}": 1.5,
-        "SEP adapter: size": 1.0,
-        "SEP adapter, bf16: size": 1.0,
-        "SEP adapter: load": 100.0,
+        "SEP adapter: size": 6.0,
         "SEP adapter: switch": 1.0,
+        "compact SEP adapter: size": 1.0,
+        "compact SEP adapter: load": 100.0,
+        "compact SEP adapter: switch": 1.0,
         RESIDENT: 1.1,
         f"{SEP}: compiled / eager": 1.0,
         f"{SEP}: bf16 autocast / eager": 1.0,
@@ -523,6 +524,7 @@ def measure_memory(settings: Settings) -> list[Row]:
 def measure_adapters(settings: Settings) -> list[Row]:
     configs = {
         "SEP adapter": SEPConfig(),
+        "compact SEP adapter": SEPConfig.compact(),
         "published SEP adapter": SEPConfig.published(),
         "LoRA adapter": lora_config(),
     }

@@ -90,15 +90,14 @@ def _add_train(parsers) -> None:
     parser.add_argument("--name", help="name of the data for the model card; default: that of FOLDER")
     parser.add_argument("--license", help='licence of the adapter for the model card, such as "apache-2.0"')
     _add_template(parser)
-    recipe, published, config = Recipe(), Recipe.published(), SEPConfig()
+    recipe, published, compact, config = Recipe(), Recipe.published(), Recipe.compact(), SEPConfig()
     group = parser.add_argument_group("training")
     group.add_argument("--shots", type=whole_number, default=16, help="training pictures per class (%(default)s)")
     group.add_argument("--epochs", type=whole_number, help=f"({recipe.epochs}, published {published.epochs})")
     group.add_argument("--max-steps", type=whole_number, help="stop earlier, after so many steps")
     group.add_argument("--batch-size", type=whole_number, default=recipe.batch_size, help="(%(default)s)")
-    group.add_argument(
-        "--learning-rate", type=float, help=f"({recipe.learning_rate}, published {published.learning_rate})"
-    )
+    rates = f"({recipe.learning_rate}, compact {compact.learning_rate}, published {published.learning_rate})"
+    group.add_argument("--learning-rate", type=float, help=rates)
     group.add_argument("--cache", help='folder for what is below --start-layer, computed once; or "memory"')
     group.add_argument(
         "--views", type=whole_number, help=f"augmentations of each picture in the cache ({recipe.views})"
@@ -119,9 +118,13 @@ def _add_train(parsers) -> None:
         default="fp32",
         help="of the weights in the file (%(default)s)",
     )
-    group.add_argument(
-        "--published", action="store_true", help="the paper's full-width fusions and recipe, for a large adapter"
-    )
+    setting = group.add_mutually_exclusive_group()
+    for name, what in (
+        ("compact", "one small fusion for all layers and its recipe, for a small adapter"),
+        ("published", "the paper's full-width fusions and recipe, for a large adapter"),
+    ):
+        setting.add_argument(f"--{name}", dest="setting", action="store_const", const=name, help=what)
+    parser.set_defaults(setting="default")
 
 
 def _add_predict(parsers) -> None:

@@ -48,6 +48,12 @@ class Result:
 
 #: Choices of --save-dtype.
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: What makes the adapter's configuration and its recipe, for each setting of the command line.
+SETTINGS = {
+    "default": (SEPConfig, Recipe),
+    "compact": (SEPConfig.compact, Recipe.compact),
+    "published": (SEPConfig.published, Recipe.published),
+}
 
 
 # train
@@ -58,9 +64,8 @@ def train(args: argparse.Namespace) -> Result:
     _check_output(args.output, args.overwrite)
     if args.cache is not None and args.start_layer == 0:
         raise ValueError("--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache.")
-    recipe = (Recipe.published if args.published else Recipe)(
-        **_given(args, "epochs", "batch_size", "learning_rate", "seed", "max_steps", "views")
-    )
+    make_recipe = SETTINGS[args.setting][1]
+    recipe = make_recipe(**_given(args, "epochs", "batch_size", "learning_rate", "seed", "max_steps", "views"))
     folder, broken = _readable(read_folder(args.folder, args.shots, args.seed), args)
     set_seed(args.seed)
     classifier = _new_classifier(args, folder.names)
@@ -130,7 +135,8 @@ def _readable(folder: PictureFolder, args: argparse.Namespace) -> tuple[PictureF
 
 
 def _new_classifier(args: argparse.Namespace, names: list[str]) -> SEPClassifier:
-    config = (SEPConfig.published if args.published else SEPConfig)(
+    make_config = SETTINGS[args.setting][0]
+    config = make_config(
         num_text_prompts=args.text_prompts,
         num_vision_prompts=args.vision_prompts,
         start_layer=args.start_layer,

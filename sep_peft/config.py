@@ -22,6 +22,8 @@ PUBLISHED = {
     "share_fusion": False,
     "frozen_weight": 0.5,
 }
+#: One small fusion for all layers of a tower, whatever the defaults of `SEPConfig` are.
+COMPACT = {"fusion_rank": 4, "fusion_hidden_size": 16, "share_fusion": True}
 #: Options that say something about fusions only.
 FUSION_OPTIONS = ("text_layers", "vision_layers", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
 
@@ -47,9 +49,9 @@ class SEPConfig(PeftConfig):
             through the layers as they are (shallow prompts as in CoOp and VPT). Default "attention".
         fusion_rank (`int`, *optional*): r factors the four projections of each fusion to rank r, None leaves them at
             full width as published. Default 4.
-        fusion_hidden_size (`int`): width of the fusion's MLP, 256 as published. Default 16.
-        share_fusion (`bool`): one fusion module for all layers of a tower; as published each layer has its own. Default
-            True.
+        fusion_hidden_size (`int`): width of the fusion's MLP, 256 as published. Default 32.
+        share_fusion (`bool`): one fusion module for all layers of a tower instead of one for each, as published.
+            Default False.
         frozen_weight (`float`): share of the frozen embedding in the mix, at least 0 and below 1. 0.5 is the published
             equal sum, 0 the prompted tower alone. Default 0.5.
         batch_coupled (`bool`): reproduce the released code, which attends across the inputs of the batch instead of
@@ -82,8 +84,8 @@ class SEPConfig(PeftConfig):
     fusion_rank: Optional[int] = field(
         default=4, metadata={"help": "Rank of the fusion's projections; None for full width."}
     )
-    fusion_hidden_size: int = field(default=16, metadata={"help": "Width of the fusion's MLP."})
-    share_fusion: bool = field(default=True, metadata={"help": "One fusion module for all layers of a tower."})
+    fusion_hidden_size: int = field(default=32, metadata={"help": "Width of the fusion's MLP."})
+    share_fusion: bool = field(default=False, metadata={"help": "One fusion module for all layers of a tower."})
     frozen_weight: float = field(
         default=0.5, metadata={"help": "Share of the frozen embedding in the mix, 0 <= frozen_weight < 1."}
     )
@@ -145,7 +147,19 @@ class SEPConfig(PeftConfig):
         Args:
             overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
         """
-        options = dict(PUBLISHED)
+        return cls._setting(PUBLISHED, overrides)
+
+    @classmethod
+    def compact(cls, **overrides) -> SEPConfig:
+        """A setting of a fifteenth of the default's size: one fusion of rank 4 for all layers of a tower.
+
+        Args:
+            overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
+        """
+        return cls._setting(COMPACT, overrides)
+
+    @classmethod
+    def _setting(cls, options: dict, overrides: dict) -> SEPConfig:
         if overrides.get("fusion") == "none":
             options = {name: value for name, value in options.items() if name not in FUSION_OPTIONS}
         return cls(**(options | overrides))
@@ -201,8 +215,10 @@ class SEPConfig(PeftConfig):
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
     def _check_unused_fusion_options(self) -> None:
-        """An option that would be read and ignored is an error instead."""
+        """An option that would be read and ignored is an error instead; a file may have been written under others."""
         for name in FUSION_OPTIONS:
             value, unset = getattr(self, name), self.__dataclass_fields__[name].default
-            if value != unset:
+            if self.made_for is not None:
+                setattr(self, name, unset)
+            elif value != unset:
                 raise ValueError(f'{name} must be left at {unset!r} with fusion="none", but got {value!r}.')

@@ -39,12 +39,12 @@ class Recipe:
 
     epochs: int = 30
     batch_size: int = 32
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     prototype_learning_rate: float | None = 1e-3
     adam_epsilon: float = 1e-8
     smallest_crop: float = 0.5
-    text_weight: float = 2.0
-    vision_weight: float = 1.5
+    text_weight: float = 4.0
+    vision_weight: float = 3.0
     prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
     views: int = 8
     seed: int = 1
@@ -56,6 +56,11 @@ class Recipe:
         paper = {"epochs": 50, "learning_rate": 2.5e-3, "adam_epsilon": 1e-3, "smallest_crop": 0.08}
         paper |= {"prototype_learning_rate": None, "prototype_logit_weight": 0.0}
         return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0} | overrides))
+
+    @classmethod
+    def compact(cls, **overrides) -> Recipe:
+        """The recipe that was tuned for `SEPConfig.compact()`."""
+        return cls(**({"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5} | overrides))
 
     def __str__(self) -> str:
         length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"

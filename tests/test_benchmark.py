@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark.py"
-ADAPTERS = ("SEP adapter", "published SEP adapter", "LoRA adapter")
+ADAPTERS = ("SEP adapter", "compact SEP adapter", "published SEP adapter", "LoRA adapter")
 CLASSES = ("SEP step, more classes", "SEP step, many classes")
 MEMORY = ("plain image encoding", "SEP image encoding", "LoRA step", "SEP step", *CLASSES)
 ROWS = {

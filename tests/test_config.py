@@ -95,8 +95,8 @@ BAD_COMBINATIONS = [
             ("text_layers", [], None),
             ("vision_layers", [2, 3], None),
             ("fusion_rank", None, 4),
-            ("fusion_hidden_size", 256, 16),
-            ("share_fusion", False, True),
+            ("fusion_hidden_size", 256, 32),
+            ("share_fusion", True, False),
             ("batch_coupled", True, False),
         )
     ),
@@ -359,5 +359,22 @@ def test_published_options():
 def test_published_options_can_be_replaced():
     assert SEPConfig.published(fusion_rank=2).fusion_rank == 2
     assert SEPConfig.published(fusion="none") == SEPConfig(fusion="none")
-    with pytest.raises(ValueError, match=r"^share_fusion must be left at True"):
-        SEPConfig.published(fusion="none", share_fusion=False)
+    with pytest.raises(ValueError, match=r"^share_fusion must be left at False"):
+        SEPConfig.published(fusion="none", share_fusion=True)
+
+
+def test_compact_options():
+    config = SEPConfig.compact(start_layer=2)
+    assert (config.fusion_rank, config.fusion_hidden_size, config.share_fusion) == (4, 16, True)
+    assert (config.num_text_prompts, config.num_vision_prompts, config.start_layer) == (6, 4, 2)
+    assert SEPConfig.compact(fusion_rank=2).fusion_rank == 2
+    assert SEPConfig.compact(fusion="none") == SEPConfig(fusion="none")
+
+
+def test_a_file_without_fusions_may_come_from_other_defaults(tmp_path):
+    get_peft_model(make_clip(), SEPConfig(fusion="none")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"share_fusion": True, "fusion_hidden_size": 16}))
+    assert SEPConfig.from_pretrained(tmp_path).share_fusion is False
+    loaded = PeftModel.from_pretrained(make_clip(), tmp_path).peft_config["default"]
+    assert loaded.fusion_hidden_size == SEPConfig().fusion_hidden_size
