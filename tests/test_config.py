@@ -118,7 +118,7 @@ def test_bad_combination(options, message):
         {"frozen_weight": 0.999},
         {"fusion_rank": 1, "fusion_hidden_size": 1},
         {"text_layers": [], "vision_layers": []},
-        {"fusion": "none", "fusion_hidden_size": 16, "start_layer": 3},
+        {"fusion": "none", "fusion_hidden_size": 32, "start_layer": 3},
     ],
     ids=str,
 )
