@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--template", default="a photo of a {}.", help="what the frozen text branch reads")
     parser.add_argument("--shots", type=int, default=16, help="training pictures per class")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=Recipe.batch_size)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--text-prompts", type=int, default=6)
     parser.add_argument("--vision-prompts", type=int, default=4)

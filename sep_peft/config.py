@@ -138,7 +138,7 @@ class SEPConfig(PeftConfig):
             # read and written back: a row with a mistake is found here, and what is saved is plain JSON
             self.architecture = Architecture.from_dict(self.architecture).to_dict()
         if self.fusion == "none":
-            self._check_unused_fusion_options()
+            self._settle_unused_fusion_options()
 
     @classmethod
     def published(cls, **overrides) -> SEPConfig:
@@ -214,8 +214,8 @@ class SEPConfig(PeftConfig):
             raise ValueError(f"{name} must be None or a list of module names, but got {value!r}.")
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
-    def _check_unused_fusion_options(self) -> None:
-        """An option that would be read and ignored is an error instead; a file may have been written under others."""
+    def _settle_unused_fusion_options(self) -> None:
+        """An option that would be read and ignored is an error; a file may hold an earlier default: it is dropped."""
         for name in FUSION_OPTIONS:
             value, unset = getattr(self, name), self.__dataclass_fields__[name].default
             if self.made_for is not None:

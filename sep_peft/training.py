@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from .classes import PROTOTYPE_LOGIT_WEIGHT
@@ -54,8 +56,9 @@ class Recipe:
     def published(cls, **overrides) -> Recipe:
         """The recipe of the paper's released code, for `SEPConfig.published()`."""
         paper = {"epochs": 50, "learning_rate": 2.5e-3, "adam_epsilon": 1e-3, "smallest_crop": 0.08}
+        paper |= {"text_weight": 8.0, "vision_weight": 6.0}
         paper |= {"prototype_learning_rate": None, "prototype_logit_weight": 0.0}
-        return cls(**(paper | {"text_weight": 8.0, "vision_weight": 6.0} | overrides))
+        return cls(**(paper | overrides))
 
     @classmethod
     def compact(cls, **overrides) -> Recipe:
@@ -166,22 +169,27 @@ def fit(
         if cache is not None:
             views = FixedViews(data, recipe.views, recipe.seed)
             data = TrunkCache(classifier.model, views, None if cache == "memory" else cache, views=recipe.views)
-        optimizers = make_optimizer(classifier, recipe), None  # the schedule is Trainer's
+        parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+        optimizers = make_optimizer(parameters, recipe), None  # the schedule is Trainer's
         Trainer(classifier, arguments, train_dataset=data, optimizers=optimizers).train()
     if recipe.prototype_logit_weight:
         classifier.keep_prototypes(recipe.prototype_logit_weight)
 
 
-def make_optimizer(classifier: SEPClassifier, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW of a recipe; the prototypes are a group of their own, since they may have a learning rate of their own."""
-    prototypes = [p for p in (classifier.prototypes,) if p is not None]
-    others = [p for p in classifier.parameters() if p.requires_grad and all(p is not own for own in prototypes)]
-    groups = [{"params": others}]
-    if prototypes:
-        groups.append({"params": prototypes})
+def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW of a recipe; the prototypes are a group of their own, since they may have a learning rate of their own.
+
+    Args:
+        parameters: name -> parameter of all that a classifier trains; its prototypes are called "prototypes".
+        recipe: has `learning_rate`, `prototype_learning_rate` and `adam_epsilon`.
+        weight_decay: of all parameters.
+    """
+    groups = [{"params": [p for name, p in parameters.items() if name != "prototypes"]}]
+    if "prototypes" in parameters:
+        groups.append({"params": [parameters["prototypes"]]})
         if recipe.prototype_learning_rate is not None:
             groups[1]["lr"] = recipe.prototype_learning_rate
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=weight_decay)
 
 
 def _arguments(recipe: Recipe, count: int, use_cpu: bool, quiet: bool, folder: str) -> TrainingArguments:

@@ -37,6 +37,10 @@ def with_prototypes(weight: float | None = 1.5, **options) -> SEPClassifier:
     return classifier if weight is None else classifier.keep_prototypes(weight)
 
 
+def trainable(classifier: SEPClassifier) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+
+
 @torch.no_grad()
 def reference(classifier: SEPClassifier, weight: float) -> torch.Tensor:
     """Logits by texts alone, and the prototypes' one by one."""
@@ -214,15 +218,15 @@ def test_a_class_list_without_them_reads_as_before(tmp_path):
 )
 def test_prototypes_have_their_own_learning_rate(recipe, rates):
     classifier = with_prototypes(None)
-    optimizer = make_optimizer(classifier, recipe)
+    optimizer = make_optimizer(trainable(classifier), recipe)
     assert [group["lr"] for group in optimizer.param_groups] == rates
     adapter, prototypes = (group["params"] for group in optimizer.param_groups)
     assert prototypes[0] is classifier.prototypes
-    trainable = [p for p in classifier.parameters() if p.requires_grad]
-    assert sorted(map(id, adapter + prototypes)) == sorted(map(id, trainable))
+    expected = [p for p in classifier.parameters() if p.requires_grad]
+    assert sorted(map(id, adapter + prototypes)) == sorted(map(id, expected))
 
 
 def test_without_prototypes_the_optimizer_has_the_adapter_alone():
     classifier = make_classifier(prototype_weight=0.0)
-    (group,) = make_optimizer(classifier, Recipe()).param_groups
+    (group,) = make_optimizer(trainable(classifier), Recipe()).param_groups
     assert len(group["params"]) == sum(p.requires_grad for p in classifier.parameters())

@@ -10,13 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from evaluation import batches
-from methods import Method, Recipe, trainable
+from methods import Method, trainable
 from protocols import Plan
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from train_pictures import CachedPictures, TrainPictures
 from transformers import get_cosine_schedule_with_warmup
 from transforms import TrainTransform
+
+from sep_peft.training import make_optimizer
 
 
 CHECKPOINT = "checkpoint.pt"
@@ -45,7 +47,7 @@ def fit(
     classifier.to(accelerator.device)
     start_prototypes(classifier, plan, image_processor)
     parameters = trainable(classifier)
-    optimizer = make_optimizer(parameters, recipe)
+    optimizer = make_optimizer(parameters, recipe, recipe.weight_decay)
     pictures = TrainPictures(plan, TrainTransform(image_processor, recipe.smallest_crop), seed)
     if recipe.cached_views:
         pictures = CachedPictures(pictures, recipe.cached_views, classifier.model, cache)
@@ -69,17 +71,6 @@ def fit(
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return log
-
-
-def make_optimizer(parameters: dict[str, torch.Tensor], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; the class prototypes, where there are any, have the learning rate that the recipe has for them."""
-    groups = [{"params": [p for name, p in parameters.items() if name != "prototypes"]}]
-    if "prototypes" in parameters:
-        groups.append({"params": [parameters["prototypes"]]})
-        if recipe.prototype_learning_rate is not None:
-            groups[1]["lr"] = recipe.prototype_learning_rate
-    settings = {"eps": recipe.adam_epsilon, "weight_decay": recipe.weight_decay}
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, **settings)
 
 
 def one_epoch(model, optimizer, schedule, pictures, batch_size, accelerator, seed, workers, bar) -> dict[str, Any]:

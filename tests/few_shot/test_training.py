@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from methods import Recipe
-from training import make_optimizer, share_out
+from training import share_out
+
+from sep_peft.training import make_optimizer
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
