@@ -39,12 +39,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"The adapter name {name!r} is a part of SEP's prefix {PREFIX!r}, so keys could not be told apart. Choose "
             "another name."
         )
-    # what other methods have inside their layers is no part of SEP's keys
-    others = tuple(
-        f"{p}." for p, m in model.named_modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SEPLayer)
-    )
-    paths = [path for path, _ in model.named_modules() if PREFIX not in path and not path.startswith(others)]
-    own = {part for path in paths for part in path.split(".")}
+    own = _module_names(model)
     if name in own | FUSION_PARTS:
         raise ValueError(
             f"The adapter name {name!r} is also the name of a module inside the model, so keys could not be told "
@@ -55,6 +50,18 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"The adapter name {name!r} is also an attribute of the dictionary that holds adapters by name. Choose "
             "another name."
         )
+
+
+def _module_names(module: nn.Module) -> set[str]:
+    """Names of all modules below `module`, without those of SEP and those inside the layers of other methods."""
+    names = set()
+    for name, child in module.named_children():
+        if PREFIX in name:
+            continue
+        names.add(name)
+        if isinstance(child, SEPLayer) or not isinstance(child, BaseTunerLayer):
+            names |= _module_names(child)
+    return names
 
 
 #: Names below `sep_fusion.<adapter>` that may not be adapter names.

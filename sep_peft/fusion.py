@@ -6,6 +6,8 @@ https://github.com/htyao89/SEP. This file knows neither PEFT nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -214,3 +216,24 @@ class TokenFusion(nn.Module):
         """How strongly each prompt attends to each token, (B, heads, n, K), for the same inputs as `forward`."""
         dtype = self.scale1.dtype
         return self.attention.weights(self.norm1(prompts.to(dtype)), self.norm1(tokens.to(dtype)))
+
+
+class LayerFusions(nn.ModuleDict):
+    """The fusions of one adapter in one tower, by the key of their layer.
+
+    Args:
+        fusions: key -> fusion; none is added or taken out later.
+    """
+
+    def __init__(self, fusions: Mapping[str, TokenFusion]):
+        super().__init__(fusions)
+        # Adapters are switched, and cached class texts are compared, by way of all parameters. A search through some 20
+        # modules a layer takes longer than either, so these dictionaries are found once. Modules keep their dictionary
+        # when parameters in it are replaced, as loading and moving do.
+        self._owned = tuple(module._parameters for module in self.modules() if module._parameters)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All parameters, in the order of `nn.Module.parameters`."""
+        if not recurse:
+            return iter(())  # a dictionary of modules has none of its own
+        return (parameter for owned in self._owned for parameter in owned.values() if parameter is not None)

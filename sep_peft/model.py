@@ -262,25 +262,21 @@ class SEPModel(BaseTuner):
     # state dict: keys are `<tower>.sep_prompts` and `<tower>.sep_fusion.<layer>.<...>`
 
     @classmethod
-    def _adapter_keys(cls, model: nn.Module, adapter_name: str) -> list[str]:
-        """Keys of one adapter in `model.state_dict()`."""
-        keys = []
-        for name, module in model.named_modules():
-            if not isinstance(module, SEPTower):
-                continue
-            name = name.removeprefix("_fsdp_wrapped_module.")
-            for child in ("sep_prompts", "sep_fusion"):
-                prefix = f"{child}.{adapter_name}"
-                keys += [
-                    f"{name}.{key}"
-                    for key, _ in module.named_parameters()
-                    if key == prefix or key.startswith(prefix + ".")
-                ]
-        return keys
+    def _adapter_parameters(cls, model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Key in `model.state_dict()` -> parameter, of one adapter."""
+        found = {}
+        for path, tower in named_towers(model):
+            path = path.removeprefix("_fsdp_wrapped_module.")
+            if adapter_name in tower.sep_prompts:
+                found[f"{path}.sep_prompts.{adapter_name}"] = tower.sep_prompts[adapter_name]
+            if adapter_name in tower.sep_fusion:
+                prefix = f"{path}.sep_fusion.{adapter_name}"
+                found |= {f"{prefix}.{key}": p for key, p in tower.sep_fusion[adapter_name].named_parameters()}
+        return found
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        return {key: state_dict[key] for key in cls._adapter_keys(model, adapter_name)}
+        return {key: state_dict[key] for key in cls._adapter_parameters(model, adapter_name)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -294,30 +290,40 @@ class SEPModel(BaseTuner):
         Raises:
             AdapterMismatchError: a key is missing, unexpected or of another shape.
         """
-        current = model.state_dict()
+        parameters = cls._adapter_parameters(model, adapter_name)
         model_keys = {
             "base_model.model."
             + cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model."): key
-            for key in cls._adapter_keys(model, adapter_name)
+            for key in parameters
         }
-        remapped, found = {}, {}
-        for key, value in state_dict.items():
-            full = "base_model.model." + key.removeprefix("base_model.model.")
-            if full in model_keys:
-                remapped[model_keys[full]] = value
-                found[full] = value.shape
-            else:
-                remapped[key] = value
-                if key not in current:  # what modules_to_save brought has been renamed by PEFT already
-                    found[full] = value.shape
-        expected = {full: current[key].shape for full, key in model_keys.items()}
+        full_keys = {key: "base_model.model." + key.removeprefix("base_model.model.") for key in state_dict}
+        others = [key for key, full in full_keys.items() if full not in model_keys]
+        # what modules_to_save brought has been renamed by PEFT already
+        known = model.state_dict().keys() if others else ()
+        remapped = {model_keys.get(full_keys[key], key): value for key, value in state_dict.items()}
+        found = {
+            full: state_dict[key].shape for key, full in full_keys.items() if full in model_keys or key not in known
+        }
+        expected = {full: parameters[key].shape for full, key in model_keys.items()}
         check_keys(found, expected, f"the file of adapter {adapter_name!r}")
         return remapped
 
 
+def named_towers(model: nn.Module, path: str = "") -> Iterator[tuple[str, SEPTower]]:
+    """Path and tower of each tower with SEP's prompts in `model`, whose own path is `path`.
+
+    Towers are not entered: what many adapters have in there takes a long time to walk through.
+    """
+    if isinstance(model, SEPTower):
+        yield path, model
+        return
+    for name, child in model.named_children():
+        yield from named_towers(child, f"{path}.{name}" if path else name)
+
+
 def find_towers(model: nn.Module) -> dict[str, SEPTower]:
     """ "text" and "vision" -> the tower with SEP's prompts; empty without an adapter."""
-    return {module.tower: module for module in model.modules() if isinstance(module, SEPTower)}
+    return {tower.tower: tower for _, tower in named_towers(model)}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import nn
 from . import functional, mixed_batch, mixing, records, texts, wrapping
 from .architectures import Architecture, TowerSpec
 from .config import SEPConfig
-from .fusion import TokenFusion
+from .fusion import LayerFusions, TokenFusion
 from .layer import SEPLayer, layer_lists
 from .mixed_batch import by_rows, chosen_adapters
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures, current_pass
@@ -112,7 +112,7 @@ class SEPTower(SEPLayer):
             self.sep_prompts[adapter_name] = nn.Parameter(nn.init.normal_(prompts, std=PROMPT_STD))
             keys = [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
             if settings.fusion_layers:
-                self.sep_fusion[adapter_name] = nn.ModuleDict(
+                self.sep_fusion[adapter_name] = LayerFusions(
                     {
                         key: TokenFusion(
                             self.hidden_size,

@@ -184,7 +184,7 @@ def test_what_is_printed_reads_sensibly(capsys):
     assert capsys.readouterr().out == line
     printed = str(model)
     assert "SEPModel(" in printed and "SEPTower(" in printed and "SEPEncoderLayer(" in printed
-    assert "(one): TokenFusion" in printed or "(one): ModuleDict" in printed
+    assert "(one): LayerFusions" in printed and "TokenFusion(" in printed
 
 
 def test_the_status_of_each_layer():

@@ -1,0 +1,81 @@
+"""Many adapters in one model: switching and loading take shortcuts to parameters and towers; they must miss none."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from small_clip import make_clip
+from torch import nn
+
+from sep_peft import SEPConfig
+from sep_peft.fusion import LayerFusions
+from sep_peft.model import find_towers, named_towers
+from sep_peft.tower import SEPTower
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    model = get_peft_model(make_clip(), SEPConfig(), adapter_name="one")
+    model.add_adapter("two", SEPConfig.compact())
+    model.add_adapter("three", SEPConfig.published(num_text_prompts=0))
+    return model
+
+
+def identities(parameters) -> list[int]:
+    return [id(parameter) for parameter in parameters]
+
+
+def all_fusions(model) -> list[LayerFusions]:
+    return [module for module in model.modules() if isinstance(module, LayerFusions)]
+
+
+def assert_complete(model) -> None:
+    fusions = all_fusions(model)
+    assert len(fusions) == 5
+    for each in fusions:
+        assert identities(each.parameters()) == identities(nn.Module.parameters(each))
+        assert len(list(each.parameters())) >= 17 and not list(each.parameters(recurse=False))
+
+
+def test_remembered_parameters_are_all_of_them(model):
+    assert_complete(model)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_remembers_its_own(model, clone):
+    other = clone(model)
+    assert_complete(other)
+    assert not set(identities(model.parameters())) & set(identities(other.parameters()))
+    assert_complete(model)
+
+
+def test_replaced_parameters_are_found(model):
+    before = list(model.parameters())  # kept alive, so that nothing new can have their addresses
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    assert not set(identities(before)) & set(identities(model.parameters()))
+    assert_complete(model)
+    model.double()
+    assert {p.dtype for fusions in all_fusions(model) for p in fusions.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ["one", "two", "three"])
+def test_one_adapter_trains_whatever_trained_before(model, name):
+    for parameter in model.parameters():  # by hand, behind PEFT's back
+        parameter.requires_grad_(True)
+    model.set_adapter(name)
+    for key, parameter in model.named_parameters():
+        assert ".sep_" not in key or parameter.requires_grad == (f".{name}" in key), key
+    model.set_adapter(name, inference_mode=True)
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".sep_" in key)
+
+
+def test_towers_are_found_under_their_paths(model):
+    expected = {path: module for path, module in model.named_modules() if isinstance(module, SEPTower)}
+    assert dict(named_towers(model)) == expected and len(expected) == 2
+    assert list(find_towers(model)) == ["text", "vision"]
+    tower = find_towers(model)["vision"]
+    assert dict(named_towers(tower, "somewhere")) == {"somewhere": tower}
