@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .functional import quick_gelu
+
 
 #: Channels of one attention head; the number of heads of a tower of width D is D / 64.
 HEAD_SIZE = 64
@@ -208,8 +210,7 @@ class TokenFusion(nn.Module):
         else:
             attended = self.attention(query, keys)
         mixed = torch.lerp(attended.to(tokens.dtype), tokens, self.scale1)
-        hidden = self.fc1(self.norm2(mixed))
-        hidden = self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # quick-GELU
+        hidden = self.fc2(quick_gelu(self.fc1(self.norm2(mixed))))
         return torch.lerp(hidden.to(mixed.dtype), mixed, self.scale2)
 
     def attention_weights(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

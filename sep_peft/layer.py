@@ -1,4 +1,4 @@
-"""The wrappers inside a tower: they do nothing unless a pass of this very call, in this very thread, asks them to."""
+"""The wrappers inside a tower: they change nothing unless a pass of this call, in this thread, asks them to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .functional import take_token
+from .functional import quick_gelu, take_token
 from .passes import current_pass
 
 
@@ -108,6 +108,20 @@ class SEPLastNorm(SEPLayer):
         if current is not None and current.pooled is not None:
             hidden_states = take_token(hidden_states, current.pooled)
         return self.base_layer(hidden_states)
+
+
+class SEPActivation(Wrapper):
+    """A quick-GELU of the same values that keeps half as much for the backward pass. To PEFT it is no layer of SEP.
+
+    It asks for no pass: where a layer is checkpointed, what the backward pass runs again must keep the same tensors.
+    """
+
+    def get_base_layer(self) -> nn.Module:
+        """The activation; PEFT asks for it to unload."""
+        return self.base_layer
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return quick_gelu(hidden_states) if hidden_states.requires_grad else self.base_layer(hidden_states)
 
 
 class SEPProjection(Wrapper):

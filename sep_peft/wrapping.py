@@ -5,8 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
-from .layer import SEPEncoderLayer, SEPLastNorm, SEPLayer, SEPPositionEmbedding, SEPProjection, SEPReader, layer_lists
+from .layer import (
+    SEPActivation,
+    SEPEncoderLayer,
+    SEPLastNorm,
+    SEPLayer,
+    SEPPositionEmbedding,
+    SEPProjection,
+    SEPReader,
+    Wrapper,
+    layer_lists,
+)
 
 
 if TYPE_CHECKING:
@@ -14,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def wrap(tower: SEPTower) -> tuple[SEPLayer, ...]:
-    """Wrap the encoder layers, the norm in front of the last MLP, the position embedding, and what the mix is behind.
+    """Wrap encoder layers, their activations, the norm before the last MLP, positions, and what the mix is behind.
 
     Returns:
         the wrappers inside the tower, those of its encoder layers first.
@@ -22,6 +33,8 @@ def wrap(tower: SEPTower) -> tuple[SEPLayer, ...]:
     spec, base, inner = tower.spec, tower.base_layer, []
     for layers in layer_lists(base, spec.layers):
         for position, layer in enumerate(layers):
+            for path in _paths_of(QuickGELUActivation, layer):
+                put(layer, path, SEPActivation(layer.get_submodule(path)))
             layers[position] = SEPEncoderLayer(layer, len(inner))
             inner.append(layers[position])
     if spec.mlp_norm is not None:
@@ -45,6 +58,8 @@ def unwrap(tower: SEPTower) -> None:
     lists = layer_lists(base, spec.layers)
     for layers in lists:
         for position, layer in enumerate(layers):
+            for path in _paths_of(SEPActivation, layer):
+                _take_off(layer, path)
             if isinstance(layer, SEPEncoderLayer):  # in a model that is the tower PEFT gets to them first
                 layers[position] = layer.base_layer
     if spec.mlp_norm is not None:
@@ -59,7 +74,12 @@ def put(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
+def _paths_of(kind: type[nn.Module], root: nn.Module) -> list[str]:
+    """Paths below `root` of modules of this very type."""
+    return [path for path, module in root.named_modules() if type(module) is kind]
+
+
 def _take_off(root: nn.Module, path: str) -> None:
     module = root.get_submodule(path)
-    if isinstance(module, SEPLayer):
+    if isinstance(module, Wrapper):
         put(root, path, module.base_layer)
