@@ -156,6 +156,11 @@ class SEPModel(BaseTuner):
         """ "text" and "vision" -> the wrapped tower."""
         return find_towers(self.model)
 
+    @property
+    def _trains_copies(self) -> bool:
+        """Whether an adapter has `modules_to_save`, of which PEFT keeps a copy for each."""
+        return any(config.modules_to_save for config in self.peft_config.values())
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active.
 
@@ -166,7 +171,7 @@ class SEPModel(BaseTuner):
             raise ValueError(
                 f"One SEP adapter can be active at a time, but got {list(adapter_name)}. Pass a single name."
             )
-        if any(config.modules_to_save for config in self.peft_config.values()):
+        if self._trains_copies:
             super().set_adapter(adapter_name, inference_mode=inference_mode)
             return
         # PEFT walks through all modules twice and switches every layer; a tower switches what is inside it
@@ -185,8 +190,7 @@ class SEPModel(BaseTuner):
 
     def _layers(self) -> list[nn.Module]:
         """Layers of SEP, and what `modules_to_save` wrapped if SEP did that; not those of methods below."""
-        copies = any(config.modules_to_save for config in self.peft_config.values())
-        kinds = (SEPLayer, AuxiliaryTrainingWrapper) if copies else SEPLayer
+        kinds = (SEPLayer, AuxiliaryTrainingWrapper) if self._trains_copies else SEPLayer
         return [module for module in self.model.modules() if isinstance(module, kinds)]
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:

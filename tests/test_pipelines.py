@@ -1,10 +1,12 @@
 """transformers' pipelines give SEP's predictions."""
 
+# ruff: noqa: F811 (tests take fixtures that are imported here by naming them)
+
 from __future__ import annotations
 
 import pytest
 import torch
-from test_classifier import NAMES, PICTURES, processor, scores_of, small_model  # noqa: F401
+from test_classifier import NAMES, PICTURES, processor, scores_of, small_model  # noqa: F401 (fixtures)
 from transformers import pipeline
 
 from sep_peft import ImageClassifier, SEPClassifier
@@ -20,7 +22,7 @@ def assert_close(found: list[list[dict]], expected: list[list[dict]], labels: li
 
 
 @pytest.mark.parametrize("template", ["{}.", "a photo of a {}."])
-def test_zero_shot_image_classification(template, small_model, processor):  # noqa: F811
+def test_zero_shot_image_classification(template, small_model, processor):
     """Both branches read the same text: so does a classifier whose class names are these texts, and has no template."""
     tokens = processor.tokenizer([template.format(label) for label in LABELS], padding=True, return_tensors="pt")
     classifier = SEPClassifier(small_model, dict(tokens), processor=processor).eval()
@@ -36,7 +38,7 @@ def test_zero_shot_image_classification(template, small_model, processor):  # no
         assert_close(found, expected, LABELS)
 
 
-def test_zero_shot_with_the_bare_name_is_the_classifier_whose_template_is_the_bare_name(small_model, processor):  # noqa: F811
+def test_zero_shot_with_the_bare_name_is_the_classifier_whose_template_is_the_bare_name(small_model, processor):
     classifier = SEPClassifier.from_class_names(small_model, processor, LABELS, template="{}.").eval()
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
     classify = pipeline("zero-shot-image-classification", model=small_model, device="cpu", **parts)
@@ -45,7 +47,7 @@ def test_zero_shot_with_the_bare_name_is_the_classifier_whose_template_is_the_ba
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_image_classification(training, small_model, processor):  # noqa: F811
+def test_image_classification(training, small_model, processor):
     """The classifier itself, with a text for each branch."""
     classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).train(training)
     expected = classifier.predict(PICTURES)
@@ -58,7 +60,7 @@ def test_image_classification(training, small_model, processor):  # noqa: F811
     assert best["label"] == expected[0][0]["label"]
 
 
-def test_what_the_pipeline_reads(small_model, processor):  # noqa: F811
+def test_what_the_pipeline_reads(small_model, processor):
     classifier = SEPClassifier.from_class_names(small_model, processor, NAMES)
     model = ImageClassifier(classifier)
     assert model.config.id2label == dict(enumerate(NAMES))
