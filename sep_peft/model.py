@@ -131,6 +131,15 @@ class SEPModel(BaseTuner):
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze what the first adapter finds.
+
+        A further one leaves everything that is there as it is, which is also what PEFT restores, but PEFT searches
+        through the modules of all adapters for it.
+        """
+        if not any(len(tower.sep_settings) > 1 for tower in find_towers(model).values()):
+            super()._mark_only_adapters_as_trainable(model)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, (SEPProjection, SEPReader)):  # a copy that `modules_to_save` trained
             new_module = new_module.base_layer

@@ -73,6 +73,21 @@ def test_one_adapter_trains_whatever_trained_before(model, name):
     assert not any(p.requires_grad for key, p in model.named_parameters() if ".sep_" in key)
 
 
+def test_a_further_adapter_leaves_everything_as_it_is():
+    clip = make_clip()
+    model = get_peft_model(clip, SEPConfig(), adapter_name="one")
+    assert all(parameter.requires_grad == (".sep_" in key) for key, parameter in model.named_parameters())
+    clip.logit_scale.requires_grad_(True)
+    model.set_requires_grad("one", False)
+    before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    model.add_adapter("two", SEPConfig(modules_to_save=["text_projection"]))
+    after = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    moved = {key: key.replace("text_projection.", "text_projection.original_module.") for key in before}
+    assert {key: after.pop(moved[key]) for key in before} == before
+    assert len(after) == sum(".one" in key for key in before) + 1  # the copy of the projection
+    assert all(".two" in key for key in after) and not any(after.values())
+
+
 def test_towers_are_found_under_their_paths(model):
     expected = {path: module for path, module in model.named_modules() if isinstance(module, SEPTower)}
     assert dict(named_towers(model)) == expected and len(expected) == 2
