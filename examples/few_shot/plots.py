@@ -9,6 +9,10 @@ from matplotlib.figure import Figure
 from tables import ZERO_SHOT, Tables
 
 
+#: Names of methods in one column of a legend that has a panel of its own.
+LEGEND_ROWS = 14
+
+
 def plot_base_new(tables: Tables, file: Path) -> None:
     """New-class accuracy against base-class accuracy, one panel a data set."""
     tables = {key: rows for key, rows in tables.items() if key[0] == "base-to-new"}
@@ -35,7 +39,8 @@ def plot_base_new(tables: Tables, file: Path) -> None:
         )
     for axes in panels[len(tables) :]:
         axes.axis("off")
-    panels[len(tables)].legend([drawn[m] for m in sorted(drawn)], sorted(drawn), loc="center left")
+    names, columns = sorted(drawn), -(-len(drawn) // LEGEND_ROWS)
+    panels[len(tables)].legend([drawn[m] for m in names], names, loc="center left", ncols=columns, fontsize=8)
     figure.savefig(file, dpi=100)
 
 
