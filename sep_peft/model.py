@@ -267,6 +267,11 @@ class SEPModel(BaseTuner):
         return call
 
     def _check_merge_allowed(self) -> None:
+        """Not a gap: there is nothing that a merge could write.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError(
             "A SEP adapter cannot be merged: its prompts are computed from each input, so no change of the weights can "
             "stand for them. Keep the adapter attached, or call unload() to get the base model back without it."

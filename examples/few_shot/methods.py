@@ -11,7 +11,8 @@
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
 `SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, or the `prototype_weight` of LoRA's classifier,
 `prototype_logit_weight` what `keep_prototypes` takes after training (0: the texts alone predict, as published),
-`zero_shot_margin` what `set_classes` takes for classes that were not trained.
+`zero_shot_margin` what `set_classes` takes for classes that were not trained. A variant of another method names its
+file: with `"like": "sep"` everything that is not said, also within `config`, `loss` and `recipe`, is as in `sep.json`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from transformers import AutoModel
 from sep_peft import SEPClassifier, SEPConfig
 
 
+#: Entries that hold settings by name.
+PARTS = ("config", "loss", "recipe")
 LEARNERS = ("zero-shot", "sep", "lora", "linear-probe", "tip-adapter")
 #: Learners that see the training pictures once, as frozen features, and take no gradient steps through the towers.
 FEATURE_LEARNERS = {"linear-probe": LinearProbe, "tip-adapter": TipAdapter}
@@ -98,9 +101,10 @@ def read_method(path: Path, **overrides: Any) -> Method:
         overrides: entries of the recipe to replace.
 
     Raises:
+        FileNotFoundError: the method that this one is like is not beside it.
         ValueError: an entry is unknown, or `learner` or `selection` has a value that is not allowed.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_entries(path)
     check_names(path, data, {f.name for f in fields(Method)} - {"name"})
     recipe = {**data.pop("recipe", {}), **overrides}
     check_names(path, recipe, {f.name for f in fields(Recipe)})
@@ -120,6 +124,21 @@ def read_method(path: Path, **overrides: Any) -> Method:
     if method.recipe.cached_views and not (method.learner == "sep" and method.config.get("start_layer")):
         raise ValueError(f'{path}: cached_views is for learner "sep" with a start_layer above 0.')
     return method
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """What a method's file says, with what it leaves to the file that it is like."""
+    own = json.loads(path.read_text(encoding="utf-8"))
+    if "like" not in own:
+        return own
+    file = path.with_name(f"{own.pop('like')}.json")
+    if not file.is_file():
+        raise FileNotFoundError(f'{path}: it is "like" {file.stem!r}, but there is no {file.name} beside it.')
+    other = json.loads(file.read_text(encoding="utf-8"))
+    if "like" in other:
+        raise ValueError(f"{path}: {file.name} is itself like another method; name that one, {other['like']!r}.")
+    merged = {key: {**other[key], **own[key]} for key in PARTS if key in own and key in other}
+    return {**other, **own, **merged}
 
 
 def check_names(path: Path, data: dict, allowed: set[str]) -> None:

@@ -75,6 +75,27 @@ def test_recipe_and_overrides(write):
     assert read_method(file, epochs=1).recipe == Recipe(epochs=1, learning_rate=0.1)
 
 
+def test_a_variant_says_only_what_differs(write, tmp_path):
+    base = {"learner": "sep", "config": {"start_layer": 1}, "recipe": {"epochs": 3}, "zero_shot_margin": 1.5}
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    file = write(like="base", description="mine", config={"frozen_weight": 0.0}, recipe={"epochs": 4}, loss={})
+    method = read_method(file)
+    assert method.name == "mine" and method.learner == "sep" and method.description == "mine"
+    assert method.config == {"start_layer": 1, "frozen_weight": 0.0}
+    assert method.recipe == Recipe(epochs=4) and method.zero_shot_margin == 1.5
+
+
+def test_a_variant_of_nothing(write, tmp_path):
+    file = write(like="base")
+    with pytest.raises(FileNotFoundError) as error:
+        read_method(file)
+    assert str(error.value) == f"{file}: it is \"like\" 'base', but there is no base.json beside it."
+    (tmp_path / "base.json").write_text(json.dumps({"like": "sep"}))
+    with pytest.raises(ValueError) as error:
+        read_method(file)
+    assert str(error.value) == f"{file}: base.json is itself like another method; name that one, 'sep'."
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
