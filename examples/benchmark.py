@@ -331,8 +331,8 @@ def sep_full_step(model: PeftModel, task: Task, **loss_weights: float) -> Worklo
 def sep_cached_step(model: PeftModel, task: Task) -> Workload:
     """A step of a later epoch: the trunk of the images is in memory; steps that an epoch has stay the same number."""
     classifier = SEPClassifier(model, task.names, task.templates)
-    pictures = [{"pixel_values": p, "labels": y} for p, y in zip(task.pixel_values, task.labels, strict=True)]
-    cache = TrunkCache(model, pictures)
+    images = [{"pixel_values": p, "labels": y} for p, y in zip(task.pixel_values, task.labels, strict=True)]
+    cache = TrunkCache(model, images)
 
     def compute_loss() -> torch.Tensor:
         batch = torch.utils.data.default_collate([cache[index] for index in range(len(cache))])

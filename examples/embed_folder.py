@@ -1,9 +1,9 @@
-"""Embed a folder of pictures by a CLIP with a SEP adapter, on one machine or many, and go on after a crash.
+"""Embed a folder of images by a CLIP with a SEP adapter, on one machine or many, and go on after a crash.
 
-    python examples/embed_folder.py my_pictures --model openai/clip-vit-base-patch16 --adapter my-task --output embeds
-    accelerate launch --num_processes 4 examples/embed_folder.py my_pictures ... --output embeds
+    python examples/embed_folder.py my_images --model openai/clip-vit-base-patch16 --adapter my-task --output embeds
+    accelerate launch --num_processes 4 examples/embed_folder.py my_images ... --output embeds
 
-Shard i holds the i-th `--shard-size` of the sorted pictures: `shard-000012.safetensors` with `embeddings` (n, E), of
+Shard i holds the i-th `--shard-size` of the sorted images: `shard-000012.safetensors` with `embeddings` (n, E), of
 unit length, and in its metadata `names`, one a row, and `unreadable`, both JSON. A shard is written under another name
 first, so one that is there is whole; the same command run again makes only those that are missing. `settings.json`
 says what the shards were made from, `summary.json` what came out; it is there when everything is done.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from sep_peft import ImageEmbedder
-from sep_peft.pictures import read_picture
+from sep_peft.classifier.images import read_image
 
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -37,7 +37,7 @@ ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 def main() -> None:
     args = parse_arguments()
     state = PartialState(cpu=args.device == "cpu")
-    names = find_pictures(args.pictures)
+    names = find_images(args.images)
     settings = describe(args, names)
     if state.is_main_process:
         prepare(args.output, settings)
@@ -52,7 +52,7 @@ def main() -> None:
     if missing:
         embedder, processor = load(args, state.device)
         # every process shows its own progress, on its own line
-        with tqdm(total=sum(map(len, parts.values())), unit="picture", position=state.process_index) as progress:
+        with tqdm(total=sum(map(len, parts.values())), unit="image", position=state.process_index) as progress:
             for index, part in parts.items():
                 write_shard(shard_path(args.output, index), *embed(part, embedder, processor, args, progress))
     state.wait_for_everyone()
@@ -64,19 +64,19 @@ def main() -> None:
 # what there is to do
 
 
-def find_pictures(folder: Path) -> list[str]:
+def find_images(folder: Path) -> list[str]:
     """Names below the folder, sorted."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
     names = sorted(path.as_posix() for path in found)
     if not names:
-        raise SystemExit(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))}).")
+        raise SystemExit(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}).")
     return names
 
 
 def describe(args: argparse.Namespace, names: list[str]) -> dict:
     """What the shards depend on."""
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    return {"model": args.model, "adapter": args.adapter, "shard_size": args.shard_size, "pictures": digest}
+    return {"model": args.model, "adapter": args.adapter, "shard_size": args.shard_size, "images": digest}
 
 
 def prepare(output: Path, settings: dict) -> None:
@@ -99,8 +99,8 @@ def shard_path(output: Path, index: int) -> Path:
 # the work
 
 
-class Pictures(Dataset):
-    """Name and pixels of each picture; None in the place of pixels that cannot be read."""
+class Images(Dataset):
+    """Name and pixels of each image; None in the place of pixels that cannot be read."""
 
     def __init__(self, folder: Path, names: list[str], processor):
         self.folder, self.names, self.processor = folder, names, processor
@@ -111,10 +111,10 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None]:
         name = self.names[index]
         try:
-            picture = read_picture(self.folder / name)
+            image = read_image(self.folder / name)
         except ValueError:
             return name, None
-        return name, self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        return name, self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[ImageEmbedder, object]:
@@ -129,7 +129,7 @@ def embed(
     """Embeddings (n, E), the names of their rows, and the names of what cannot be read."""
     base = embedder.model.get_base_model()
     embeddings, read, unreadable = [], [], []
-    for batch in batches(Pictures(args.pictures, names, processor), args):
+    for batch in batches(Images(args.images, names, processor), args):
         unreadable += [name for name, pixels in batch if pixels is None]
         good = [(name, pixels) for name, pixels in batch if pixels is not None]
         if good:
@@ -139,9 +139,9 @@ def embed(
     return torch.cat(embeddings) if embeddings else torch.empty(0, 0), read, unreadable
 
 
-def batches(pictures: Pictures, args: argparse.Namespace) -> Iterator[list]:
+def batches(images: Images, args: argparse.Namespace) -> Iterator[list]:
     """Lists of (name, pixels), read by other processes while the model works."""
-    return iter(DataLoader(pictures, batch_size=args.batch_size, num_workers=args.workers, collate_fn=list))
+    return iter(DataLoader(images, batch_size=args.batch_size, num_workers=args.workers, collate_fn=list))
 
 
 # files
@@ -162,7 +162,7 @@ def summarize(output: Path, shards: range) -> None:
         count += len(json.loads(metadata["names"]))
         unreadable += json.loads(metadata["unreadable"])
     write_json(output / "summary.json", {"embedded": count, "unreadable": unreadable, "shards": len(shards)})
-    print(f"{count} pictures embedded in {len(shards)} shards, {len(unreadable)} could not be read")
+    print(f"{count} images embedded in {len(shards)} shards, {len(unreadable)} could not be read")
     for name in unreadable[:10]:
         print(f"  {name}")
     if len(unreadable) > 10:
@@ -181,13 +181,13 @@ def write_json(path: Path, data: dict) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", type=Path, help="folder of pictures, searched with all folders below it")
+    parser.add_argument("images", type=Path, help="folder of images, searched with all folders below it")
     parser.add_argument("--model", required=True, help="the base model, a folder or an id on the Hub")
     parser.add_argument("--adapter", required=True, help="the SEP adapter, a folder or an id on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--shard-size", type=int, default=4096, help="pictures a shard")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures the model sees at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures, beside each that embeds")
+    parser.add_argument("--shard-size", type=int, default=4096, help="images a shard")
+    parser.add_argument("--batch-size", type=int, default=64, help="images the model sees at a time")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images, beside each that embeds")
     parser.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU a process where there is"
     )

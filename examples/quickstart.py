@@ -1,7 +1,7 @@
-"""Adapt a CLIP to a few pictures per class with SEP, and see what it gains.
+"""Adapt a CLIP to a few images per class with SEP, and see what it gains.
 
-    python examples/quickstart.py                       # bundled small CLIP and pictures, about two minutes
-    python examples/quickstart.py --data my_pictures --model openai/clip-vit-base-patch16 --image cat.jpg
+    python examples/quickstart.py                       # bundled small CLIP and images, about two minutes
+    python examples/quickstart.py --data my_images --model openai/clip-vit-base-patch16 --image cat.jpg
 
 The first half of the classes is trained on, the other half is new: it is met for the first time when testing.
 """
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel, set_seed
 
 from sep_peft import SEPClassifier, SEPConfig, explain
-from sep_peft.evaluation import evaluate
-from sep_peft.folders import Samples, read_folder
-from sep_peft.training import Recipe, fit
+from sep_peft.method.recipe import Recipe
+from sep_peft.training.evaluation import evaluate
+from sep_peft.training.fit import fit
+from sep_peft.training.folders import Samples, read_folder
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -33,7 +34,7 @@ def main() -> None:
     names, test = folder.names, folder.tests["test"]
     base, new = names[: (len(names) + 1) // 2], names[(len(names) + 1) // 2 :]
     train = [sample for sample in folder.train if sample[1] in base]
-    print(f"{len(base)} base classes with {len(train)} training pictures, {len(new)} new classes")
+    print(f"{len(base)} base classes with {len(train)} training images, {len(new)} new classes")
 
     processor = AutoProcessor.from_pretrained(args.model)
     config = SEPConfig(num_text_prompts=args.text_prompts, num_vision_prompts=args.vision_prompts)
@@ -70,9 +71,9 @@ def parse_arguments() -> argparse.Namespace:
         "--data", type=Path, default=ASSETS / "caltech101", help="one folder per class, or train/ and test/"
     )
     parser.add_argument("--model", default=str(ASSETS / "clip-small"), help="name on the Hub or path of a CLIP")
-    parser.add_argument("--image", type=Path, help="picture to classify at the end; default: one of the test pictures")
+    parser.add_argument("--image", type=Path, help="image to classify at the end; default: one of the test images")
     parser.add_argument("--template", default="a photo of a {}.", help="what the frozen text branch reads")
-    parser.add_argument("--shots", type=int, default=16, help="training pictures per class")
+    parser.add_argument("--shots", type=int, default=16, help="training images per class")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--batch-size", type=int, default=Recipe.batch_size)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
@@ -116,7 +117,7 @@ def check_equal(first: SEPClassifier, second: SEPClassifier, paths: list[Path]) 
     for a, b in zip(first.predict(paths, top_k=1), second.predict(paths, top_k=1), strict=True):
         if a[0]["label"] != b[0]["label"] or abs(a[0]["score"] - b[0]["score"]) > 1e-5:
             raise SystemExit(f"The loaded adapter predicts {b}, the trained one {a}.")
-    print(f"the loaded adapter predicts the same for all {len(paths)} test pictures")
+    print(f"the loaded adapter predicts the same for all {len(paths)} test images")
 
 
 if __name__ == "__main__":

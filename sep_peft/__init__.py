@@ -4,21 +4,22 @@ Importing this package registers the method, so that `peft.get_peft_model(model,
 `PeftModel.from_pretrained` and transformers' `load_adapter` know it.
 """
 
-from . import losses, registration
-from .architectures import Architecture, TowerSpec
-from .checkpoint import AdapterMismatchError, cast_adapter
-from .classes import TaskClasses
-from .classifier import SEPClassifier, SEPClassifierOutput
-from .config import SEPConfig
-from .convert import convert_reference_checkpoint
-from .explain import Explanation, explain
-from .export import ImageEmbedder, ImageScorer
-from .fusion import TokenFusion
-from .hotswap import hotswap_adapter
-from .model import SEPModel, lifted
-from .model_card import CardDetails, Score
-from .pipelines import ImageClassifier
-from .trunk_cache import TrunkCache
+from . import losses
+from .classifier.card import CardDetails, Score
+from .classifier.classes import TaskClasses
+from .classifier.classifier import SEPClassifier, SEPClassifierOutput
+from .classifier.explain import Explanation, explain
+from .classifier.export import ImageEmbedder, ImageScorer
+from .classifier.pipelines import ImageClassifier
+from .classifier.trunk_cache import TrunkCache
+from .families.spec import Architecture, TowerSpec
+from .method.fusion import TokenFusion
+from .tuner import registration
+from .tuner.config import SEPConfig
+from .tuner.convert import convert_reference_checkpoint
+from .tuner.files import AdapterMismatchError, cast_adapter
+from .tuner.hotswap import hotswap_adapter
+from .tuner.model import SEPModel, lifted
 from .version import __version__
 
 

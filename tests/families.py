@@ -31,16 +31,16 @@ class Case:
         whole: makes the inputs of the whole model for three texts and images; None where they are those of its towers.
         features: reads a tower's embeddings off the whole model's output, by "text" or "vision"; None where they have
             their usual names.
-        frames: pictures that belong together; `image` makes as many per input.
+        frames: images that belong together; `image` makes as many per input.
         messages: tokens that an image layer adds to its keys by itself.
         left: texts are padded on the left as well.
         more_images: further kinds of inputs of the image tower.
         causal_without_mask: where no mask reaches the layers of a causal text tower, attention is causal all the same.
         pools_all: the text tower pools all its tokens, so states of a longer native text are compared, not its pooling.
-        copied_at: first layer of the image tower behind which the tokens stay the same ones.
-        one_image: makes the inputs of the image tower for one input all of whose frames are one picture; None where
+        copied_at: first layer of the image tower after which the tokens stay the same ones.
+        one_image: makes the inputs of the image tower for one input all of whose frames are one image; None where
             `image` makes these.
-        embeddings: what makes the tokens of a picture, below the image tower.
+        embeddings: what makes the tokens of an image, below the image tower.
         speech: makes the inputs of the tower that hears in the place of one that sees, as `text` does; None where none
             does.
     """
@@ -115,8 +115,8 @@ def words(bos: int | None, eos: int | None, pad: int) -> Callable[..., Inputs]:
     return make
 
 
-def pictures(size: int = 24) -> Callable[[int], Inputs]:
-    """Random pictures (count, 3, size, size)."""
+def images(size: int = 24) -> Callable[[int], Inputs]:
+    """Random images (count, 3, size, size)."""
 
     def make(count: int, seed: int = 4) -> Inputs:
         return {"pixel_values": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))}
@@ -125,7 +125,7 @@ def pictures(size: int = 24) -> Callable[[int], Inputs]:
 
 
 def patches(shapes: list[tuple[int, int]], total: int, mask: bool = True) -> Callable[[int], Inputs]:
-    """Pictures as `total` patches of 8 x 8, of which height times width are real; `mask` False leaves the mask out."""
+    """Images as `total` patches of 8 x 8, of which height times width are real; `mask` False leaves the mask out."""
 
     def make(count: int, seed: int = 4) -> Inputs:
         sizes = torch.tensor(shapes[:count])
@@ -233,7 +233,7 @@ def dual_encoder(
         config=lambda: hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision(), text(), projection_dim=20),
         model=hf.VisionTextDualEncoderModel,
         text=tokens,
-        image=pictures(),
+        image=images(),
     )
 
 
@@ -313,31 +313,29 @@ CASES: dict[str, Case] = {
         config=lambda: hf.CLIPConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
         model=hf.CLIPModel,
         text=CLIP_WORDS,
-        image=pictures(),
+        image=images(),
         compiled=True,
     ),
     "clip text with projection": Case(
         config=lambda: hf.CLIPTextConfig(**text_size()), model=hf.CLIPTextModelWithProjection, text=CLIP_WORDS
     ),
     "clip vision with projection": Case(
-        config=lambda: hf.CLIPVisionConfig(**vision_size()), model=hf.CLIPVisionModelWithProjection, image=pictures()
+        config=lambda: hf.CLIPVisionConfig(**vision_size()), model=hf.CLIPVisionModelWithProjection, image=images()
     ),
     "clip text": Case(config=lambda: hf.CLIPTextConfig(**text_size()), model=hf.CLIPTextModel, text=CLIP_WORDS),
-    "clip vision": Case(
-        config=lambda: hf.CLIPVisionConfig(**vision_size()), model=hf.CLIPVisionModel, image=pictures()
-    ),
+    "clip vision": Case(config=lambda: hf.CLIPVisionConfig(**vision_size()), model=hf.CLIPVisionModel, image=images()),
     "clip image classification": Case(
         config=lambda: hf.CLIPConfig(
             text_config=text_size(), vision_config=vision_size(), projection_dim=20, num_labels=3
         ),
         model=hf.CLIPForImageClassification,
-        image=pictures(),
+        image=images(),
     ),
     "siglip": Case(
         config=lambda: hf.SiglipConfig(text_config=text_size(projection_size=WIDTH), vision_config=vision_size()),
         model=hf.SiglipModel,
         text=words(bos=None, eos=58, pad=1),
-        image=pictures(),
+        image=images(),
         shifts=False,
         compiled=True,
     ),
@@ -377,7 +375,7 @@ CASES: dict[str, Case] = {
         text=BERT_WORDS,
         attentions=("eager",),
         options={"num_vision_prompts": 0},
-        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures(32)(3),
+        whole=lambda: BERT_WORDS([5, 4, 7]) | images(32)(3),
     ),
     "clap": Case(
         config=lambda: hf.ClapConfig(
@@ -415,7 +413,7 @@ CASES: dict[str, Case] = {
         config=lambda: hf.BlipConfig(text_config=blip_text_size(), vision_config=vision_size(), projection_dim=20),
         model=hf.BlipModel,
         text=BERT_WORDS,
-        image=pictures(),
+        image=images(),
         attentions=("eager",),
     ),
     "blip retrieval": Case(
@@ -424,29 +422,29 @@ CASES: dict[str, Case] = {
         ),
         model=hf.BlipForImageTextRetrieval,
         text=BERT_WORDS,
-        image=pictures(),
+        image=images(),
         attentions=("eager",),
-        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3) | {"use_itm_head": False},
+        whole=lambda: BERT_WORDS([5, 4, 7]) | images()(3) | {"use_itm_head": False},
         features=blip_retrieval_features,
     ),
     "blip_2 retrieval": Case(
         config=blip_2_config,
         model=hf.Blip2ForImageTextRetrieval,
-        image=pictures(),
+        image=images(),
         options={"num_text_prompts": 0},
-        whole=lambda: BERT_WORDS([5, 4, 7]) | pictures()(3),
+        whole=lambda: BERT_WORDS([5, 4, 7]) | images()(3),
     ),
     "blip_2 vision with projection": Case(
-        config=blip_2_config, model=hf.Blip2VisionModelWithProjection, image=pictures()
+        config=blip_2_config, model=hf.Blip2VisionModelWithProjection, image=images()
     ),
     "blip_2 vision": Case(
-        config=lambda: hf.Blip2VisionConfig(**vision_size()), model=hf.Blip2VisionModel, image=pictures()
+        config=lambda: hf.Blip2VisionConfig(**vision_size()), model=hf.Blip2VisionModel, image=images()
     ),
     "flava": Case(
         config=flava_config,
         model=hf.FlavaModel,
         text=BERT_WORDS,
-        image=pictures(),
+        image=images(),
         attentions=("eager",),
         features=lambda model, output, tower: flava_features(model, output, tower),
     ),
@@ -454,7 +452,7 @@ CASES: dict[str, Case] = {
         config=flava_config,
         model=hf.FlavaForPreTraining,
         text=BERT_WORDS,
-        image=pictures(),
+        image=images(),
         attentions=("eager",),
         features=lambda model, output, tower: flava_features(model.flava, output, tower),
     ),
@@ -474,8 +472,8 @@ CASES: dict[str, Case] = {
         ),
         model=hf.XCLIPModel,
         text=CLIP_WORDS,
-        image=lambda count: pictures()(2 * count),
-        whole=lambda: CLIP_WORDS([5, 4, 7]) | {"pixel_values": pictures()(6)["pixel_values"].unflatten(0, (3, 2))},
+        image=lambda count: images()(2 * count),
+        whole=lambda: CLIP_WORDS([5, 4, 7]) | {"pixel_values": images()(6)["pixel_values"].unflatten(0, (3, 2))},
         features=xclip_features,
         frames=2,
         messages=1,
@@ -487,12 +485,12 @@ CASES: dict[str, Case] = {
         shifts=False,
     ),
     "siglip vision": Case(
-        config=lambda: hf.SiglipVisionConfig(**vision_size()), model=hf.SiglipVisionModel, image=pictures()
+        config=lambda: hf.SiglipVisionConfig(**vision_size()), model=hf.SiglipVisionModel, image=images()
     ),
     "siglip image classification": Case(
         config=lambda: hf.SiglipConfig(text_config=text_size(), vision_config=vision_size(), num_labels=3),
         model=hf.SiglipForImageClassification,
-        image=pictures(),
+        image=images(),
     ),
     "siglip2": Case(
         config=lambda: hf.Siglip2Config(
@@ -533,7 +531,7 @@ CASES: dict[str, Case] = {
         ),
         model=hf.MetaClip2Model,
         text=words(bos=0, eos=2, pad=1),
-        image=pictures(),
+        image=images(),
     ),
     "metaclip_2 text": Case(
         config=lambda: hf.MetaClip2TextConfig(**text_size(eos_token_id=2)),
@@ -546,17 +544,17 @@ CASES: dict[str, Case] = {
         text=words(bos=0, eos=2, pad=1),
     ),
     "metaclip_2 vision": Case(
-        config=lambda: hf.MetaClip2VisionConfig(**vision_size()), model=hf.MetaClip2VisionModel, image=pictures()
+        config=lambda: hf.MetaClip2VisionConfig(**vision_size()), model=hf.MetaClip2VisionModel, image=images()
     ),
     "metaclip_2 vision with projection": Case(
         config=lambda: hf.MetaClip2VisionConfig(**vision_size()),
         model=hf.MetaClip2VisionModelWithProjection,
-        image=pictures(),
+        image=images(),
     ),
     "metaclip_2 image classification": Case(
         config=lambda: hf.MetaClip2Config(text_config=text_size(), vision_config=vision_size(), num_labels=3),
         model=hf.MetaClip2ForImageClassification,
-        image=pictures(),
+        image=images(),
     ),
     "chinese_clip": Case(
         config=lambda: hf.ChineseCLIPConfig(
@@ -564,7 +562,7 @@ CASES: dict[str, Case] = {
         ),
         model=hf.ChineseCLIPModel,
         text=words(bos=2, eos=3, pad=0),
-        image=pictures(),
+        image=images(),
     ),
     "altclip": Case(
         config=lambda: hf.AltCLIPConfig(
@@ -572,13 +570,13 @@ CASES: dict[str, Case] = {
         ),
         model=hf.AltCLIPModel,
         text=words(bos=0, eos=2, pad=1),
-        image=pictures(),
+        image=images(),
     ),
     "clipseg": Case(
         config=lambda: hf.CLIPSegConfig(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
         model=hf.CLIPSegModel,
         text=CLIP_WORDS,
-        image=pictures(),
+        image=images(),
     ),
     "owlvit": Case(
         config=lambda: hf.OwlViTConfig(
@@ -588,7 +586,7 @@ CASES: dict[str, Case] = {
         ),
         model=hf.OwlViTModel,
         text=words(bos=57, eos=58, pad=0),
-        image=pictures(),
+        image=images(),
         shifts=False,
     ),
     "owlv2": Case(
@@ -599,7 +597,7 @@ CASES: dict[str, Case] = {
         ),
         model=hf.Owlv2Model,
         text=words(bos=57, eos=58, pad=0),
-        image=pictures(),
+        image=images(),
         shifts=False,
     ),
     "tipsv2": Case(
@@ -609,14 +607,14 @@ CASES: dict[str, Case] = {
         ),
         model=hf.Tipsv2Model,
         text=words(bos=None, eos=None, pad=0),
-        image=pictures(),
+        image=images(),
         pools_all=True,
     ),
     "aimv2": Case(
         config=lambda: hf.Aimv2Config(text_config=text_size(), vision_config=vision_size(), projection_dim=20),
         model=hf.Aimv2Model,
         text=CLIP_WORDS,
-        image=pictures(),
+        image=images(),
         # With sdpa the model itself is causal for texts of unequal lengths and looks both ways for equal ones, so its
         # own results depend on the batch; with eager attention they do not.
         attentions=("sdpa", "eager"),
@@ -631,7 +629,7 @@ CASES: dict[str, Case] = {
         ),
         model=hf.GroupViTModel,
         text=CLIP_WORDS,
-        image=pictures(),
+        image=images(),
         attentions=("eager",),
         copied_at=3,  # copies of the tokens of one stage are no copies in the next one
     ),
@@ -644,7 +642,7 @@ CASES: dict[str, Case] = {
     "groupvit vision": Case(
         config=lambda: hf.GroupViTVisionConfig(**groupvit_vision_size()),
         model=hf.GroupViTVisionModel,
-        image=pictures(),
+        image=images(),
         attentions=("eager",),
         copied_at=3,
     ),
@@ -726,7 +724,7 @@ CASES |= {
         ("aimv2", "text", hf.Aimv2TextModel, {}),
         ("aimv2", "vision", hf.Aimv2VisionModel, {}),
         ("xclip", "text", hf.XCLIPTextModel, {}),
-        ("xclip", "vision", hf.XCLIPVisionModel, {"whole": lambda: pictures()(6)}),
+        ("xclip", "vision", hf.XCLIPVisionModel, {"whole": lambda: images()(6)}),
         ("blip", "text", hf.BlipTextModel, {}),
         ("blip", "vision", hf.BlipVisionModel, {}),
         ("flava", "text", hf.FlavaTextModel, {"features": first_token}),

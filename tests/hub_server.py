@@ -254,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit, file = self.find(repo, revision, path)
         if file.lfs:  # kept elsewhere
             status, location = 302, f"{self.hub.storage}/storage/{file.etag}"
-        else:  # by the commit, behind a relative redirect
+        else:  # by the commit, after a relative redirect
             status, location = 307, f"/api/resolve-cache/models/{repo}/{commit}/{path}"
         self.answer(status, **self.described(commit, file), Location=location)
 

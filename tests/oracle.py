@@ -75,7 +75,7 @@ def strongest(tokens, count):
 
 
 def image_features(clip, pixels, prompts=None, fusions=None, start=0):
-    """Projected embedding (E,) of one picture (3, H, W); `fusions`: layer -> fusion module."""
+    """Projected embedding (E,) of one image (3, H, W); `fusions`: layer -> fusion module."""
     tower = clip.vision_model
     e = tower.embeddings
     size = e.patch_size
@@ -110,8 +110,8 @@ def text_features(clip, ids, prompts=None, fusions=None, start=0):
             own = prompts + positions[1 : 1 + count] if start == 0 else prompts
             x = torch.cat([x[:1], own, x[1:]])
         elif fusions and i in fusions:
-            words_behind = x[1 + count :]
-            chosen = torch.stack([words_behind[min(k, len(words_behind) - 1)] for k in range(count)])
+            words_after = x[1 + count :]
+            chosen = torch.stack([words_after[min(k, len(words_after) - 1)] for k in range(count)])
             x = torch.cat([x[:1], fuse(x[1 : 1 + count], chosen, fusions[i]), x[1 + count :]])
         x = encoder_layer(x, layer, heads, causal=True)
     return clip.text_projection.weight @ layer_norm(x[-1], tower.final_layer_norm)

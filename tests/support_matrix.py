@@ -10,9 +10,9 @@ from pathlib import Path
 
 from families import CASES
 
-from sep_peft.architectures import TowerSpec
-from sep_peft.families import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
-from sep_peft.resolve import DUAL_ENCODER
+from sep_peft.families.find import DUAL_ENCODER
+from sep_peft.families.spec import TowerSpec
+from sep_peft.families.table import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
 
 
 README = Path(__file__).parents[1] / "README.md"
@@ -47,8 +47,8 @@ def rows() -> list[tuple[str, str, TowerSpec]]:
 
 def describe_prompts(spec: TowerSpec) -> str:
     if spec.insert_at is None:
-        return "behind all patches"
-    where = "in front" if spec.insert_at == 0 else "behind the first token"
+        return "after all patches"
+    where = "in front" if spec.insert_at == 0 else "after the first token"
     if spec.inputs != "input_ids":
         return where
     return f"{where}, {'tokens move up' if spec.positions or spec.rotary else 'no position of their own'}"
@@ -58,8 +58,8 @@ def describe_mix(spec: TowerSpec) -> str:
     if spec.projection is None:
         return "in the tower's output"
     if spec.reader is not None:
-        return f"behind `{spec.reader}`, before the projection"
-    return "behind the projection" if getattr(spec, "mixes_behind_projection", False) else "before the projection"
+        return f"after `{spec.reader}`, before the projection"
+    return "after the projection" if getattr(spec, "mixes_after_projection", False) else "before the projection"
 
 
 def render() -> str:

@@ -18,8 +18,8 @@ from small_clip import EOS, TEXT_POSITIONS, make_clip, make_images, make_texts, 
 from transformers import AutoProcessor, CLIPModel, Trainer, TrainingArguments, image_utils
 
 from sep_peft import SEPClassifier, SEPConfig, TaskClasses
-from sep_peft.losses import sep_loss
-from sep_peft.model import find_towers
+from sep_peft.method.losses import sep_loss
+from sep_peft.tuner.model import find_towers
 
 
 ASSETS = Path(__file__).parents[1] / "examples/assets"
@@ -129,7 +129,7 @@ def test_prototypes_start_at_the_frozen_texts_or_at_the_mean_frozen_image_of_eac
     torch.testing.assert_close(classifier.prototypes.data, text)
     assert classifier.prototypes.requires_grad
 
-    labels = torch.tensor([3, 0, 3, 3, 0])  # classes 1 and 2 have no picture
+    labels = torch.tensor([3, 0, 3, 3, 0])  # classes 1 and 2 have no image
     batches = [{"pixel_values": IMAGES[:2], "labels": labels[:2]}, {"pixel_values": IMAGES[2:], "labels": labels[2:]}]
     classifier.reset_prototypes(batches)
     image = F.normalize(towers["vision"].embed_frozen(pixel_values=IMAGES), dim=-1)
@@ -455,10 +455,10 @@ def test_made_in_inference_mode():
     torch.testing.assert_close(logits, logits_of(make_classifier()))
 
 
-# pictures; the bundled small CLIP and pictures
+# images; the bundled small CLIP and images
 
 NAMES = ["barrel", "cougar_face", "pizza", "sunflower"]
-PICTURES = [sorted((ASSETS / "caltech101/test" / name).iterdir())[0] for name in NAMES]
+IMAGES = [sorted((ASSETS / "caltech101/test" / name).iterdir())[0] for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +476,7 @@ def small_model() -> PeftModel:
 
 
 @pytest.fixture
-def pictured(small_model, processor) -> SEPClassifier:
+def imaged(small_model, processor) -> SEPClassifier:
     return SEPClassifier.from_class_names(small_model, processor, NAMES).eval()
 
 
@@ -486,11 +486,11 @@ def scores_of(prediction: list[dict], names: list[str] = NAMES) -> list[float]:
     return [scores[name] for name in names]
 
 
-def test_predictions_are_sorted_probabilities(pictured, processor):
-    predictions = pictured.predict(PICTURES)
-    pixel_values = processor(images=[Image.open(path).convert("RGB") for path in PICTURES], return_tensors="pt")
+def test_predictions_are_sorted_probabilities(imaged, processor):
+    predictions = imaged.predict(IMAGES)
+    pixel_values = processor(images=[Image.open(path).convert("RGB") for path in IMAGES], return_tensors="pt")
     with torch.no_grad():
-        expected = pictured(**pixel_values).logits.softmax(dim=-1)
+        expected = imaged(**pixel_values).logits.softmax(dim=-1)
     for prediction, row in zip(predictions, expected.tolist(), strict=True):
         scores = [entry["score"] for entry in prediction]
         assert sum(scores) == pytest.approx(1, abs=1e-5)
@@ -500,50 +500,50 @@ def test_predictions_are_sorted_probabilities(pictured, processor):
 
 @pytest.mark.parametrize("kind", [str, Path, Image.open, lambda path: Image.open(path).convert("RGBA")])
 @pytest.mark.parametrize("several", [list, tuple])
-def test_what_a_picture_may_be(kind, several, pictured):
-    expected = pictured.predict([str(path) for path in PICTURES[:2]])
-    single = pictured.predict(kind(PICTURES[0]))
+def test_what_a_image_may_be(kind, several, imaged):
+    expected = imaged.predict([str(path) for path in IMAGES[:2]])
+    single = imaged.predict(kind(IMAGES[0]))
     assert scores_of(single) == pytest.approx(scores_of(expected[0]), abs=1e-5)
-    together = pictured.predict(several(kind(path) for path in PICTURES[:2]))
+    together = imaged.predict(several(kind(path) for path in IMAGES[:2]))
     for prediction, other in zip(together, expected, strict=True):
         assert scores_of(prediction) == pytest.approx(scores_of(other), abs=1e-5)
 
 
-def test_no_pictures(pictured):
-    assert pictured.predict([]) == []
+def test_no_images(imaged):
+    assert imaged.predict([]) == []
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4, None])
-def test_top_k(top_k, pictured):
-    everything = pictured.predict(PICTURES[0])
-    assert pictured.predict(PICTURES[0], top_k=top_k) == everything[:top_k]
-    assert pictured.predict([PICTURES[0]], top_k=top_k) == [everything[:top_k]]
+def test_top_k(top_k, imaged):
+    everything = imaged.predict(IMAGES[0])
+    assert imaged.predict(IMAGES[0], top_k=top_k) == everything[:top_k]
+    assert imaged.predict([IMAGES[0]], top_k=top_k) == [everything[:top_k]]
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 5])
-def test_bad_top_k(top_k, pictured):
+def test_bad_top_k(top_k, imaged):
     with raises(f"top_k must be between 1 and 4, the number of classes, but got {top_k}."):
-        pictured.predict(PICTURES[0], top_k=top_k)
+        imaged.predict(IMAGES[0], top_k=top_k)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_size_of_the_batches_does_not_matter(batch_size, pictured):
-    expected = pictured.predict(PICTURES)
-    for prediction, other in zip(pictured.predict(PICTURES, batch_size=batch_size), expected, strict=True):
+def test_size_of_the_batches_does_not_matter(batch_size, imaged):
+    expected = imaged.predict(IMAGES)
+    for prediction, other in zip(imaged.predict(IMAGES, batch_size=batch_size), expected, strict=True):
         assert scores_of(prediction) == pytest.approx(scores_of(other), abs=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_prediction_keeps_the_mode_and_makes_no_graph(training, pictured):
-    pictured.train(training)
-    modes = [module.training for module in pictured.modules()]
-    pictured.predict(PICTURES[0])
-    assert [module.training for module in pictured.modules()] == modes
-    assert all(p.grad is None for p in pictured.parameters())
+def test_prediction_keeps_the_mode_and_makes_no_graph(training, imaged):
+    imaged.train(training)
+    modes = [module.training for module in imaged.modules()]
+    imaged.predict(IMAGES[0])
+    assert [module.training for module in imaged.modules()] == modes
+    assert all(p.grad is None for p in imaged.parameters())
 
 
 def write_truncated(path: Path) -> None:
-    content = PICTURES[0].read_bytes()
+    content = IMAGES[0].read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
 
@@ -560,7 +560,7 @@ def write_huge(path: Path) -> None:
     [
         None,
         Path.mkdir,
-        lambda path: path.write_text("no picture"),
+        lambda path: path.write_text("no image"),
         lambda path: path.write_bytes(b""),
         write_truncated,
         write_huge,
@@ -568,16 +568,16 @@ def write_huge(path: Path) -> None:
     ids=["missing", "folder", "text", "empty", "truncated", "huge"],
 )
 @pytest.mark.parametrize("kind", [str, Path])
-def test_unreadable_picture(kind, write, tmp_path, pictured):
+def test_unreadable_image(kind, write, tmp_path, imaged):
     path = tmp_path / "broken.jpg"
     if write is not None:
         write(path)
     image = kind(path)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'The picture {image!r} cannot be read: ')}.+"):
-        pictured.predict([PICTURES[0], image])
+    with pytest.raises(ValueError, match=f"^{re.escape(f'The image {image!r} cannot be read: ')}.+"):
+        imaged.predict([IMAGES[0], image])
 
 
-def test_address_that_does_not_answer(pictured, monkeypatch):
+def test_address_that_does_not_answer(imaged, monkeypatch):
     class ConnectionFailed(Exception):
         """As the errors of httpx, which are no OSError."""
 
@@ -585,13 +585,13 @@ def test_address_that_does_not_answer(pictured, monkeypatch):
         raise ConnectionFailed("no route to host")
 
     monkeypatch.setattr(image_utils.httpx, "get", get)
-    with raises("The picture 'http://example.com/cat.jpg' cannot be read: no route to host"):
-        pictured.predict("http://example.com/cat.jpg")
+    with raises("The image 'http://example.com/cat.jpg' cannot be read: no route to host"):
+        imaged.predict("http://example.com/cat.jpg")
 
 
-def test_array_is_no_picture(pictured):
-    with pytest.raises(ValueError, match=r"^The picture tensor\(\[\[0\.\]\]\) cannot be read: .+"):
-        pictured.predict([torch.zeros(1, 1)])
+def test_array_is_no_image(imaged):
+    with pytest.raises(ValueError, match=r"^The image tensor\(\[\[0\.\]\]\) cannot be read: .+"):
+        imaged.predict([torch.zeros(1, 1)])
 
 
 NO_PROCESSOR = "This classifier has no processor {}. Pass processor=AutoProcessor.from_pretrained(...)."
@@ -601,8 +601,8 @@ NO_PROCESSOR = "This classifier has no processor {}. Pass processor=AutoProcesso
 def test_prediction_without_processor(part, small_model, processor):
     part = part and getattr(processor, part)
     classes = TaskClasses.from_names(NAMES, processor)
-    with raises(NO_PROCESSOR.format("to read pictures")):
-        SEPClassifier(small_model, classes, processor=part).predict(PICTURES[0])
+    with raises(NO_PROCESSOR.format("to read images")):
+        SEPClassifier(small_model, classes, processor=part).predict(IMAGES[0])
 
 
 @pytest.mark.parametrize("part", [None, "image_processor"])
@@ -617,20 +617,20 @@ def test_names_without_processor(part, small_model, processor):
 # other classes
 
 
-def test_set_classes_swaps_them_without_training(pictured):
+def test_set_classes_swaps_them_without_training(imaged):
     """Among the old names the new probabilities are the old ones but for a factor."""
-    state = {key: value.clone() for key, value in pictured.model.state_dict().items()}
-    before = pictured.predict(PICTURES)
+    state = {key: value.clone() for key, value in imaged.model.state_dict().items()}
+    before = imaged.predict(IMAGES)
     names = ["umbrella", *reversed(NAMES)]
-    assert pictured.set_classes(names) is pictured
-    assert not pictured.encoder.training
-    assert pictured.class_names == names
-    assert pictured.prototypes.shape[0] == 5
-    for prediction, old in zip(pictured.predict(PICTURES), before, strict=True):
+    assert imaged.set_classes(names) is imaged
+    assert not imaged.encoder.training
+    assert imaged.class_names == names
+    assert imaged.prototypes.shape[0] == 5
+    for prediction, old in zip(imaged.predict(IMAGES), before, strict=True):
         scores = scores_of(prediction)
         assert sum(scores) < 1
         assert [score / sum(scores) for score in scores] == pytest.approx(scores_of(old), abs=1e-4)
-    for key, value in pictured.model.state_dict().items():
+    for key, value in imaged.model.state_dict().items():
         assert torch.equal(value, state[key])
 
 
@@ -643,12 +643,12 @@ def test_set_classes_keeps_the_template_unless_told_otherwise(template, small_mo
     assert classifier.set_classes(["lamp"]).classes.templates == ("one {}",)
 
 
-def test_set_classes_equals_a_new_classifier(pictured, small_model, processor):
+def test_set_classes_equals_a_new_classifier(imaged, small_model, processor):
     names = ["crab", "cup", "lamp"]
     pixel_values = make_images(2).new_zeros(2, 3, 64, 64).normal_(generator=torch.Generator().manual_seed(0))
     fresh = SEPClassifier.from_class_names(small_model, processor, names)
     for training in (True, False):
-        logits = [c.train(training)(pixel_values).logits for c in (pictured.set_classes(names), fresh)]
+        logits = [c.train(training)(pixel_values).logits for c in (imaged.set_classes(names), fresh)]
         torch.testing.assert_close(*logits)
 
 
@@ -664,12 +664,12 @@ def test_set_classes_equals_a_new_classifier(pictured, small_model, processor):
     ],
     ids=lambda item: str(item)[:20],
 )
-def test_bad_classes_leave_the_old_ones(names, message, pictured):
-    before = pictured.predict(PICTURES[0])
+def test_bad_classes_leave_the_old_ones(names, message, imaged):
+    before = imaged.predict(IMAGES[0])
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        pictured.set_classes(names)
-    assert pictured.class_names == NAMES
-    assert pictured.predict(PICTURES[0]) == before
+        imaged.set_classes(names)
+    assert imaged.class_names == NAMES
+    assert imaged.predict(IMAGES[0]) == before
 
 
 # files
@@ -768,14 +768,14 @@ def test_load_from_a_subfolder(saved):
     assert torch.equal(logits_of(loaded), logits_of(make_classifier()))
 
 
-def test_names_and_templates_survive(pictured, processor, tmp_path):
+def test_names_and_templates_survive(imaged, processor, tmp_path):
     """What is loaded predicts and swaps classes as what was saved."""
     names = ["café", *NAMES[1:]]
-    pictured.set_classes(names, template=["a {}.", "the {}."]).save_pretrained(tmp_path)
+    imaged.set_classes(names, template=["a {}.", "the {}."]).save_pretrained(tmp_path)
     model = CLIPModel.from_pretrained(ASSETS / "clip-small")
     loaded = SEPClassifier.from_pretrained(model, tmp_path, processor=processor)
     assert loaded.class_names == names
-    assert loaded.predict(PICTURES) == pictured.predict(PICTURES)
+    assert loaded.predict(IMAGES) == imaged.predict(IMAGES)
     assert loaded.set_classes(["cup"]).classes.templates == ("a {}.", "the {}.")
 
 
@@ -790,10 +790,10 @@ def test_saving_again_replaces_the_files(saved):
 def test_saving_again_keeps_what_the_user_wrote_into_the_model_card(saved):
     """As PEFT's own `save_pretrained` does; other files in the folder are nobody's business."""
     card = (saved / "README.md").read_text()
-    (saved / "README.md").write_text(card + "\nTrained on my own pictures.\n")
+    (saved / "README.md").write_text(card + "\nTrained on my own images.\n")
     (saved / "notes.txt").write_text("mine")
     make_classifier().save_pretrained(saved)
-    assert "Trained on my own pictures." in (saved / "README.md").read_text()
+    assert "Trained on my own images." in (saved / "README.md").read_text()
     assert (saved / "notes.txt").read_text() == "mine"
 
 
@@ -920,7 +920,7 @@ def test_broken_class_file(adapted, content, message, saved):
 # training and threads
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(IMAGES)
 
@@ -952,7 +952,7 @@ def test_trainer(save_strategy, tmp_path):
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
     trainer = Trainer(
-        classifier, arguments, train_dataset=Pictures(), eval_dataset=Pictures(), compute_metrics=compute_metrics
+        classifier, arguments, train_dataset=Images(), eval_dataset=Images(), compute_metrics=compute_metrics
     )
     result = trainer.train()
     assert result.global_step == 2
@@ -964,21 +964,21 @@ def test_trainer(save_strategy, tmp_path):
     logits = logits_of(classifier)
     assert metrics["eval_loss"] == pytest.approx(F.cross_entropy(logits, LABELS).item(), abs=1e-4)
     assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(-1) == LABELS).float().mean().item())
-    torch.testing.assert_close(torch.tensor(trainer.predict(Pictures()).predictions), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(trainer.predict(Images()).predictions), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
-def test_two_threads_predict_at_once(training, pictured):
-    jobs = [PICTURES[:2], PICTURES[1:]]
-    expected = [pictured.predict(job) for job in jobs]
-    pictured.train(training).encoder.train(training)  # drops the cache
+def test_two_threads_predict_at_once(training, imaged):
+    jobs = [IMAGES[:2], IMAGES[1:]]
+    expected = [imaged.predict(job) for job in jobs]
+    imaged.train(training).encoder.train(training)  # drops the cache
     results: list[list] = [[], []]
     barrier = threading.Barrier(2)
 
     def work(index: int) -> None:
         barrier.wait(timeout=60)
         for _ in range(4):
-            results[index].append(pictured.predict(jobs[index]))
+            results[index].append(imaged.predict(jobs[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
@@ -990,4 +990,4 @@ def test_two_threads_predict_at_once(training, pictured):
         for run in runs:
             for prediction, other in zip(run, predictions, strict=True):
                 assert scores_of(prediction) == pytest.approx(scores_of(other), abs=1e-5)
-    assert pictured.training == training
+    assert imaged.training == training

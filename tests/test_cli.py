@@ -1,4 +1,4 @@
-"""The command line, on real pictures and the small CLIP, for a few steps."""
+"""The command line, on real images and the small CLIP, for a few steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from test_convert import CHECKPOINT, LAYERS, REFERENCE
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig, __version__, convert_reference_checkpoint
-from sep_peft.cli import main
-from sep_peft.convert import FUSION_RENAMES, PACKED, TOWERS
+from sep_peft.cli.app import main
+from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
@@ -32,8 +32,8 @@ COMMANDS = ["train", "predict", "evaluate", "import-reference", "info"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Three classes of Caltech 101: 3 training and 4 test pictures each, and a training picture that is none."""
+def images(tmp_path_factory) -> Path:
+    """Three classes of Caltech 101: 3 training and 4 test images each, and a training image that is none."""
     folder = tmp_path_factory.mktemp("data") / "kitchen"
     for part, count in (("train", 3), ("test", 4)):
         for name in NAMES:
@@ -44,9 +44,9 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(pictures, tmp_path_factory) -> Path:
+def adapter(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "saved"
-    assert main(["train", str(pictures), "--base-model", BASE, "--output", str(folder), *SMALL, "--quiet"]) == 0
+    assert main(["train", str(images), "--base-model", BASE, "--output", str(folder), *SMALL, "--quiet"]) == 0
     return folder
 
 
@@ -63,7 +63,7 @@ def run(capsys):
 
 
 def error_of(run, *arguments) -> str:
-    """The one line of an error, behind the program's name."""
+    """The one line of an error, after the program's name."""
     code, out, err = run(*arguments, "--quiet")
     last = err.splitlines()[-1]
     assert (code, out) == (1, "") and "Traceback" not in err, err
@@ -74,14 +74,14 @@ def error_of(run, *arguments) -> str:
 # train
 
 
-def test_train(run, pictures, tmp_path):
+def test_train(run, images, tmp_path):
     """What is reported is what the saved adapter does, beside the base model alone."""
     out = tmp_path / "adapter"
     code, printed, err = run(
-        "train", pictures, "--base-model", BASE, "--output", out, *SMALL, "--license", "mit", "--json"
+        "train", images, "--base-model", BASE, "--output", out, *SMALL, "--license", "mit", "--json"
     )
     assert code == 0, err
-    assert "reading pictures" in err and "zero-shot, test" in err and "SEP, test" in err
+    assert "reading images" in err and "zero-shot, test" in err and "SEP, test" in err
     data = json.loads(printed)
     score = data["scores"][0]
     assert sorted(path.name for path in out.iterdir()) == [
@@ -91,13 +91,13 @@ def test_train(run, pictures, tmp_path):
         "sep_classes.json",
         "sep_prototypes.safetensors",
     ]
-    assert (data["adapter"], data["classes"], data["training_pictures"]) == (str(out), NAMES, 6)
+    assert (data["adapter"], data["classes"], data["training_images"]) == (str(out), NAMES, 6)
     assert data["bytes"] == (out / "adapter_model.safetensors").stat().st_size
     assert data["unreadable"] == []
-    assert (score["dataset"], score["split"], score["pictures"]) == ("kitchen", "test", 12)
+    assert (score["dataset"], score["split"], score["images"]) == ("kitchen", "test", 12)
 
     classifier = SEPClassifier.from_pretrained(out)
-    samples = [(path, name) for name in NAMES for path in sorted((pictures / "test" / name).iterdir())]
+    samples = [(path, name) for name in NAMES for path in sorted((images / "test" / name).iterdir())]
     assert score["accuracy"] == accuracy(classifier, samples)
     with classifier.model.disable_adapter():
         assert score["zero_shot"] == accuracy(classifier, samples)
@@ -114,85 +114,85 @@ def accuracy(classifier, samples) -> float:
     return 100 * sum(right) / len(right)
 
 
-def test_training_changes_the_predictions_and_repeats(run, pictures, adapter, tmp_path):
+def test_training_changes_the_predictions_and_repeats(run, images, adapter, tmp_path):
     """The same arguments give the same adapter; another seed another."""
     outputs = [tmp_path / "same", tmp_path / "other"]
     for out, seed in zip(outputs, (1, 2), strict=True):
         code, printed, _ = run(
-            "train", pictures, "--base-model", BASE, "--output", out, *SMALL, "--seed", seed, "--quiet"
+            "train", images, "--base-model", BASE, "--output", out, *SMALL, "--seed", seed, "--quiet"
         )
         assert code == 0
         line = rf"saved {re.escape(str(out))} \(0\.\d MB\), 3 classes\ntest: \d+\.\d % with SEP, \d+\.\d % zero-shot, "
-        assert re.fullmatch(line + "12 pictures\n", printed), printed
-    picture = next((pictures / "test" / "cup").iterdir())
-    first, same, other = (SEPClassifier.from_pretrained(path).predict(picture) for path in (adapter, *outputs))
+        assert re.fullmatch(line + "12 images\n", printed), printed
+    image = next((images / "test" / "cup").iterdir())
+    first, same, other = (SEPClassifier.from_pretrained(path).predict(image) for path in (adapter, *outputs))
     assert first == same != other
 
 
-def test_train_without_pictures_to_test_on(run, pictures, tmp_path):
+def test_train_without_images_to_test_on(run, images, tmp_path):
     out = tmp_path / "adapter"
     code, printed, _ = run(
-        "train", pictures / "train", "--base-model", BASE, "--output", out, *SMALL, "--shots", 3, "--json", "--quiet"
+        "train", images / "train", "--base-model", BASE, "--output", out, *SMALL, "--shots", 3, "--json", "--quiet"
     )
     assert (code, json.loads(printed)["scores"]) == (0, [])
     assert "## Results" not in (out / "README.md").read_text()
 
 
-def test_unreadable_pictures_are_named_counted_and_left_out(run, pictures, tmp_path):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_unreadable_images_are_named_counted_and_left_out(run, images, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
     broken = [data / "train" / "cup" / "0.jpg", data / "test" / "lamp" / "0.jpg"]
     for path in broken:
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     out = tmp_path / "adapter"
     options = [*SMALL, "--shots", 9, "--json", "--quiet"]
     code, printed, err = run("train", data, "--base-model", BASE, "--output", out, *options)
     result = json.loads(printed)
-    assert (code, result["training_pictures"], result["scores"][0]["pictures"]) == (0, 9, 12)
-    assert [entry["picture"] for entry in result["unreadable"]] == [str(path) for path in broken]
+    assert (code, result["training_images"], result["scores"][0]["images"]) == (0, 9, 12)
+    assert [entry["image"] for entry in result["unreadable"]] == [str(path) for path in broken]
     for path in broken:
-        assert f"sep-peft: warning: The picture {path!r} cannot be read: " in err
-    assert err.count("sep-peft: warning: 1 pictures cannot be read and are left out\n") == 2
+        assert f"sep-peft: warning: The image {path!r} cannot be read: " in err
+    assert err.count("sep-peft: warning: 1 images cannot be read and are left out\n") == 2
 
 
-def test_a_class_whose_pictures_are_all_unreadable(run, pictures, tmp_path):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_a_class_whose_images_are_all_unreadable(run, images, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
     for path in (data / "train" / "lamp").iterdir():
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     message = error_of(run, "train", data, "--base-model", BASE, "--output", tmp_path / "new", *SMALL)
-    assert message == "No training picture can be read of lamp."
+    assert message == "No training image can be read of lamp."
     assert not (tmp_path / "new").exists()
 
 
-def test_an_adapter_is_not_replaced_unless_asked(run, pictures, adapter, tmp_path):
+def test_an_adapter_is_not_replaced_unless_asked(run, images, adapter, tmp_path):
     out = shutil.copytree(adapter, tmp_path / "adapter")
     before = (out / "adapter_model.safetensors").read_bytes()
-    arguments = ["train", pictures, "--base-model", BASE, "--output", out, *SMALL, "--seed", 5]
+    arguments = ["train", images, "--base-model", BASE, "--output", out, *SMALL, "--seed", 5]
     assert error_of(run, *arguments) == f"{out} has an adapter already. Pass --overwrite to replace it."
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert run(*arguments, "--overwrite", "--quiet")[0] == 0
     assert (out / "adapter_model.safetensors").read_bytes() != before
 
 
-def test_errors_of_train(run, pictures, tmp_path):
+def test_errors_of_train(run, images, tmp_path):
     out = ["--base-model", BASE, "--output", tmp_path / "new"]
     assert error_of(run, "train", tmp_path / "none", *out) == f"There is no folder {tmp_path / 'none'}."
     file = tmp_path / "file"
     file.write_text("mine")
-    message = error_of(run, "train", pictures, "--base-model", BASE, "--output", file)
+    message = error_of(run, "train", images, "--base-model", BASE, "--output", file)
     assert message == f"{file} is a file; a folder is needed to save into."
-    message = error_of(run, "train", pictures, *out, "--template", "a photo")
+    message = error_of(run, "train", images, *out, "--template", "a photo")
     assert message == "A template must contain {} once, in place of the class name, but got 'a photo'."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @pytest.mark.parametrize("kept", ["memory", "folder"])
-def test_train_on_a_cached_trunk(run, pictures, kept, tmp_path):
+def test_train_on_a_cached_trunk(run, images, kept, tmp_path):
     """Trained twice it is the same adapter, whether the trunk is computed or found on disk."""
     cache = "memory" if kept == "memory" else tmp_path / "cache"
     options = ["--base-model", BASE, *SMALL, "--start-layer", 2, "--cache", cache, "--views", 2, "--json"]
     results = []
     for name in ("one", "two"):
-        code, _, err = run("train", pictures, *options, "--output", tmp_path / name)
+        code, _, err = run("train", images, *options, "--output", tmp_path / name)
         assert code == 0, err
         results.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
         if kept == "folder":
@@ -202,22 +202,22 @@ def test_train_on_a_cached_trunk(run, pictures, kept, tmp_path):
     assert config["start_layer"] == 2
 
 
-def test_a_cache_needs_a_trunk(run, pictures, tmp_path):
+def test_a_cache_needs_a_trunk(run, images, tmp_path):
     out = ["--base-model", BASE, "--output", tmp_path / "new", "--cache", "memory"]
     message = "--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache."
-    assert error_of(run, "train", pictures, *out) == message
+    assert error_of(run, "train", images, *out) == message
 
 
 # predict
 
 
-def test_predict(run, pictures, adapter):
+def test_predict(run, images, adapter):
     """Files and folders, in order, as the classifier predicts them."""
-    picture = sorted((pictures / "test" / "cup").iterdir())[0]
-    code, printed, _ = run("predict", adapter, picture, pictures / "test" / "lamp", "--batch-size", 2, "--json")
-    paths = [picture, *sorted((pictures / "test" / "lamp").iterdir())]
+    image = sorted((images / "test" / "cup").iterdir())[0]
+    code, printed, _ = run("predict", adapter, image, images / "test" / "lamp", "--batch-size", 2, "--json")
+    paths = [image, *sorted((images / "test" / "lamp").iterdir())]
     data = json.loads(printed)
-    assert code == 0 and [entry["picture"] for entry in data] == [str(path) for path in paths]
+    assert code == 0 and [entry["image"] for entry in data] == [str(path) for path in paths]
     expected = SEPClassifier.from_pretrained(adapter).predict(paths)
     for entry, prediction in zip(data, expected, strict=True):
         assert [top["label"] for top in entry["prediction"]] == [top["label"] for top in prediction]
@@ -225,66 +225,66 @@ def test_predict(run, pictures, adapter):
         assert scores == pytest.approx([top["score"] for top in prediction], abs=1e-5)
 
 
-def test_predict_for_people(run, pictures, adapter):
-    picture = sorted((pictures / "test" / "cup").iterdir())[0]
-    best = SEPClassifier.from_pretrained(adapter).predict(picture, top_k=1)[0]
-    code, printed, _ = run("predict", adapter, picture, "--top-k", 1, "--quiet")
-    assert (code, printed) == (0, f"{picture}: {best['label']} {best['score']:.1%}\n")
+def test_predict_for_people(run, images, adapter):
+    image = sorted((images / "test" / "cup").iterdir())[0]
+    best = SEPClassifier.from_pretrained(adapter).predict(image, top_k=1)[0]
+    code, printed, _ = run("predict", adapter, image, "--top-k", 1, "--quiet")
+    assert (code, printed) == (0, f"{image}: {best['label']} {best['score']:.1%}\n")
 
 
-def test_predict_with_another_base_model_and_classes(run, pictures, adapter):
-    picture = sorted((pictures / "test" / "cup").iterdir())[0]
+def test_predict_with_another_base_model_and_classes(run, images, adapter):
+    image = sorted((images / "test" / "cup").iterdir())[0]
     options = ["--base-model", BASE, "--class", "pizza", "--class", "cup", "--json", "--quiet"]
-    data = json.loads(run("predict", adapter, picture, *options)[1])
+    data = json.loads(run("predict", adapter, image, *options)[1])
     assert {top["label"] for top in data[0]["prediction"]} == {"pizza", "cup"}
 
 
-def test_predict_of_other_classes_asks_zero_shot_as_well(run, pictures, adapter):
-    picture = sorted((pictures / "test" / "cup").iterdir())[0]
+def test_predict_of_other_classes_asks_zero_shot_as_well(run, images, adapter):
+    image = sorted((images / "test" / "cup").iterdir())[0]
     options = ["--base-model", BASE, "--class", "pizza", "--class", "cup", "--json", "--quiet"]
     found = [
-        json.loads(run("predict", adapter, picture, *options, *margin)[1])[0]["prediction"][0]["score"]
+        json.loads(run("predict", adapter, image, *options, *margin)[1])[0]["prediction"][0]["score"]
         for margin in ([], ["--zero-shot-margin", "1.5"], ["--zero-shot-margin", "0"])
     ]
     assert found[0] == found[1] != found[2]
-    message = error_of(run, "predict", adapter, picture, *options, "--zero-shot-margin", "-2")
+    message = error_of(run, "predict", adapter, image, *options, "--zero-shot-margin", "-2")
     assert message == "zero_shot_margin must be at least 0 and finite, but got -2.0."
 
 
-def test_predict_goes_on_behind_an_unreadable_picture(run, pictures, adapter, tmp_path):
-    good, bad = sorted((pictures / "test" / "cup").iterdir())[0], tmp_path / "bad.jpg"
-    bad.write_bytes(b"no picture")
+def test_predict_goes_on_after_an_unreadable_image(run, images, adapter, tmp_path):
+    good, bad = sorted((images / "test" / "cup").iterdir())[0], tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
     code, printed, err = run("predict", adapter, good, bad, "--json", "--quiet")
     first, second = json.loads(printed)
     assert code == 1 and len(first["prediction"]) == 3
-    assert set(second) == {"picture", "error"} and second["error"].startswith(f"The picture '{bad}' cannot be read: ")
-    assert f"sep-peft: warning: The picture '{bad}' cannot be read: " in err
+    assert set(second) == {"image", "error"} and second["error"].startswith(f"The image '{bad}' cannot be read: ")
+    assert f"sep-peft: warning: The image '{bad}' cannot be read: " in err
 
 
-def test_errors_of_predict(run, pictures, adapter, tmp_path):
-    picture = sorted((pictures / "test" / "cup").iterdir())[0]
-    assert error_of(run, "predict", tmp_path / "none", picture) == f"There is no adapter folder {tmp_path / 'none'}."
-    message = error_of(run, "predict", adapter, picture, "--top-k", 4)
+def test_errors_of_predict(run, images, adapter, tmp_path):
+    image = sorted((images / "test" / "cup").iterdir())[0]
+    assert error_of(run, "predict", tmp_path / "none", image) == f"There is no adapter folder {tmp_path / 'none'}."
+    message = error_of(run, "predict", adapter, image, "--top-k", 4)
     assert message == "top_k must be between 1 and 3, the number of classes, but got 4."
-    assert error_of(run, "predict", adapter, tmp_path) == f"There are no pictures in {tmp_path}."
+    assert error_of(run, "predict", adapter, tmp_path) == f"There are no images in {tmp_path}."
     copy = shutil.copytree(adapter, tmp_path / "copy")
     (copy / "adapter_model.safetensors").write_bytes(b"cut short")
-    assert "cut short or no safetensors file" in error_of(run, "predict", copy, picture)
+    assert "cut short or no safetensors file" in error_of(run, "predict", copy, image)
 
 
 # evaluate
 
 
-def test_evaluate(run, pictures, adapter):
-    code, printed, _ = run("evaluate", adapter, pictures, "--json", "--quiet")
+def test_evaluate(run, images, adapter):
+    code, printed, _ = run("evaluate", adapter, images, "--json", "--quiet")
     data = json.loads(printed)
     score = ModelCard.load(adapter / "README.md").data.eval_results[0]
-    assert (code, data["pictures"], data["classes"], data["unreadable"]) == (0, 12, 3, [])
+    assert (code, data["images"], data["classes"], data["unreadable"]) == (0, 12, 3, [])
     assert round(data["accuracy"], 2) == score.metric_value
     assert data["accuracy"] == pytest.approx(sum(data["per_class"].values()) / 3)
     assert f"| {data['accuracy']:.1f} | {data['zero_shot']:.1f} |" in (adapter / "README.md").read_text()
-    code, printed, _ = run("evaluate", adapter, pictures, "--quiet")
-    lines = [f"{data['accuracy']:.1f} % with SEP, {data['zero_shot']:.1f} % zero-shot, 12 pictures of 3 classes"]
+    code, printed, _ = run("evaluate", adapter, images, "--quiet")
+    lines = [f"{data['accuracy']:.1f} % with SEP, {data['zero_shot']:.1f} % zero-shot, 12 images of 3 classes"]
     lines += [f"{accuracy:6.1f} %  {name}" for name, accuracy in data["per_class"].items()]
     assert printed.splitlines() == lines
 
@@ -323,7 +323,7 @@ def make_checkpoint(folder: Path) -> Path:
     return path
 
 
-def test_import_reference_with_classes(run, pictures, tmp_path):
+def test_import_reference_with_classes(run, images, tmp_path):
     """What comes out predicts, by itself, what the converted adapter does with these classes."""
     checkpoint, out = make_checkpoint(tmp_path), tmp_path / "adapter"
     names = tmp_path / "names.txt"
@@ -342,8 +342,8 @@ def test_import_reference_with_classes(run, pictures, tmp_path):
     convert_reference_checkpoint(checkpoint, CLIPModel.from_pretrained(BASE), tmp_path / "plain")
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(BASE), tmp_path / "plain")
     expected = SEPClassifier.from_class_names(model, AutoProcessor.from_pretrained(BASE), NAMES, template="one {}.")
-    picture = next((pictures / "test" / "cup").iterdir())
-    assert SEPClassifier.from_pretrained(out).predict(picture) == expected.predict(picture)
+    image = next((images / "test" / "cup").iterdir())
+    assert SEPClassifier.from_pretrained(out).predict(image) == expected.predict(image)
 
 
 def test_import_reference_without_classes(run, tmp_path):
@@ -425,7 +425,7 @@ def test_help(command, capsys):
         ([], "the following arguments are required: COMMAND"),
         (["fly"], "argument COMMAND: invalid choice: 'fly'"),
         (["train", "x"], "the following arguments are required: --base-model, --output"),
-        (["predict", "x"], "the following arguments are required: PICTURE"),
+        (["predict", "x"], "the following arguments are required: IMAGE"),
         (["train", "x", "--shots", "0"], "argument --shots: must be at least 1, but is 0"),
         (["train", "x", "--shots", "few"], "argument --shots: invalid whole_number value: 'few'"),
         (["info", "x", "--what"], "unrecognized arguments: --what"),
@@ -449,7 +449,7 @@ def test_interrupted(run, adapter, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sep_peft.commands.safe_open", interrupt)
+    monkeypatch.setattr("sep_peft.cli.commands.safe_open", interrupt)
     assert run("info", adapter) == (130, "", "sep-peft: interrupted\n")
 
 

@@ -13,7 +13,7 @@ from test_lifecycle import adapted, outputs, snapshot
 from test_method import SETTINGS
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, hotswap_adapter
-from sep_peft.combine import OPTIONS
+from sep_peft.tuner.soup import OPTIONS
 
 
 def raises(message: str, error: type[Exception] = ValueError):

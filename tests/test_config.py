@@ -196,7 +196,7 @@ MISFITS = [
     ),
     (
         {"num_vision_prompts": 10},
-        "num_vision_prompts must be at most 9, the number of tokens of a picture to select from, but got 10.",
+        "num_vision_prompts must be at most 9, the number of tokens of an image to select from, but got 10.",
     ),
     (
         {"target_modules": ["text_model", "vision_model.encoder"]},
@@ -233,7 +233,7 @@ BAD_NAMES = [
 
 
 class Untouched:
-    """Context manager: the model must look the same behind the block as before it."""
+    """Context manager: the model must look the same after the block as before it."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, convert_reference_checkpoint
-from sep_peft.convert import FUSION_RENAMES, PACKED, TOWERS
+from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
 REFERENCE = Path(__file__).parent / "data" / "reference"

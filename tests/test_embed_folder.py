@@ -29,17 +29,17 @@ COUNT, SHARD_SIZE = 240, 2
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """`COUNT` small pictures in folders of folders, three of which cannot be read, and a file that is no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """`COUNT` small images in folders of folders, three of which cannot be read, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(COUNT):
         path = folder / f"{i % 3}" / "ünder" / f"{i:03d}.PNG"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path)
     for name in ("0/ünder/000.PNG", "1/ünder/001.PNG", "broken.jpg"):
-        (folder / name).write_bytes(b"no picture")
-    (folder / "notes.txt").write_text("no picture either")
+        (folder / name).write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
     return folder
 
 
@@ -53,7 +53,7 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
-def command(pictures: Path, adapter: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
+def command(images: Path, adapter: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
     launch = [sys.executable]
     if processes > 1:  # on a CPU accelerate starts several only where it is told that these are GPUs, or by mpirun
         launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
@@ -61,7 +61,7 @@ def command(pictures: Path, adapter: Path, output: Path, *options: str, processe
         launch += ["--main_process_port", "0"]  # any that is free
     arguments = ["--model", str(ASSETS / "clip-small"), "--adapter", str(adapter), "--output", str(output)]
     sizes = ["--shard-size", str(SHARD_SIZE), "--batch-size", "2", "--workers", "0", "--device", "cpu"]
-    return [*launch, str(SCRIPT), str(pictures), *arguments, *sizes, *options]
+    return [*launch, str(SCRIPT), str(images), *arguments, *sizes, *options]
 
 
 def environment() -> dict[str, str]:
@@ -99,42 +99,40 @@ def kill_after_shards(arguments: list[str], output: Path, count: int) -> None:
 
 
 @torch.no_grad()
-def test_killed_and_resumed_by_two_processes(pictures, adapter, tmp_path):
+def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
     output = tmp_path / "embeds"
-    kill_after_shards(command(pictures, adapter, output), output, 3)
+    kill_after_shards(command(images, adapter, output), output, 3)
     written = {path: path.stat().st_mtime_ns for path in shards(output)}
     assert 3 <= len(written) < COUNT // SHARD_SIZE
     assert not (output / "summary.json").exists()
     read(output)  # every shard that is there is whole
     (output / "shard-000100.part").write_bytes(b"half a shard")
 
-    result = run(command(pictures, adapter, output, processes=2))
+    result = run(command(images, adapter, output, processes=2))
     assert result.returncode == 0, result.stderr
     assert {path: path.stat().st_mtime_ns for path in written} == written
     names, unreadable, embeddings = read(output)
-    found = sorted(
-        path.relative_to(pictures).as_posix() for path in pictures.rglob("*") if path.suffix in (".PNG", ".jpg")
-    )
+    found = sorted(path.relative_to(images).as_posix() for path in images.rglob("*") if path.suffix in (".PNG", ".jpg"))
     assert unreadable == ["0/ünder/000.PNG", "1/ünder/001.PNG", "broken.jpg"]
     assert names == [name for name in found if name not in unreadable]
     assert len(embeddings) == COUNT - 2
     summary = {"embedded": COUNT - 2, "unreadable": unreadable, "shards": -(-(COUNT + 1) // SHARD_SIZE)}
     assert json.loads((output / "summary.json").read_text(encoding="utf-8")) == summary
     assert "done by 2 processes\n" in result.stdout
-    assert f"{COUNT - 2} pictures embedded in {summary['shards']} shards, 3 could not be read" in result.stdout
+    assert f"{COUNT - 2} images embedded in {summary['shards']} shards, 3 could not be read" in result.stdout
     assert sorted({path.suffix for path in output.iterdir()}) == [".json", ".safetensors"]
 
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(ASSETS / "clip-small"), adapter).eval()
     processor = AutoImageProcessor.from_pretrained(ASSETS / "clip-small")
     some = range(0, len(names), 20)
-    images = [Image.open(pictures / names[i]) for i in some]
+    images = [Image.open(images / names[i]) for i in some]
     expected = ImageEmbedder(model)(processor(images, return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(embeddings[list(some)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_made_from_something_else_is_left_alone(pictures, adapter, tmp_path):
+def test_a_folder_made_from_something_else_is_left_alone(images, adapter, tmp_path):
     output, few = tmp_path / "embeds", tmp_path / "few"
-    shutil.copytree(pictures / "2", few)
+    shutil.copytree(images / "2", few)
     result = run(command(few, adapter, output, "--shard-size", "200"))
     assert result.returncode == 0, result.stderr
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -142,14 +140,14 @@ def test_a_folder_made_from_something_else_is_left_alone(pictures, adapter, tmp_
     (few / "new.png").write_bytes((few / "ünder" / "002.PNG").read_bytes())
     result = run(command(few, adapter, output, "--shard-size", "100"))
     assert result.returncode == 1
-    message = f"{output} was made from other shard_size, pictures. Choose another --output, or empty it.\n"
+    message = f"{output} was made from other shard_size, images. Choose another --output, or empty it.\n"
     assert result.stdout == message
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_a_folder_without_pictures(adapter, tmp_path):
+def test_a_folder_without_images(adapter, tmp_path):
     (tmp_path / "empty").mkdir()
     result = run(command(tmp_path / "empty", adapter, tmp_path / "embeds"))
     assert result.returncode == 1
-    assert "holds no pictures (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)." in result.stderr
+    assert "holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)." in result.stderr
     assert not (tmp_path / "embeds").exists()

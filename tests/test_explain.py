@@ -14,13 +14,13 @@ from small_clip import make_clip, perturb
 from transformers import AutoImageProcessor, AutoProcessor
 
 from sep_peft import Explanation, SEPClassifier, SEPConfig, TaskClasses, explain
-from sep_peft.explain import LayerExplanation
-from sep_peft.functional import largest_tokens
-from sep_peft.model import find_towers
+from sep_peft.classifier.explain import LayerExplanation
+from sep_peft.method.select import largest_tokens
+from sep_peft.tuner.model import find_towers
 
 
 ASSETS = Path(__file__).parents[1] / "examples/assets"
-PICTURE = sorted((ASSETS / "caltech101/test/sunflower").iterdir())[0]
+IMAGE = sorted((ASSETS / "caltech101/test/sunflower").iterdir())[0]
 PROMPTS, PATCHES, GRID = 4, 9, (3, 3)
 
 
@@ -40,13 +40,13 @@ def processor():
 
 
 def hidden_before(model, layer: int, processor) -> torch.Tensor:
-    """Hidden states (tokens, D) of `PICTURE` before a layer of the prompted pass, without the prompts at their end."""
+    """Hidden states (tokens, D) of `IMAGE` before a layer of the prompted pass, without the prompts at their end."""
     tower, seen = find_towers(model)["vision"], []
     # under the wrapper of the layer before: what it returns is what the next one fuses
     hooked = tower.base_layer.encoder.layers[layer - 1].base_layer
     handle = hooked.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
-        tower.embed(**processor(Image.open(PICTURE).convert("RGB"), return_tensors="pt"))
+        tower.embed(**processor(Image.open(IMAGE).convert("RGB"), return_tensors="pt"))
     handle.remove()
     frozen, prompted = sorted(seen, key=lambda states: states.shape[1])
     assert (frozen.shape[1], prompted.shape[1]) == (1 + PATCHES, 1 + PATCHES + len(tower.sep_prompts["default"]))
@@ -64,19 +64,19 @@ def strongest(hidden: torch.Tensor, count: int) -> list[tuple[int, int] | None]:
 @pytest.mark.parametrize("layer", [1, 3])
 def test_chosen_patches_by_hand(layer, count, processor):
     model = make_model(num_vision_prompts=count)
-    explained = {entry.layer: entry for entry in explain(model, processor, PICTURE).layers}
+    explained = {entry.layer: entry for entry in explain(model, processor, IMAGE).layers}
     assert list(explained) == [1, 2, 3]
     assert explained[layer].patches == strongest(hidden_before(model, layer, processor), count)
 
 
 def test_cls_is_shown_as_none(processor):
     model = make_model(num_vision_prompts=PATCHES)  # 9 of 10 tokens
-    for entry in explain(model, processor, PICTURE).layers:
+    for entry in explain(model, processor, IMAGE).layers:
         others = [patch for patch in entry.patches if patch is not None]
         assert len(set(others)) == len(others)
         assert all(0 <= row < GRID[0] and 0 <= column < GRID[1] for row, column in others)
         assert len(others) == PATCHES - (None in entry.patches)
-    chosen = [None in entry.patches for entry in explain(model, processor, PICTURE).layers]
+    chosen = [None in entry.patches for entry in explain(model, processor, IMAGE).layers]
     by_hand = [0 in largest_tokens(hidden_before(model, i, processor)[None], PATCHES)[0] for i in (1, 2, 3)]
     assert chosen == by_hand
     assert any(chosen)
@@ -85,7 +85,7 @@ def test_cls_is_shown_as_none(processor):
 def test_attention_by_hand(processor):
     """Rows sum to 1, and the first layer's weights are the softmax of the scaled products."""
     model = make_model()
-    tower, explained = find_towers(model)["vision"], explain(model, processor, PICTURE)
+    tower, explained = find_towers(model)["vision"], explain(model, processor, IMAGE)
     for entry in explained.layers:
         assert entry.weights.shape == (1, PROMPTS, PROMPTS)  # 48 channels make one head
         torch.testing.assert_close(entry.weights.sum(dim=-1), torch.ones(1, PROMPTS))
@@ -98,7 +98,7 @@ def test_attention_by_hand(processor):
     fusion = tower.sep_fusion["default"]["1"]
     handle = fusion.register_forward_hook(lambda module, args, output: seen.append(args))
     with torch.no_grad():
-        tower.embed(**processor(Image.open(PICTURE).convert("RGB"), return_tensors="pt"))
+        tower.embed(**processor(Image.open(IMAGE).convert("RGB"), return_tensors="pt"))
         handle.remove()
         prompts, tokens = (values[0] for values in seen[0])
         torch.testing.assert_close(tokens, chosen)
@@ -109,34 +109,34 @@ def test_attention_by_hand(processor):
 
 
 def test_only_layers_with_fusion_appear(processor):
-    explained = explain(make_model(vision_layers=[1, 3], share_fusion=True), processor, PICTURE)
+    explained = explain(make_model(vision_layers=[1, 3], share_fusion=True), processor, IMAGE)
     assert [entry.layer for entry in explained.layers] == [1, 3]
 
 
 def test_explaining_changes_nothing(processor):
     model = make_model()
-    pixel_values = processor(Image.open(PICTURE).convert("RGB"), return_tensors="pt")["pixel_values"]
+    pixel_values = processor(Image.open(IMAGE).convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         before = find_towers(model)["vision"].embed(pixel_values)
-        explain(model, processor, PICTURE)
+        explain(model, processor, IMAGE)
         after = find_towers(model)["vision"].embed(pixel_values)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("image", [PICTURE, str(PICTURE), Image.open(PICTURE)], ids=["Path", "str", "PIL"])
-def test_what_a_picture_may_be(image, processor):
+@pytest.mark.parametrize("image", [IMAGE, str(IMAGE), Image.open(IMAGE)], ids=["Path", "str", "PIL"])
+def test_what_a_image_may_be(image, processor):
     explained = explain(make_model(), processor, image)
-    expected = explain(make_model(), processor, PICTURE)
-    assert torch.equal(explained.picture, expected.picture)
+    expected = explain(make_model(), processor, IMAGE)
+    assert torch.equal(explained.image, expected.image)
     assert [entry.patches for entry in explained.layers] == [entry.patches for entry in expected.layers]
 
 
-def test_picture_is_what_the_model_saw(processor):
+def test_image_is_what_the_model_saw(processor):
     """Cropped and resized, with the normalization undone."""
-    explained = explain(make_model(), processor, PICTURE)
-    plain = processor(Image.open(PICTURE).convert("RGB"), do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    explained = explain(make_model(), processor, IMAGE)
+    plain = processor(Image.open(IMAGE).convert("RGB"), do_normalize=False, return_tensors="pt")["pixel_values"][0]
     assert explained.grid == GRID
-    torch.testing.assert_close(explained.picture, plain.permute(1, 2, 0).clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(explained.image, plain.permute(1, 2, 0).clamp(0, 1), rtol=0, atol=1e-5)
 
 
 def test_a_whole_processor_and_a_whole_classifier_serve_as_well(processor):
@@ -144,7 +144,7 @@ def test_a_whole_processor_and_a_whole_classifier_serve_as_well(processor):
     whole = AutoProcessor.from_pretrained(ASSETS / "clip-small")
     whole.image_processor = processor
     for model in (classifier, classifier.model, classifier.model.get_base_model()):
-        assert [entry.layer for entry in explain(model, whole, PICTURE).layers] == [1, 2, 3]
+        assert [entry.layer for entry in explain(model, whole, IMAGE).layers] == [1, 2, 3]
 
 
 NOTHING = "There is nothing to explain: no active SEP adapter fuses prompts in the image tower."
@@ -165,18 +165,18 @@ NOTHING = "There is nothing to explain: no active SEP adapter fuses prompts in t
 def test_no_fusion(config, processor):
     model = make_clip() if config is None else make_model(**config)
     with pytest.raises(ValueError, match=f"^{re.escape(NOTHING)}$"):
-        explain(model, processor, PICTURE)
+        explain(model, processor, IMAGE)
 
 
 def test_disabled_adapter(processor):
     model = make_model()
     with model.disable_adapter(), pytest.raises(ValueError, match=f"^{re.escape(NOTHING)}$"):
-        explain(model, processor, PICTURE)
+        explain(model, processor, IMAGE)
 
 
-def test_unreadable_picture(processor, tmp_path):
+def test_unreadable_image(processor, tmp_path):
     path = tmp_path / "missing.jpg"
-    with pytest.raises(ValueError, match=f"^{re.escape(f'The picture {path!r} cannot be read: ')}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'The image {path!r} cannot be read: ')}"):
         explain(make_model(), processor, path)
 
 
@@ -198,7 +198,7 @@ def test_counts():
 @pytest.mark.parametrize("name", ["drawing.png", "drawing.pdf"])
 def test_plot_writes_a_file(name, processor, tmp_path):
     path = tmp_path / name
-    figure = explain(make_model(), processor, PICTURE).plot(path)
+    figure = explain(make_model(), processor, IMAGE).plot(path)
     titles = [axis.get_title().removesuffix(" + CLS") for axis in figure.axes if axis.get_title()]
     assert titles == ["input", "before layer 1", "before layer 2", "before layer 3"]
     if name.endswith(".png"):
@@ -217,7 +217,7 @@ def test_plot_without_a_path_writes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("panels", "columns"), [(1, 4), (3, 4), (4, 4), (5, 2)])
 def test_what_is_drawn(panels, columns):
-    """One panel for the picture and one a layer; CLS is in the title, since it is no patch."""
+    """One panel for the image and one a layer; CLS is in the title, since it is no patch."""
     explanation = make_explanation(*[[None, (0, 1)], [(2, 2), (1, 0)], [(0, 0), (0, 1)], [None, (1, 1)]][: panels - 1])
     axes = explanation.plot(columns=columns).axes
     assert len(axes) == -(-panels // columns) * columns
@@ -230,7 +230,7 @@ def test_what_is_drawn(panels, columns):
             for column in range(GRID[1]):
                 area = (slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
                 shade = 1.0 if (row, column) in layer.patches else 0.3
-                torch.testing.assert_close(drawn[area], explanation.picture[area] * shade)
+                torch.testing.assert_close(drawn[area], explanation.image[area] * shade)
         assert [text.get_text() for text in axis.texts] == ["0.50"] * sum(patch is not None for patch in layer.patches)
 
 

@@ -13,8 +13,11 @@ from families import CASES, LAYERS, Case, patches
 from peft import PeftModel, get_peft_model
 from small_clip import perturb
 
-from sep_peft import SEPConfig, functional, passes, texts
-from sep_peft.scoring import ClassWeights, logits_of
+from sep_peft import SEPConfig
+from sep_peft.classifier.logits import ClassWeights, logits_of
+from sep_peft.method.mix import mix_embeddings
+from sep_peft.method.sequence import extend_mask
+from sep_peft.tuner import passes, texts
 
 
 TOWERS = [
@@ -78,7 +81,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
     case = CASES[name]
     model = adapt(case, attention, start_layer=1, frozen_weight=0.0)
     spec = tower_of(model, tower).spec
-    extend = functional.extend_mask
+    extend = extend_mask
 
     def hide(mask, count, position, causal):
         mask = extend(mask, count, position, causal)
@@ -110,7 +113,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
         assert name in MASKLESS
         return
     monkeypatch.setattr(passes.PromptedPass, "run_layer", with_mask)
-    monkeypatch.setattr(functional, "extend_mask", hide)
+    monkeypatch.setattr(passes, "extend_mask", hide)
     for inputs in variants_of_inputs(case, tower):
         expected = base_features(case, attention, tower, inputs)
         torch.testing.assert_close(run(model, tower, inputs), expected, rtol=1e-4, atol=2e-5)
@@ -213,7 +216,7 @@ def test_image_prompts_enter_as_patches_do(name):
         return  # copies differ, see test_copies_of_all_tokens_change_nothing
     layer = tower_of(model, "vision")
     if layer.spec.in_stages:
-        return  # group tokens join behind the embeddings, and copies of these would be missing
+        return  # group tokens join after the embeddings, and copies of these would be missing
     inputs, seen = one_input(case, "vision"), []
     embeddings = layer.base_layer.get_submodule(case.embeddings)
     with embeddings.register_forward_hook(lambda module, args, output: seen.append(output)):
@@ -253,7 +256,7 @@ def test_visible_prompts_equal_a_longer_native_text(name, tower, attention):
     # TIPSv2 and VideoPrism scale the embeddings of words
     prompts = prompts * next((m.embed_scale for m in layer.base_layer.modules() if hasattr(m, "embed_scale")), 1.0)
     prompts = prompts * getattr(embeddings, "scaling", 1.0)
-    places = torch.tensor([9, 10, 11])  # where positions do not move, the prompts' words come from behind the text
+    places = torch.tensor([9, 10, 11])  # where positions do not move, the prompts' words come from after the text
     if not case.shifts:
         assert layer.spec.positions is None
         table = embeddings.position_embedding  # a module, or VideoPrism's buffer
@@ -285,7 +288,7 @@ def find_embedding(tower: torch.nn.Module, *names: str) -> torch.nn.Embedding:
 
 @pytest.mark.parametrize(("name", "tower"), READING)
 def test_texts_end_where_the_family_says(name, tower):
-    """Padding without a mask is behind the end of a text wherever the family tells it from the ids."""
+    """Padding without a mask is after the end of a text wherever the family tells it from the ids."""
     case = CASES[name]
     layer, words = tower_of(adapt(case), tower), case.words(tower)
     expected = [8, 8, 8] if layer.spec.text_end is None else [4, 3, 6]
@@ -341,14 +344,14 @@ def test_lifecycle(name, tmp_path):
 
 
 @torch.no_grad()
-def test_a_projection_to_mix_behind_may_be_trained(tmp_path):
+def test_a_projection_to_mix_after_may_be_trained(tmp_path):
     """It stays one of the model's own modules to PEFT, and is unwrapped with the rest."""
     case = CASES["clap"]
     model = adapt(case, modules_to_save=["text_projection"])
     trained = model.get_base_model().text_projection.modules_to_save["default"]
     trained.linear2.weight += 0.3
     changed = model(**case.inputs()).text_embeds
-    expected = functional.mix_embeddings(*tower_of(model, "text").embed(**case.text([5, 4, 7])), 0.5)
+    expected = mix_embeddings(*tower_of(model, "text").embed(**case.text([5, 4, 7])), 0.5)
     torch.testing.assert_close(changed, expected)
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(case.build(), tmp_path)
@@ -381,7 +384,7 @@ def test_the_model_mixes_as_published(name):
     found = {"text": find_features(model, case, "text"), "vision": find_features(model, case, "vision")}
     for tower, layer in model.base_model.towers.items():
         prompted, frozen = layer.embed(**tower_inputs(case, tower))
-        expected = functional.mix_embeddings(prompted, frozen, 0.5)
+        expected = mix_embeddings(prompted, frozen, 0.5)
         assert found[tower], f"nothing to compare for the {tower} tower"
         for features in found[tower]:
             torch.testing.assert_close(F.normalize(features, dim=-1), expected, rtol=1e-4, atol=2e-5)
@@ -401,7 +404,7 @@ def test_logits_are_scaled_as_the_model_scales_them(name, value):
         getattr(base, row.logit_bias).fill_(-2.5)
     embeds = {}
     for tower, layer in model.base_model.towers.items():
-        embeds[tower] = functional.mix_embeddings(*layer.embed(**tower_inputs(case, tower)), 0.5)
+        embeds[tower] = mix_embeddings(*layer.embed(**tower_inputs(case, tower)), 0.5)
     text, vision = embeds["text"], embeds["vision"]
     # Without a share of zero-shot the frozen embeddings are not read.
     found = logits_of(tower_of(model, "vision"), vision, vision, ClassWeights(text, text))
@@ -438,7 +441,7 @@ def find_features(model: PeftModel, case: Case, tower: str) -> list[torch.Tensor
 
 @torch.no_grad()
 def test_padded_patches_are_never_selected():
-    """Nor do they matter in any other way, also where a picture has fewer patches than there are prompts."""
+    """Nor do they matter in any other way, also where an image has fewer patches than there are prompts."""
     case = CASES["siglip2"]
     layer = tower_of(adapt(case), "vision")
     inputs = patches([(2, 4), (1, 1)], total=11)(2)

@@ -1,4 +1,4 @@
-"""Folders of pictures: which train, which test, and which cannot be read."""
+"""Folders of images: which train, which test, and which cannot be read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sep_peft.folders import find_pictures, read_classes, read_folder, read_test, without_unreadable
+from sep_peft.classifier.images import find_images
+from sep_peft.training.folders import read_classes, read_folder, read_test, without_unreadable
 
 
 def fill(folder: Path, **classes: int) -> Path:
-    """Class -> how many pictures."""
+    """Class -> how many images."""
     for name, count in classes.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
@@ -35,7 +36,7 @@ def test_class_folders_alone_are_split(tmp_path):
     assert all(path.parent.name == name for path, name in folder.train)
 
 
-def test_too_few_pictures_to_test_on(tmp_path):
+def test_too_few_images_to_test_on(tmp_path):
     folder = read_folder(fill(tmp_path, cup=2, lamp=1), shots=2, seed=0)
     assert (counts(folder.train), folder.tests) == ({"cup": 2, "lamp": 1}, {})
 
@@ -71,7 +72,7 @@ def test_hidden_empty_and_nested_folders(tmp_path):
     fill(tmp_path, cup=1, empty=0)
     fill(tmp_path / ".cache", x=1)
     fill(tmp_path / "lamp", more=2)
-    (tmp_path / "lamp" / "notes.txt").write_text("no picture")
+    (tmp_path / "lamp" / "notes.txt").write_text("no image")
     (tmp_path / "lamp" / "OLD.JPG").write_bytes(b"")
     (tmp_path / "loose.png").write_bytes(b"")
     found = read_classes(tmp_path)
@@ -79,7 +80,7 @@ def test_hidden_empty_and_nested_folders(tmp_path):
         "cup": ["0.png"],
         "lamp": ["OLD.JPG", "0.png", "1.png"],
     }
-    assert find_pictures(tmp_path / "lamp") == found["lamp"]
+    assert find_images(tmp_path / "lamp") == found["lamp"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_hidden_empty_and_nested_folders(tmp_path):
         (
             lambda folder: fill(folder, cup=2),
             ValueError,
-            "{folder} needs at least two folders with pictures, one per class, but has 1.",
+            "{folder} needs at least two folders with images, one per class, but has 1.",
         ),
         (
             lambda folder: (fill(folder / "train", cup=1, lamp=1), fill(folder / "test", cup=1, mug=1, bowl=1)),
@@ -107,14 +108,14 @@ def test_folders_that_cannot_train(make, kind, message, tmp_path):
 
 
 def test_nothing_to_test_on(tmp_path):
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{tmp_path} has no folders with pictures, one per class.')}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{tmp_path} has no folders with images, one per class.')}$"):
         read_test(tmp_path)
 
 
-def test_unreadable_pictures_are_told_from_the_others(tmp_path):
+def test_unreadable_images_are_told_from_the_others(tmp_path):
     fill(tmp_path, cup=3)
     paths = sorted((tmp_path / "cup").iterdir())
-    paths[0].write_bytes(b"no picture")
+    paths[0].write_bytes(b"no image")
     paths[1].write_bytes(paths[2].read_bytes()[:40])
     seen = []
     samples = [(path, "cup") for path in paths]
@@ -122,4 +123,4 @@ def test_unreadable_pictures_are_told_from_the_others(tmp_path):
     assert (readable, seen) == (samples[2:], samples)
     assert list(broken) == paths[:2]
     for path, message in broken.items():
-        assert message.startswith(f"The picture {path!r} cannot be read: ")
+        assert message.startswith(f"The image {path!r} cannot be read: ")

@@ -6,38 +6,41 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sep_peft import functional
+from sep_peft.method.mix import frozen_share, mix_embeddings
+from sep_peft.method.select import following_tokens, gather_tokens, largest_tokens, take_token
+from sep_peft.method.sequence import beside_prompts, extend_mask, insert_prompts, replace_prompts, split_prompts
+from sep_peft.tuner.texts import eos_positions, text_span
 
 
 @pytest.mark.parametrize(("batch", "length", "count", "width"), [(1, 1, 1, 1), (3, 7, 2, 5), (2, 5, 5, 3)])
 def test_largest_tokens(batch, length, count, width):
     hidden = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(0))
-    found = functional.largest_tokens(hidden, count)
+    found = largest_tokens(hidden, count)
     for row in range(batch):
         energy = [float((token**2).mean()) for token in hidden[row]]
         assert found[row].tolist() == sorted(range(length), key=lambda i: -energy[i])[:count]
-    coupled = functional.largest_tokens(hidden, count, batch_coupled=True)
+    coupled = largest_tokens(hidden, count, batch_coupled=True)
     mean = [float((hidden[:, i] ** 2).mean()) for i in range(length)]
     assert coupled.tolist() == [sorted(range(length), key=lambda i: -mean[i])[:count]] * batch
 
 
 def test_largest_tokens_survives_fp16():
     hidden = torch.tensor([[[1.0], [300.0], [299.0]]], dtype=torch.float16)  # squares overflow
-    assert functional.largest_tokens(hidden, 2).tolist() == [[1, 2]]
+    assert largest_tokens(hidden, 2).tolist() == [[1, 2]]
 
 
 def test_more_prompts_than_tokens():
     message = (
         "4 prompts need 4 tokens to select from, but the input has only 3. Use fewer prompts (num_vision_prompts) or a "
-        "larger picture."
+        "larger image."
     )
     with pytest.raises(ValueError) as error:
-        functional.largest_tokens(torch.zeros(1, 3, 2), 4)
+        largest_tokens(torch.zeros(1, 3, 2), 4)
     assert str(error.value) == message
 
 
 def test_following_tokens_repeat_the_last():
-    found = functional.following_tokens(torch.tensor([1, 1, 2]), torch.tensor([5, 2, 2]), 4)
+    found = following_tokens(torch.tensor([1, 1, 2]), torch.tensor([5, 2, 2]), 4)
     assert found.tolist() == [[1, 2, 3, 4], [1, 2, 2, 2], [2, 2, 2, 2]]
 
 
@@ -54,48 +57,48 @@ def test_following_tokens_repeat_the_last():
 def test_text_span(mask, eos, first, last):
     mask = None if mask is None else torch.tensor(mask)
     eos = None if eos is None else torch.tensor(eos)
-    found = functional.text_span((2, 4), mask, eos, torch.device("cpu"))
+    found = text_span((2, 4), mask, eos, torch.device("cpu"))
     assert [x.tolist() for x in found] == [first, last]
 
 
 def test_eos_positions():
     ids = torch.tensor([[5, 1, 9, 9], [5, 1, 2, 3], [9, 1, 2, 3]])
-    assert functional.eos_positions(ids, 9).tolist() == [2, -1, 0]
-    assert functional.eos_positions(ids, 2).tolist() == [2, 0, 0]  # old configurations: the highest id
+    assert eos_positions(ids, 9).tolist() == [2, -1, 0]
+    assert eos_positions(ids, 2).tolist() == [2, 0, 0]  # old configurations: the highest id
 
 
 @pytest.mark.parametrize("position", [0, 1, 4])
 def test_insert_and_split_are_inverse(position):
     hidden, prompts = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
-    joined = functional.insert_prompts(hidden, prompts, position)
+    joined = insert_prompts(hidden, prompts, position)
     assert torch.equal(joined[:, position : position + 2], prompts)
-    tokens, again = functional.split_prompts(joined, 2, position)
+    tokens, again = split_prompts(joined, 2, position)
     assert torch.equal(tokens, hidden) and torch.equal(again, prompts)
 
 
 @pytest.mark.parametrize("position", [0, 1, 4])
 def test_replaced_prompts_leave_the_tokens(position):
     hidden, prompts = torch.randn(2, 4, 3, requires_grad=True), torch.randn(2, 2, 3, requires_grad=True)
-    joined = functional.insert_prompts(hidden, torch.zeros(2, 2, 3), position)
-    replaced = functional.replace_prompts(joined, prompts.double(), position)
-    tokens, again = functional.split_prompts(replaced, 2, position)
+    joined = insert_prompts(hidden, torch.zeros(2, 2, 3), position)
+    replaced = replace_prompts(joined, prompts.double(), position)
+    tokens, again = split_prompts(replaced, 2, position)
     assert replaced.dtype == hidden.dtype and torch.equal(tokens, hidden) and torch.equal(again, prompts)
     weight = torch.randn(2, 6, 3)
     (replaced * weight).sum().backward()
-    expected_hidden, expected_prompts = functional.split_prompts(weight, 2, position)
+    expected_hidden, expected_prompts = split_prompts(weight, 2, position)
     assert torch.equal(hidden.grad, expected_hidden) and torch.equal(prompts.grad, expected_prompts)
 
 
 @pytest.mark.parametrize("position", [0, 2, None])
 def test_tokens_beside_prompts_are_the_same_tokens(position):
     hidden, prompts, positions = torch.randn(2, 4, 3), torch.randn(2, 5, 3), torch.tensor([[3, 0, 2], [1, 1, 0]])
-    joined = functional.insert_prompts(hidden, prompts, 4 if position is None else position)
-    moved = functional.beside_prompts(positions, 5, position)
-    assert torch.equal(functional.gather_tokens(joined, moved), functional.gather_tokens(hidden, positions))
+    joined = insert_prompts(hidden, prompts, 4 if position is None else position)
+    moved = beside_prompts(positions, 5, position)
+    assert torch.equal(gather_tokens(joined, moved), gather_tokens(hidden, positions))
     for one in (0, 3):
-        token = functional.take_token(joined, functional.beside_prompts(one, 5, position))
+        token = take_token(joined, beside_prompts(one, 5, position))
         assert torch.equal(token, hidden[:, one : one + 1])
-    token = functional.take_token(joined, functional.beside_prompts(positions[:, 0], 5, position))
+    token = take_token(joined, beside_prompts(positions[:, 0], 5, position))
     assert torch.equal(token, hidden[[0, 1], [3, 1]][:, None])
 
 
@@ -121,7 +124,7 @@ def test_extend_mask(keys, position, causal, boolean):
     visible = torch.tensor([[keys[s] and (not causal or s <= t) for s in range(length)] for t in range(length)])
     lowest = torch.finfo(torch.float32).min
     mask = visible if boolean else torch.where(visible, 0.0, lowest)
-    found = functional.extend_mask(mask[None, None], count, position, causal)
+    found = extend_mask(mask[None, None], count, position, causal)
     assert found.dtype == mask.dtype and found.shape == (1, 1, length + count, length + count)
     if not boolean:
         assert set(found.unique().tolist()) <= {0.0, lowest}
@@ -130,26 +133,26 @@ def test_extend_mask(keys, position, causal, boolean):
 
 
 def test_extend_mask_of_other_shapes():
-    assert functional.extend_mask(None, 3, 1, True) is None
+    assert extend_mask(None, 3, 1, True) is None
     flat = torch.tensor([[1, 1, 0]])
-    assert functional.extend_mask(flat, 2, 1, False).tolist() == [[1, 1, 1, 1, 0]]
+    assert extend_mask(flat, 2, 1, False).tolist() == [[1, 1, 1, 1, 0]]
     row = torch.tensor([[[[True, False, True]]]])
-    assert functional.extend_mask(row, 2, 1, False).tolist() == [[[[True, True, True, False, True]]]]
+    assert extend_mask(row, 2, 1, False).tolist() == [[[[True, True, True, False, True]]]]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("bias", [True, False])
-def test_frozen_share_is_right_behind_any_affine_projection(weight, bias):
+def test_frozen_share_is_right_after_any_affine_projection(weight, bias):
     torch.manual_seed(0)
     projection = torch.nn.Linear(6, 4, bias=bias).double()
     prompted, frozen = torch.randn(5, 6).double(), 3 * torch.randn(5, 6).double()
-    share = functional.frozen_share(projection(prompted), projection(frozen), weight)
+    share = frozen_share(projection(prompted), projection(frozen), weight)
     pooled = share * frozen + (1 - share) * prompted
-    expected = functional.mix_embeddings(projection(prompted), projection(frozen), weight)
+    expected = mix_embeddings(projection(prompted), projection(frozen), weight)
     torch.testing.assert_close(F.normalize(projection(pooled), dim=-1), expected)
 
 
 def test_published_mix_is_the_equal_sum():
     prompted, frozen = torch.randn(3, 4), torch.randn(3, 4)
     summed = F.normalize(prompted, dim=-1) + F.normalize(frozen, dim=-1)
-    torch.testing.assert_close(functional.mix_embeddings(prompted, frozen, 0.5), F.normalize(summed, dim=-1))
+    torch.testing.assert_close(mix_embeddings(prompted, frozen, 0.5), F.normalize(summed, dim=-1))

@@ -26,7 +26,7 @@ from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig
 
 
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
-PICTURE = sorted((ASSETS / "caltech101" / "test" / "cup").iterdir())[0]
+IMAGE = sorted((ASSETS / "caltech101" / "test" / "cup").iterdir())[0]
 NAMES = ["cup", "lamp", "umbrella"]
 BASE, REPO, TOKEN = "ann/clip-small", "ann/household", "hf_ann"
 TOKENS = {TOKEN: "ann", "hf_bob": "bob"}
@@ -43,7 +43,7 @@ def make_classifier(base: str = BASE, names=tuple(NAMES)) -> SEPClassifier:
     config = SEPConfig.published(num_text_prompts=3, fusion_rank=2, share_fusion=True, fusion_hidden_size=8)
     model = get_peft_model(CLIPModel.from_pretrained(base, token=TOKEN), config)
     perturb(model)
-    return SEPClassifier.from_class_names(model, processor, names, template="a picture of a {}.").eval()
+    return SEPClassifier.from_class_names(model, processor, names, template="an image of a {}.").eval()
 
 
 def base_model() -> CLIPModel:
@@ -68,7 +68,7 @@ def push(
     address = classifier.push_to_hub(repo, details, **{"private": True, "token": TOKEN} | options)
     return {
         "address": str(address),
-        "prediction": classifier.predict(PICTURE),
+        "prediction": classifier.predict(IMAGE),
         "embedding": embedding(classifier.model),
         "base embedding": embedding(base_model()),
     }
@@ -77,9 +77,9 @@ def push(
 def predict(repo: str = REPO, with_model: bool = False, **options) -> list:
     options = {"token": TOKEN} | options
     if not with_model:
-        return SEPClassifier.from_pretrained(repo, **options).predict(PICTURE)
+        return SEPClassifier.from_pretrained(repo, **options).predict(IMAGE)
     processor = AutoProcessor.from_pretrained(BASE, token=TOKEN)
-    return SEPClassifier.from_pretrained(base_model(), repo, processor=processor, **options).predict(PICTURE)
+    return SEPClassifier.from_pretrained(base_model(), repo, processor=processor, **options).predict(IMAGE)
 
 
 def predict_by_a_second_adapter(**options) -> dict:
@@ -87,7 +87,7 @@ def predict_by_a_second_adapter(**options) -> dict:
     before = embedding(first.model)
     loaded = SEPClassifier.from_pretrained(first.model, REPO, adapter_name="second", token=TOKEN, **options)
     loaded.processor = first.processor
-    prediction = loaded.predict(PICTURE)
+    prediction = loaded.predict(IMAGE)
     first.model.set_adapter("default")
     return {"prediction": prediction, "unchanged": embedding(first.model) == before}
 
@@ -232,7 +232,7 @@ def test_what_is_uploaded(hub, pushed):
     config = json.loads(files["adapter_config.json"].content)
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("SEP", BASE)
     classes = json.loads(files["sep_classes.json"].content)
-    assert (classes["names"], classes["templates"]) == (NAMES, ["a picture of a {}."])
+    assert (classes["names"], classes["templates"]) == (NAMES, ["an image of a {}."])
 
 
 def test_card_that_is_uploaded(hub, pushed):
@@ -270,13 +270,13 @@ def test_what_the_owner_wrote_into_the_card_survives_a_second_push(hub, call, pu
     call(push, repo)
     card = hub.files(repo)["README.md"].content.decode()
     card = card.replace("license: mit", "license: mit\nlanguage: en").replace("\n# mine", "\n# overwritten")
-    own = card.replace("<!-- sep_peft: from", "Hello.\n\n<!-- sep_peft: from", 1) + "\nPictures by Ann.\n"
+    own = card.replace("<!-- sep_peft: from", "Hello.\n\n<!-- sep_peft: from", 1) + "\nImages by Ann.\n"
     branch = hub.repos[repo]
     branch.commit("main", hub.files(repo) | {"README.md": File(own.encode(), lfs=False)}, "edited by hand")
     call(push, repo, None)
     after = ModelCard(hub.files(repo)["README.md"].content.decode())
     assert after.text.startswith("\nHello.\n\n<!-- sep_peft: from")
-    assert after.text.endswith("<!-- sep_peft: end mark -->\n\nPictures by Ann.\n")
+    assert after.text.endswith("<!-- sep_peft: end mark -->\n\nImages by Ann.\n")
     assert after.text.count("# mine") == 1 and "# overwritten" not in after.text
     assert (after.data.language, after.data.license) == ("en", "mit")
     assert after.data.eval_results is None  # scores belong to the weights that they were measured with
@@ -408,8 +408,8 @@ def test_tokens_stay_with_the_hub(hub, pushed):
 
 
 def test_card_runs_as_printed(hub, pushed, tmp_path):
-    """Every block of Python in the card, in order, in an interpreter that knows only a token and a picture."""
-    shutil.copy(PICTURE, tmp_path / "picture.jpg")
+    """Every block of Python in the card, in order, in an interpreter that knows only a token and an image."""
+    shutil.copy(IMAGE, tmp_path / "image.jpg")
     blocks = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].content.decode(), re.DOTALL)
     assert len(blocks) == 2
     with environment(**environment_of(hub, tmp_path / "home"), HF_TOKEN=TOKEN):

@@ -342,7 +342,8 @@ def test_importing_twice_registers_once():
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import PeftType
 
-    from sep_peft import SEPModel, registration
+    from sep_peft import SEPModel
+    from sep_peft.tuner import registration
 
     registration.register(SEPConfig, SEPModel)
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SEP] is SEPConfig
@@ -353,7 +354,8 @@ def test_importing_twice_registers_once():
 def test_a_foreign_sep_is_reported(monkeypatch):
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from sep_peft import SEPModel, registration
+    from sep_peft import SEPModel
+    from sep_peft.tuner import registration
 
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, registration.peft_type(), PeftConfig)
     with pytest.raises(ImportError, match=r"PEFT already has a method called SEP \(peft.config.PeftConfig\)"):

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from sep_peft.losses import SEPLoss, consistency, prototype_loss, sep_loss
+from sep_peft.method.losses import SEPLoss, consistency, prototype_loss, sep_loss
 
 
 SIZES = [(1, 2, 3), (5, 7, 11), (3, 1, 4)]  # B, C, E

@@ -12,9 +12,9 @@ from small_clip import make_clip
 from torch import nn
 
 from sep_peft import SEPConfig
-from sep_peft.fusion import LayerFusions
-from sep_peft.model import find_towers, named_towers
-from sep_peft.tower import SEPTower
+from sep_peft.tuner.layer_fusions import LayerFusions
+from sep_peft.tuner.model import find_towers, named_towers
+from sep_peft.tuner.tower import SEPTower
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_replaced_parameters_are_found(model):
 
 @pytest.mark.parametrize("name", ["one", "two", "three"])
 def test_one_adapter_trains_whatever_trained_before(model, name):
-    for parameter in model.parameters():  # by hand, behind PEFT's back
+    for parameter in model.parameters():  # by hand, after PEFT's back
         parameter.requires_grad_(True)
     model.set_adapter(name)
     for key, parameter in model.named_parameters():

@@ -13,9 +13,10 @@ from small_clip import make_clip, make_images, make_texts, perturb
 from test_families import find_features
 from test_method import SETTINGS
 
-from sep_peft import SEPConfig, mixed_batch
-from sep_peft.mixed_batch import chosen_adapters
-from sep_peft.model import find_towers
+from sep_peft import SEPConfig
+from sep_peft.tuner import mixed_batch
+from sep_peft.tuner.mixed_batch import chosen_adapters
+from sep_peft.tuner.model import find_towers
 
 
 NAMES = ["one", "__base__", "two", "one", "three"]

@@ -14,7 +14,7 @@ from small_clip import make_clip, make_texts
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig, TaskClasses
-from sep_peft.model_card import END, START, make_card
+from sep_peft.classifier.card import END, START, make_card
 
 
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
@@ -28,7 +28,7 @@ FULL = CardDetails(
     seeds=[1, 2, 3],
     protocol="50 epochs, tested on all classes",
     scores=[
-        Score("Caltech 101", 61.66, 36.1, spread=0.5, pictures=374, dataset_id="ann/caltech101"),
+        Score("Caltech 101", 61.66, 36.1, spread=0.5, images=374, dataset_id="ann/caltech101"),
         Score("My kitchen", 90.0, split="val"),
     ],
     datasets=["ann/caltech101"],
@@ -67,7 +67,7 @@ def test_install_and_import_come_first():
         "[openai/clip-vit-base-patch16](https://huggingface.co/openai/clip-vit-base-patch16), made with SEP, "
         "Self-Enhanced Prompt Tuning ([arXiv 2405.15549](https://arxiv.org/abs/2405.15549)), with 3 text and 4 image "
         "prompts.",
-        "| accuracy (%) | pictures | with SEP | zero-shot |",
+        "| accuracy (%) | images | with SEP | zero-shot |",
         "| Caltech 101, test | 374 | 61.7 ± 0.5 | 36.1 |",
         "| My kitchen, val |  | 90.0 | not measured |",
         "- Shots: 16",
@@ -176,10 +176,10 @@ def test_accuracies_are_in_percent(field, value):
 
 def test_a_second_card_replaces_its_own_part_alone():
     first = card_of()
-    own = ModelCard(str(first).replace(START, f"Before.\n\n{START}").replace(END, f"{END}\n\nBehind.\n"))
+    own = ModelCard(str(first).replace(START, f"Before.\n\n{START}").replace(END, f"{END}\n\nAfter.\n"))
     second = card_of(CardDetails(title="Anew"), old=own)
     assert second.text.startswith(f"\nBefore.\n\n{START}\n\n# Anew\n")
-    assert second.text.endswith(f"{END}\n\nBehind.\n\n")
+    assert second.text.endswith(f"{END}\n\nAfter.\n\n")
     assert "Household" not in second.text
 
 
@@ -248,11 +248,11 @@ def test_the_base_model_s_folder_is_not_in_the_card(tmp_path):
     card = (tmp_path / "saved" / "README.md").read_text()
     assert str(folder) not in card and "base_model" not in card
 
-    picture = next((ASSETS / "caltech101" / "test" / "cup").iterdir())
+    image = next((ASSETS / "caltech101" / "test" / "cup").iterdir())
     block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    code = block.replace("path/to/this/folder", str(tmp_path / "saved")).replace("picture.jpg", str(picture))
+    code = block.replace("path/to/this/folder", str(tmp_path / "saved")).replace("image.jpg", str(image))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stdout) == (0, f"{classifier.predict(picture, top_k=1)}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{classifier.predict(image, top_k=1)}\n"), result.stderr
 
 
 def test_an_adapter_that_names_no_base_model(tmp_path):

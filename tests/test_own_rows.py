@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import pictures, text_size, vision_size, words
+from families import images, text_size, vision_size, words
 from peft import PeftModel, get_peft_model
 from small_clip import perturb
 from torch import nn
 
 from sep_peft import Architecture, SEPClassifier, SEPConfig, TowerSpec
-from sep_peft.functional import mix_embeddings
+from sep_peft.method.mix import mix_embeddings
 
 
 class Duo(nn.Module):
@@ -50,7 +50,7 @@ ROW = Architecture(
     logit_scale="temperature",
     scale="divide",
 )
-TEXTS, IMAGES = words(bos=2, eos=3, pad=0)([5, 4, 7]), pictures()(2)
+TEXTS, IMAGES = words(bos=2, eos=3, pad=0)([5, 4, 7]), images()(2)
 
 
 def make(row=ROW) -> PeftModel:

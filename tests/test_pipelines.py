@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_classifier import NAMES, PICTURES, processor, scores_of, small_model  # noqa: F401 (fixtures)
+from test_classifier import IMAGES, NAMES, processor, scores_of, small_model  # noqa: F401 (fixtures)
 from transformers import pipeline
 
 from sep_peft import ImageClassifier, SEPClassifier
@@ -26,15 +26,15 @@ def test_zero_shot_image_classification(template, small_model, processor):
     """Both branches read the same text: so does a classifier whose class names are these texts, and has no template."""
     tokens = processor.tokenizer([template.format(label) for label in LABELS], padding=True, return_tensors="pt")
     classifier = SEPClassifier(small_model, dict(tokens), processor=processor).eval()
-    expected = classifier.predict(PICTURES)
+    expected = classifier.predict(IMAGES)
     for prediction in expected:
         for entry in prediction:
             entry["label"] = LABELS[int(entry["label"].removeprefix("class "))]
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
     for model in (small_model, small_model.get_base_model()):
         classify = pipeline("zero-shot-image-classification", model=model, device="cpu", **parts)
-        pictures = [str(path) for path in PICTURES]
-        found = classify(pictures, candidate_labels=LABELS, hypothesis_template=template)
+        images = [str(path) for path in IMAGES]
+        found = classify(images, candidate_labels=LABELS, hypothesis_template=template)
         assert_close(found, expected, LABELS)
 
 
@@ -42,21 +42,21 @@ def test_zero_shot_with_the_bare_name_is_the_classifier_whose_template_is_the_ba
     classifier = SEPClassifier.from_class_names(small_model, processor, LABELS, template="{}.").eval()
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
     classify = pipeline("zero-shot-image-classification", model=small_model, device="cpu", **parts)
-    found = classify([str(path) for path in PICTURES], candidate_labels=LABELS, hypothesis_template="{}.")
-    assert_close(found, classifier.predict(PICTURES), LABELS)
+    found = classify([str(path) for path in IMAGES], candidate_labels=LABELS, hypothesis_template="{}.")
+    assert_close(found, classifier.predict(IMAGES), LABELS)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_image_classification(training, small_model, processor):
     """The classifier itself, with a text for each branch."""
     classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).train(training)
-    expected = classifier.predict(PICTURES)
+    expected = classifier.predict(IMAGES)
     model = ImageClassifier(classifier)
     classify = pipeline("image-classification", model=model, image_processor=processor.image_processor, device="cpu")
-    pictures = [str(path) for path in PICTURES]
-    assert_close(classify(pictures), expected, NAMES)
-    assert_close(classify(pictures, batch_size=3), expected, NAMES)
-    (best,) = classify(pictures[0], top_k=1)
+    images = [str(path) for path in IMAGES]
+    assert_close(classify(images), expected, NAMES)
+    assert_close(classify(images, batch_size=3), expected, NAMES)
+    (best,) = classify(images[0], top_k=1)
     assert best["label"] == expected[0][0]["label"]
 
 

@@ -23,8 +23,10 @@ from test_classifier import (
     raises,
 )
 
-from sep_peft import ImageScorer, SEPClassifier, TaskClasses, scoring
-from sep_peft.training import Recipe, make_optimizer
+from sep_peft import ImageScorer, SEPClassifier, TaskClasses
+from sep_peft.classifier import logits as scoring
+from sep_peft.method.recipe import Recipe
+from sep_peft.training.fit import make_optimizer
 
 
 FILE = "sep_prototypes.safetensors"

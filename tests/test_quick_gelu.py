@@ -10,8 +10,8 @@ from torch import nn
 from transformers.activations import QuickGELUActivation
 
 from sep_peft import SEPConfig
-from sep_peft.functional import quick_gelu
-from sep_peft.layer import SEPActivation
+from sep_peft.method.quick_gelu import quick_gelu
+from sep_peft.tuner.wrappers import SEPActivation
 
 
 TEXTS, IMAGES = make_texts([5, 3, 9, 4]), make_images(4)

@@ -1,4 +1,4 @@
-"""BLIP-2: both branches of the image tower pass the Q-Former alone and are mixed behind it, query by query."""
+"""BLIP-2: both branches of the image tower pass the Q-Former alone and are mixed after it, query by query."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import re
 
 import pytest
 import torch
-from families import BERT_WORDS, CASES, pictures
+from families import BERT_WORDS, CASES, images
 from peft import PeftModel, get_peft_model
 from test_families import adapt, tower_of
 
-from sep_peft import SEPConfig, families, functional
-from sep_peft.layer import SEPReader
+from sep_peft import SEPConfig
+from sep_peft.families import table as families
+from sep_peft.method.mix import frozen_share, mix_embeddings
+from sep_peft.tuner.wrappers import SEPReader
 
 
 CASE = CASES["blip_2 retrieval"]
-INPUTS = BERT_WORDS([5, 4, 7]) | pictures()(3)
+INPUTS = BERT_WORDS([5, 4, 7]) | images()(3)
 
 
 def read_by_hand(matching: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,13 +43,13 @@ def test_similarities_are_those_of_mixed_queries(frozen_weight):
     base = model.get_base_model()
     output = model(**INPUTS)
     branches = [base.vision_projection(read) for read in read_by_hand(matching=False)]
-    expected = functional.mix_embeddings(*branches, frozen_weight)
+    expected = mix_embeddings(*branches, frozen_weight)
     assert expected.shape == (3, 4, 20)
     torch.testing.assert_close(output.image_embeds, expected, rtol=1e-4, atol=2e-5)
     best = (expected @ output.text_embeds.T).max(dim=1).values
     torch.testing.assert_close(output.logits_per_image, best, rtol=1e-4, atol=2e-5)
     with model.disable_adapter():
-        assert torch.equal(model(**INPUTS).text_embeds, output.text_embeds)  # no picture, no mix
+        assert torch.equal(model(**INPUTS).text_embeds, output.text_embeds)  # no image, no mix
     as_tuple = model(**INPUTS, return_dict=False)
     assert torch.equal(as_tuple[0], output.logits_per_image)
 
@@ -57,7 +59,7 @@ def test_matching_head_sees_the_mix_of_both_branches():
     model = adapt(CASE)
     base = model.get_base_model()
     prompted, frozen = read_by_hand(matching=True)
-    share = functional.frozen_share(*(base.vision_projection(read) for read in (prompted, frozen)), 0.5)
+    share = frozen_share(*(base.vision_projection(read) for read in (prompted, frozen)), 0.5)
     mixed = share * frozen + (1 - share) * prompted
     found = model(**INPUTS, use_image_text_matching_head=True).logits_per_image
     torch.testing.assert_close(found, base.itm_head(mixed[:, :4]).mean(dim=1), rtol=1e-4, atol=2e-5)
@@ -67,7 +69,7 @@ def test_matching_head_sees_the_mix_of_both_branches():
 @torch.no_grad()
 def test_tokens_of_both_branches_go_to_the_reader_side_by_side():
     model = adapt(CASE)
-    found = tower_of(model, "vision")(**pictures()(3)).last_hidden_state
+    found = tower_of(model, "vision")(**images()(3)).last_hidden_state
     prompted = adapt(CASE, frozen_weight=0.0)(**INPUTS).vision_model_output.last_hidden_state
     with model.disable_adapter():
         frozen = model(**INPUTS).vision_model_output.last_hidden_state
@@ -100,7 +102,7 @@ def test_the_reader_may_be_trained(tmp_path):
     trained.layernorm.weight += 0.3
     changed = model(**INPUTS).image_embeds
     assert not torch.allclose(changed, before, atol=1e-3)
-    expected = functional.mix_embeddings(*tower.embed(**pictures()(3)), 0.5)
+    expected = mix_embeddings(*tower.embed(**images()(3)), 0.5)
     torch.testing.assert_close(changed, expected, rtol=1e-4, atol=2e-5)
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(CASE.build(), tmp_path)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import support_matrix
 
-import sep_peft
 from sep_peft import SEPConfig
 
 
@@ -36,10 +35,3 @@ def test_every_option_is_listed_with_its_default():
 
 def test_marked_commands_are_there():
     assert re.findall(r"^<!-- fresh: ([a-z-]+) -->\n```bash\n", README, re.MULTILINE) == ["quickstart", "test"]
-
-
-def test_files_of_the_layout_exist():
-    package = Path(sep_peft.__file__).parent
-    layout = README.split("sep_peft/\n")[1].split("```")[0]
-    named = set(re.findall(r"(\w+)\.py", layout))
-    assert named == {path.stem for path in package.glob("*.py")} - {"__init__", "version"}

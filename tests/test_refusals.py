@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from families import BERT_WORDS, CASES, pictures, text_size, vision_size
+from families import BERT_WORDS, CASES, images, text_size, vision_size
 from peft import get_peft_model
 
-from sep_peft import SEPConfig, functional
-from sep_peft.families import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
+from sep_peft import SEPConfig
+from sep_peft.families.table import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
+from sep_peft.method.mix import mix_embeddings, unit
 
 
 CONVOLUTIONAL = (
@@ -99,7 +100,7 @@ def test_families_with_one_tower_for_prompts(name, message):
 def test_the_other_tower_still_takes_prompts():
     """Without image prompts the text tower of a refused combination is prompted, and the image tower left alone."""
     model = dual_encoder(REFUSED["resnet"][0]())
-    inputs = BERT_WORDS([5, 4]) | pictures(32)(2)
+    inputs = BERT_WORDS([5, 4]) | images(32)(2)
     model.vision_model.pooler = torch.nn.Sequential(model.vision_model.pooler, torch.nn.Flatten())
     before = model(**inputs)
     adapted = get_peft_model(model, SEPConfig.published(num_vision_prompts=0)).eval()
@@ -146,12 +147,12 @@ def test_classification_does_without_the_head(name):
     adapted = get_peft_model(model, SEPConfig.published(num_vision_prompts=2)).eval()
     after = adapted(**CASES[name].image(3)).logits
     layer = adapted.base_model.towers["vision"]
-    mix = functional.mix_embeddings(*layer.embed(**CASES[name].image(3)), 0.5)
+    mix = mix_embeddings(*layer.embed(**CASES[name].image(3)), 0.5)
     seen = []
     with model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         assert torch.equal(adapted(**CASES[name].image(3)).logits, after)
     assert not torch.equal(after, before)
-    torch.testing.assert_close(functional.unit(seen[0]), mix, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(unit(seen[0]), mix, rtol=1e-4, atol=2e-5)
 
 
 def test_a_model_type_without_a_row():

@@ -16,7 +16,7 @@ QFORMER = (
 )
 GENERATION = (
     "num_{}_prompts must be 0 for this model, because a language model reads texts and what the Q-Former makes of "
-    "pictures, and no joint space is there."
+    "images, and no joint space is there."
 )
 REFUSED = [
     pytest.param(hf.Blip2ForImageTextRetrieval, {}, QFORMER, id="retrieval, text"),

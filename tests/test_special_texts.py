@@ -7,7 +7,9 @@ import torch
 from families import CASES
 from test_families import adapt, tower_inputs, tower_of
 
-from sep_peft import SEPClassifier, functional
+from sep_peft import SEPClassifier
+from sep_peft.method.mix import mix_embeddings
+from sep_peft.method.sequence import extend_mask
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ def test_the_mix_has_unit_length_where_the_pooled_output_has(name, tower):
     case = CASES[name]
     layer = tower_of(adapt(case), tower)
     inputs = tower_inputs(case, tower)
-    found, expected = layer(**inputs).pooler_output, functional.mix_embeddings(*layer.embed(**inputs), 0.5)
+    found, expected = layer(**inputs).pooler_output, mix_embeddings(*layer.embed(**inputs), 0.5)
     assert found.shape == layer._call_base(**inputs).pooler_output.shape  # (3, 1, D) for videos
     torch.testing.assert_close(found.flatten(0, -2), expected)
     layer.base_layer.config.apply_l2norm = False
@@ -55,7 +57,7 @@ def test_causal_masks_take_prompts_before_the_first_token(dtype):
     if dtype != torch.bool:
         lowest = torch.finfo(dtype).min
         visible, expected = torch.where(visible, 0.0, lowest), torch.where(expected, 0.0, lowest)
-    assert torch.equal(functional.extend_mask(visible[None, None], 2, 0, causal=True)[0, 0], expected)
+    assert torch.equal(extend_mask(visible[None, None], 2, 0, causal=True)[0, 0], expected)
 
 
 def test_speech_is_not_classified():
@@ -63,6 +65,6 @@ def test_speech_is_not_classified():
     with pytest.raises(ValueError) as caught:
         SEPClassifier(adapt(case), case.text([3, 4]))
     assert str(caught.value) == (
-        "SEPClassifier classifies pictures, but ClvpModelForConditionalGeneration has a tower that reads input_ids in "
+        "SEPClassifier classifies images, but ClvpModelForConditionalGeneration has a tower that reads input_ids in "
         "the place of the one that sees."
     )

@@ -7,7 +7,7 @@ import torch
 from families import CASES
 from test_families import adapt, tower_of
 
-from sep_peft import passes
+from sep_peft.tuner import passes
 
 
 CASE = CASES["groupvit"]
@@ -33,7 +33,7 @@ def test_layers_shared_with_the_frozen_pass_give_what_running_them_gives(start_l
 
 @torch.no_grad()
 def test_prompts_are_carried_from_stage_to_stage(monkeypatch):
-    """What is taken out behind a stage enters the next one, and each stage groups without prompts."""
+    """What is taken out after a stage enters the next one, and each stage groups without prompts."""
     entered, lengths, left = [], [], []
     insert, split = passes.functional.insert_prompts, passes.functional.split_prompts
 

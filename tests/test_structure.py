@@ -1,4 +1,4 @@
-"""The shape of the package: imports go one way, each layer knows only what it may."""
+"""The shape of the package: rooms whose imports go one way, each knowing only what it may."""
 
 from __future__ import annotations
 
@@ -13,75 +13,33 @@ import sep_peft
 
 
 PACKAGE = Path(sep_peft.__file__).parent
-#: From the bottom up; a file may import those above it in this list only.
-ORDER = [
-    "version",
-    "registration",
-    "architectures",
-    "checkpoint",
-    "functional",
-    "fusion",
-    "families",
-    "resolve",
-    "pictures",
-    "losses",
-    "classes",
-    "config",
-    "settings",
-    "passes",
-    "mixed_batch",
-    "layer",
-    "texts",
-    "records",
-    "mixing",
-    "wrapping",
-    "tower",
-    "scoring",
-    "compatibility",
-    "combine",
-    "model",
-    "trunk_cache",
-    "hotswap",
-    "model_card",
-    "text_chunks",
-    "class_encoder",
-    "classifier_files",
-    "tasks",
-    "prediction",
-    "classifier",
-    "export",
-    "pipelines",
-    "convert",
-    "explain",
-    "folders",
-    "evaluation",
-    "training",
-    "commands",
-    "cli",
-    "__main__",
-    "__init__",
-]
-#: Files that must do without these packages.
-WITHOUT = {
-    "fusion": {"peft", "transformers"},
-    "functional": {"peft", "transformers"},
-    "losses": {"peft", "transformers"},
-    "architectures": {"peft", "transformers", "torch"},
-    "families": {"peft", "transformers", "torch"},
+#: Room -> rooms that it may import from. What lies beside the rooms (`version`, `tracing`) is for all.
+ROOMS = {
+    "method": set(),
+    "families": set(),
+    "tuner": {"method", "families"},
+    "classifier": {"tuner", "method", "families"},
+    "training": {"classifier", "tuner", "method"},
+    "cli": {"training", "classifier", "tuner", "method"},
 }
+#: Files beside the rooms that every room may import.
+COMMON = {"version", "tracing"}
+#: Room -> foreign packages that it must do without.
+WITHOUT = {"method": {"peft", "transformers"}, "families": {"peft", "transformers"}}
+FILES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+IN_ROOMS = [file for file in FILES if "/" in file]
 
 
-def imports(name: str) -> tuple[set[str], set[str]]:
-    """Own files and foreign packages that a file imports, apart from those for type checkers."""
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    checked = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    hidden = {id(inner) for node in checked for inner in ast.walk(node)}
+def imports(file: str) -> tuple[set[str], set[str]]:
+    """Own files ("room/file" or "room") and foreign packages that a file imports, those for type checkers included."""
     own, foreign = set(), set()
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+    for node in ast.walk(ast.parse((PACKAGE / f"{file}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            own |= {node.module} if node.module else {alias.name for alias in node.names}
+            above = file.split("/")[: -node.level]
+            module = above + (node.module.split(".") if node.module else [])
+            for alias in node.names:  # `from . import file` names a file, `from .file import name` does not
+                path = "/".join([*module, alias.name])
+                own.add(path if (PACKAGE / f"{path}.py").exists() else "/".join(module))
         elif isinstance(node, ast.ImportFrom):
             foreign.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -89,22 +47,61 @@ def imports(name: str) -> tuple[set[str], set[str]]:
     return own, foreign
 
 
-def test_every_file_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ORDER)
+def test_every_room_is_listed():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_imports_go_one_way(name):
-    own, foreign = imports(name)
-    assert own <= set(ORDER[: ORDER.index(name)])
-    assert not foreign & WITHOUT.get(name, set())
-    if name != "registration":
-        tree = (PACKAGE / f"{name}.py").read_text()
-        assert "register_peft_method" not in tree and "PEFT_TYPE_TO" not in tree
+@pytest.mark.parametrize("file", IN_ROOMS)
+def test_rooms_import_one_way(file):
+    own, foreign = imports(file)
+    room = file.split("/")[0]
+    assert {path.split("/")[0] for path in own} <= ROOMS[room] | COMMON | {room}
+    assert not foreign & WITHOUT.get(room, set())
+    if file != "tuner/registration":
+        text = (PACKAGE / f"{file}.py").read_text()
+        assert "register_peft_method" not in text and "PEFT_TYPE_TO" not in text
 
 
-def test_no_file_is_too_long_to_read():
-    assert {path.name: n for path in PACKAGE.glob("*.py") if (n := len(path.read_text().splitlines())) > 450} == {}
+def test_no_files_know_each_other():
+    """A file that imports another, for type checkers or in a function too, is not imported by it on any way."""
+    graph = {file: {path for path in imports(file)[0] if path in FILES and path != file} for file in IN_ROOMS}
+    done: set[str] = set()
+    while ready := {file for file in graph if file not in done and graph[file] <= done | (set(FILES) - set(IN_ROOMS))}:
+        done |= ready
+    assert sorted(set(graph) - done) == []
+
+
+def private_names(file: str) -> list[str]:
+    """Private attributes that a file reads from something else than `self`, `cls`, `super()` or its own names."""
+    tree = ast.parse((PACKAGE / f"{file}.py").read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+            continue
+        of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        of_super = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
+        if not (of_self or of_super or node.attr in own):
+            found.append(f"{ast.unparse(node)}, line {node.lineno}")
+    return found
+
+
+#: Private names of torch, PEFT and the enumeration of methods, each with its reason in the file.
+FOREIGN_PRIVATE = {"_name_", "_value_", "_member_names_", "_member_map_", "_value2member_map_"}
+FOREIGN_PRIVATE |= {"_modules", "_parameters", "_orig_mod", "_version", "_assert_async"}
+
+
+@pytest.mark.parametrize("file", IN_ROOMS)
+def test_no_file_reaches_into_private_parts_of_another(file):
+    assert [name for name in private_names(file) if name.split(",")[0].split(".")[-1] not in FOREIGN_PRIVATE] == []
+
+
+@pytest.mark.parametrize("name", ["losses", "training", "folders", "evaluation", "families", "classifier", "cli"])
+def test_public_paths_stay(name):
+    code = f"import sep_peft.{name} as m; assert all(hasattr(m, name) for name in m.__all__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_importing_does_not_need_matplotlib():

@@ -7,8 +7,8 @@ import torch
 from small_clip import EOS, make_texts
 from test_classifier import make_model
 
-from sep_peft.model import find_towers
-from sep_peft.text_chunks import TextChunks, chunk_sizes
+from sep_peft.classifier.text_chunks import TextChunks, chunk_sizes
+from sep_peft.tuner.model import find_towers
 
 
 LENGTHS = [5, 3, 7, 4, 3, 8, 5]
@@ -41,7 +41,7 @@ def test_every_text_is_there_once_and_comes_back_in_its_place(size, masked):
         assert set(chunk) == set(inputs) and len(chunk["input_ids"]) <= size
         # (<= size, <= L) -> (<= size, L)
         ids = torch.nn.functional.pad(chunk["input_ids"], (0, 12 - chunk["input_ids"].shape[1]), value=EOS)
-        assert (chunk["input_ids"] == EOS).sum(dim=1).min() == 1  # no column behind the longest text
+        assert (chunk["input_ids"] == EOS).sum(dim=1).min() == 1  # no column after the longest text
         found.append(ids)
     assert torch.equal(chunks.join(found), inputs["input_ids"])
     assert len(found) == len(chunks)

@@ -14,10 +14,10 @@ from small_clip import make_clip, make_images, perturb
 from test_classifier import CLASSES, TEMPLATES, raises
 
 from sep_peft import SEPClassifier, SEPConfig, TrunkCache
-from sep_peft.functional import mix_embeddings
-from sep_peft.layer import SEPEncoderLayer
-from sep_peft.model import find_towers
-from sep_peft.trunk_cache import embeds_from_trunk
+from sep_peft.classifier.trunk_cache import embeds_from_trunk
+from sep_peft.method.mix import mix_embeddings
+from sep_peft.tuner.model import find_towers
+from sep_peft.tuner.wrappers import SEPEncoderLayer
 
 
 LABELS = torch.tensor([3, 0, 2, 2, 1])
@@ -27,7 +27,7 @@ NO_TRUNK = (
 )
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     def __init__(self, images=None, **extra):
         self.images, self.extra, self.reads = make_images(5) if images is None else images, extra, 0
 
@@ -78,7 +78,7 @@ class Calls:
 def test_a_step_equals_one_without_the_cache(config, folder, tmp_path):
     classifier = make_classifier(**config)
     expected = step(classifier, pixel_values=make_images(5), labels=LABELS)
-    cache = TrunkCache(classifier.model, Pictures(), tmp_path if folder else None)
+    cache = TrunkCache(classifier.model, Images(), tmp_path if folder else None)
     assert len(cache) == 5 and cache[0]["trunk"].shape == (10, 48) and cache[0]["frozen_embeds"].shape == (24,)
     torch.testing.assert_close(step(classifier, **batch_of(cache)), expected, rtol=1e-5, atol=1e-6)
 
@@ -96,9 +96,9 @@ def test_families(family):
     inputs = case.image(2)
     extra = {key: value[0] for key, value in inputs.items() if key != "pixel_values"}
     try:
-        cache = TrunkCache(model, Pictures(inputs["pixel_values"], **extra))
+        cache = TrunkCache(model, Images(inputs["pixel_values"], **extra))
     except ValueError as error:
-        reasons = ("has layers in stages", "several sizes", "Every picture must have shape", "pixel_values and labels")
+        reasons = ("has layers in stages", "several sizes", "Every image must have shape", "pixel_values and labels")
         assert any(reason in str(error) for reason in reasons), error
         assert case.frames > 1 or extra or "stages" in str(error) or "sizes" in str(error), error
         return
@@ -111,7 +111,7 @@ def test_families(family):
 def test_layers_that_run():
     """With the cache only those from `start_layer` on, once; without it the trunk once and these twice."""
     classifier = make_classifier(start_layer=2)
-    cache = TrunkCache(classifier.model, Pictures())
+    cache = TrunkCache(classifier.model, Images())
     batch = batch_of(cache)
     step(classifier, **batch)
     calls = Calls(classifier)
@@ -132,7 +132,7 @@ def test_every_change_is_noticed_and_what_is_known_is_used(tmp_path):
         handle = tower.base_layer.register_forward_hook(
             lambda _, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True
         )
-        TrunkCache(classifier.model, Pictures(images), tmp_path, **options)
+        TrunkCache(classifier.model, Images(images), tmp_path, **options)
         handle.remove()
         return sum(rows)
 
@@ -158,8 +158,8 @@ def test_every_change_is_noticed_and_what_is_known_is_used(tmp_path):
 
 
 def test_a_second_instance_reads_what_the_first_wrote(tmp_path):
-    first = batch_of(TrunkCache(make_classifier().model, Pictures(), tmp_path))
-    second = batch_of(TrunkCache(make_classifier().model, Pictures(), tmp_path))
+    first = batch_of(TrunkCache(make_classifier().model, Images(), tmp_path))
+    second = batch_of(TrunkCache(make_classifier().model, Images(), tmp_path))
     assert all(torch.equal(first[key], second[key]) for key in first)
     classifier = make_classifier()  # has run no trunk itself
     torch.testing.assert_close(
@@ -173,22 +173,22 @@ def test_a_second_instance_reads_what_the_first_wrote(tmp_path):
 def test_a_write_that_fails_leaves_no_file_that_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        TrunkCache(make_classifier().model, Pictures(), tmp_path)
+        TrunkCache(make_classifier().model, Images(), tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     monkeypatch.undo()
-    assert len(TrunkCache(make_classifier().model, Pictures(), tmp_path)) == 5
+    assert len(TrunkCache(make_classifier().model, Images(), tmp_path)) == 5
 
 
 def test_a_file_that_is_cut_short(tmp_path):
-    TrunkCache(make_classifier().model, Pictures(), tmp_path)
+    TrunkCache(make_classifier().model, Images(), tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(SafetensorError):
-        TrunkCache(make_classifier().model, Pictures(), tmp_path)
+        TrunkCache(make_classifier().model, Images(), tmp_path)
 
 
 def test_views():
-    cache = TrunkCache(make_classifier().model, Pictures(make_images(10)), views=2)
+    cache = TrunkCache(make_classifier().model, Images(make_images(10)), views=2)
     assert len(cache) == 5
     seen = {float(cache[1]["trunk"].sum()) for _ in range(40)}
     assert len(seen) == 2
@@ -200,9 +200,9 @@ def test_dropout_is_not_kept():
     layers = [m for m in find_towers(classifier.model)["vision"].modules() if hasattr(m, "dropout")]
     for layer in layers:
         layer.dropout = 0.5
-    found = batch_of(TrunkCache(classifier.model, Pictures()))
+    found = batch_of(TrunkCache(classifier.model, Images()))
     assert layers and classifier.training and all(layer.training for layer in layers)
-    expected = batch_of(TrunkCache(make_classifier().eval().model, Pictures()))
+    expected = batch_of(TrunkCache(make_classifier().eval().model, Images()))
     assert torch.equal(found["trunk"], expected["trunk"]) and torch.equal(
         found["frozen_embeds"], expected["frozen_embeds"]
     )
@@ -212,17 +212,17 @@ def test_lora_switched_off_below_is_another_model(tmp_path):
     lora = get_peft_model(make_clip(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "style")
     model = get_peft_model(lora.get_base_model(), SEPConfig(start_layer=2))
     lora.base_model.set_requires_grad("style", False)
-    on = TrunkCache(model, Pictures(), tmp_path)[0]["trunk"]
+    on = TrunkCache(model, Images(), tmp_path)[0]["trunk"]
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.enable_adapters(False)
-    off = TrunkCache(model, Pictures(), tmp_path)[0]["trunk"]
+    off = TrunkCache(model, Images(), tmp_path)[0]["trunk"]
     assert not torch.equal(on, off)
 
 
 def test_half_precision_is_close():
     classifier = make_classifier()
-    full, half = (batch_of(TrunkCache(classifier.model, Pictures(), dtype=d)) for d in (torch.float32, torch.bfloat16))
+    full, half = (batch_of(TrunkCache(classifier.model, Images(), dtype=d)) for d in (torch.float32, torch.bfloat16))
     assert half["trunk"].dtype == torch.float32
     torch.testing.assert_close(half["trunk"], full["trunk"], rtol=1e-2, atol=1e-2)
     assert not torch.equal(half["trunk"], full["trunk"])
@@ -233,9 +233,9 @@ def test_half_precision_is_close():
 
 def test_nothing_to_cache():
     with raises(NO_TRUNK):
-        TrunkCache(make_classifier(0).model, Pictures())
+        TrunkCache(make_classifier(0).model, Images())
     classifier = make_classifier()
-    batch = batch_of(TrunkCache(classifier.model, Pictures()))
+    batch = batch_of(TrunkCache(classifier.model, Images()))
     with raises("Pass either pixel_values or trunk and frozen_embeds."):
         classifier(labels=LABELS)
     with raises("Pass either pixel_values or trunk and frozen_embeds."):
@@ -249,22 +249,22 @@ def test_a_trunk_that_is_trained_itself():
     clip = get_peft_model(make_clip(), LoraConfig(r=2, target_modules=["q_proj"]), "style").get_base_model()
     model = get_peft_model(clip, SEPConfig(start_layer=2))
     with pytest.raises(ValueError, match=r"^The vision tower below SEP is trained as well .* train without a cache\.$"):
-        TrunkCache(model, Pictures())
+        TrunkCache(model, Images())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".sep_" in name)
-    assert len(TrunkCache(model, Pictures())) == 5
+    assert len(TrunkCache(model, Images())) == 5
 
 
-def test_pictures_that_cannot_be_cached():
+def test_images_that_cannot_be_cached():
     model = make_classifier().model
     with raises("views must divide the number of entries, but got 2 views and 5 entries."):
-        TrunkCache(model, Pictures(), views=2)
+        TrunkCache(model, Images(), views=2)
     with raises("views must divide the number of entries, but got 1 views and 0 entries."):
-        TrunkCache(model, Pictures(make_images(0)))
-    with raises("Every picture must have shape (3, 24, 24), but entry 0 has (3, 24, 23)."):
-        TrunkCache(model, Pictures(make_images(5)[..., 1:]))
-    with raises("A trunk cache takes pixel_values and labels alone, but the pictures have ['mask']."):
-        TrunkCache(model, Pictures(mask=torch.ones(1)))
+        TrunkCache(model, Images(make_images(0)))
+    with raises("Every image must have shape (3, 24, 24), but entry 0 has (3, 24, 23)."):
+        TrunkCache(model, Images(make_images(5)[..., 1:]))
+    with raises("A trunk cache takes pixel_values and labels alone, but the images have ['mask']."):
+        TrunkCache(model, Images(mask=torch.ones(1)))
 
 
 def test_class_texts_follow_the_weights_below():

@@ -10,7 +10,8 @@ import torch
 from test_classifier import IMAGES, LABELS, logits_of, make_classifier, make_model, raises
 from test_prototypes import with_prototypes
 
-from sep_peft import ImageScorer, SEPClassifier, TaskClasses, scoring
+from sep_peft import ImageScorer, SEPClassifier, TaskClasses
+from sep_peft.classifier import logits as scoring
 
 
 def with_margin(margin: float, classifier: SEPClassifier | None = None) -> SEPClassifier:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from sep_peft.classes import TaskClasses
-from sep_peft.losses import PROTOTYPE_SCALE, prototype_loss
-from sep_peft.scoring import more_confident
+from sep_peft.classifier.classes import TaskClasses
+from sep_peft.classifier.logits import more_confident
+from sep_peft.method.losses import PROTOTYPE_SCALE, prototype_loss
 
 
 class PlainClassifier(nn.Module):
-    """Classifies by the model's own embeddings of pictures and of the template with the class names.
+    """Classifies by the model's own embeddings of images and of the template with the class names.
 
     Trains whatever of the model requires gradients, by cross entropy.
 
@@ -88,7 +88,7 @@ class AdaptedClassifier(PlainClassifier):
 
         loss = CE(logits, y) + prototype_weight [CE(10 cos(v, W), y) + CE(10 cos(v0, W), y)]
 
-    with embeddings v of the picture, and v0 without the adapter.
+    with embeddings v of the image, and v0 without the adapter.
     """
 
     def __init__(self, model, processor, classes, template: str, prototype_weight: float = 0.0):
@@ -105,7 +105,7 @@ class AdaptedClassifier(PlainClassifier):
             return compute(*args)
 
     def reset_prototypes(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        """W (C, E) is the mean frozen embedding of a class's pictures, or its frozen text embedding without any."""
+        """W (C, E) is the mean frozen embedding of a class's images, or its frozen text embedding without any."""
         prototypes = self.frozen_text_embeds()
         sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes), 1)
         for batch in batches:
@@ -151,9 +151,9 @@ class AdaptedClassifier(PlainClassifier):
 
 
 class LinearProbe(PlainClassifier):
-    """Logistic regression on the frozen image embeddings; it knows the classes of its pictures only.
+    """Logistic regression on the frozen image embeddings; it knows the classes of its images only.
 
-    The strength of the regularization is chosen on validation pictures.
+    The strength of the regularization is chosen on validation images.
     """
 
     strengths = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -163,7 +163,7 @@ class LinearProbe(PlainClassifier):
 
     @torch.enable_grad()
     def fit(self, features, labels, val_features, val_labels) -> dict[str, float]:
-        """Features (N, E) and labels (N,), and the same of validation pictures; returns what was chosen."""
+        """Features (N, E) and labels (N,), and the same of validation images; returns what was chosen."""
         self.trained_classes = self.class_names
         probes = {}
         for strength in self.strengths:
@@ -193,14 +193,14 @@ class LinearProbe(PlainClassifier):
 
 
 class TipAdapter(PlainClassifier):
-    """Tip-Adapter (arXiv 2111.03930): a cache of the training pictures' embeddings beside zero-shot, without training.
+    """Tip-Adapter (arXiv 2111.03930): a cache of the training images' embeddings beside zero-shot, without training.
 
     ::
 
         logits = scale f W^T + alpha exp(-beta (1 - f F^T)) Y
 
-    with frozen embeddings f of the picture, W of the class texts, F of the cached pictures and their one-hot labels Y.
-    alpha and beta are chosen on validation pictures. Classes without cached pictures are classified by zero-shot.
+    with frozen embeddings f of the image, W of the class texts, F of the cached images and their one-hot labels Y.
+    alpha and beta are chosen on validation images. Classes without cached images are classified by zero-shot.
     """
 
     alphas = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -208,7 +208,7 @@ class TipAdapter(PlainClassifier):
 
     @torch.no_grad()
     def fit(self, features, labels, val_features, val_labels) -> dict[str, float]:
-        """Features (N, E) and labels (N,), and the same of validation pictures; returns what was chosen."""
+        """Features (N, E) and labels (N,), and the same of validation images; returns what was chosen."""
         self.keys = features
         self.values = F.one_hot(labels, len(self.classes)).to(features.dtype)  # (N, C)
         self.trained_classes = self.class_names

@@ -8,18 +8,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from protocols import Evaluation
-from readers import UNREADABLE, PictureSet, Sample
+from readers import UNREADABLE, ImageSet, Sample
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transforms import shift
 
 
-class TestPictures(Dataset):
-    """Pictures as the model's processor makes them; one that cannot be read gives its key instead of pixels."""
+class TestImages(Dataset):
+    """Images as the model's processor makes them; one that cannot be read gives its key instead of pixels."""
 
     __test__ = False  # no test, whatever pytest thinks of the name
 
-    def __init__(self, data: PictureSet, samples: list[Sample], shifted: str = ""):
+    def __init__(self, data: ImageSet, samples: list[Sample], shifted: str = ""):
         self.data, self.samples, self.shifted = data, samples, shifted
 
     def __len__(self) -> int:
@@ -28,44 +28,44 @@ class TestPictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, Sample]:
         sample = self.samples[index]
         try:
-            picture = self.data.open(sample.key)
+            image = self.data.open(sample.key)
         except UNREADABLE:
             return None, sample
-        return (shift(self.shifted, picture, sample.key) if self.shifted else picture), sample
+        return (shift(self.shifted, image, sample.key) if self.shifted else image), sample
 
 
 class Collate:
-    """A batch of pictures -> pixel_values (B, 3, H, W), labels (B,), keys of those that could not be read."""
+    """A batch of images -> pixel_values (B, 3, H, W), labels (B,), keys of those that could not be read."""
 
     def __init__(self, image_processor):
         self.image_processor = image_processor
 
     def __call__(self, batch: list) -> tuple[torch.Tensor | None, torch.Tensor, list[str]]:
-        pictures = [picture for picture, _ in batch if picture is not None]
-        labels = torch.tensor([sample.label for picture, sample in batch if picture is not None])
-        unreadable = [sample.key for picture, sample in batch if picture is None]
-        pixels = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"] if pictures else None
+        images = [image for image, _ in batch if image is not None]
+        labels = torch.tensor([sample.label for image, sample in batch if image is not None])
+        unreadable = [sample.key for image, sample in batch if image is None]
+        pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"] if images else None
         return pixels, labels, unreadable
 
 
 def batches(data, samples, image_processor, *, shifted="", batch_size=100, workers=0) -> DataLoader:
-    """Loader of test pictures, in their order."""
+    """Loader of test images, in their order."""
     collate = Collate(image_processor)
-    return DataLoader(TestPictures(data, samples, shifted), batch_size, num_workers=workers, collate_fn=collate)
+    return DataLoader(TestImages(data, samples, shifted), batch_size, num_workers=workers, collate_fn=collate)
 
 
 @torch.no_grad()
 def evaluate(
     classifier, evaluation: Evaluation, image_processor, accelerator: Accelerator, workers: int = 0
 ) -> dict[str, Any] | None:
-    """Measure a classifier that has the classes of the evaluation; every process takes its share of the pictures.
+    """Measure a classifier that has the classes of the evaluation; every process takes its share of the images.
 
     Returns:
-        accuracy in percent, counts, and the keys of pictures that could not be read; None where the classifier cannot
+        accuracy in percent, counts, and the keys of images that could not be read; None where the classifier cannot
         tell these classes apart.
 
     Raises:
-        ValueError: no picture could be read.
+        ValueError: no image could be read.
     """
     names = list(evaluation.data.classes)
     if not getattr(classifier, "can_classify", lambda names: True)(names):
@@ -85,13 +85,13 @@ def evaluate(
     right, total = accelerator.reduce(counts, "sum").tolist()
     unreadable = sorted(gather_object(unreadable))
     if not total:
-        raise ValueError(f"{evaluation.data.name}: none of the {len(unreadable)} test pictures can be read.")
+        raise ValueError(f"{evaluation.data.name}: none of the {len(unreadable)} test images can be read.")
     return {"accuracy": 100 * right / total, "right": right, "total": total, "unreadable": unreadable}
 
 
 @torch.no_grad()
-def features(classifier, data: PictureSet, samples: list[Sample], image_processor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (N, E) of pictures without augmentation, and their labels (N,)."""
+def features(classifier, data: ImageSet, samples: list[Sample], image_processor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (N, E) of images without augmentation, and their labels (N,)."""
     found = [
         (classifier.image_embeds(pixels.to(next(classifier.parameters()).device)), labels)
         for pixels, labels, _ in batches(data, samples, image_processor)

@@ -36,7 +36,7 @@ from sep_peft import SEPClassifier, SEPConfig
 #: Entries that hold settings by name.
 PARTS = ("config", "loss", "recipe")
 LEARNERS = ("zero-shot", "sep", "lora", "linear-probe", "tip-adapter")
-#: Learners that see the training pictures once, as frozen features, and take no gradient steps through the towers.
+#: Learners that see the training images once, as frozen features, and take no gradient steps through the towers.
 FEATURE_LEARNERS = {"linear-probe": LinearProbe, "tip-adapter": TipAdapter}
 
 
@@ -47,12 +47,12 @@ class Recipe:
     Args:
         learning_rate: highest of the cosine schedule.
         prototype_learning_rate: the same for class prototypes, where the loss has them; None: `learning_rate`.
-        epochs: passes over the training pictures.
-        batch_size: pictures a step, over all processes.
+        epochs: passes over the training images.
+        batch_size: images a step, over all processes.
         warmup_epochs: epochs in which the learning rate rises to its highest.
         adam_epsilon, weight_decay: of AdamW.
-        smallest_crop: least share of a picture's area that augmentation keeps.
-        cached_views: augmentations of each picture for which what is below SEP's `start_layer` is computed once; 0:
+        smallest_crop: least share of an image's area that augmentation keeps.
+        cached_views: augmentations of each image for which what is below SEP's `start_layer` is computed once; 0:
             every epoch draws and computes anew.
     """
 

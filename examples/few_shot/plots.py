@@ -68,6 +68,6 @@ def plot_shots(tables: Tables, file: Path) -> None:
             axes.errorbar(shots, [value["mean"] for value in values], yerr=spread, marker="o", capsize=2, label=method)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(own), [str(shots) for shots in own])
-        axes.set(title=dataset, xlabel="training pictures a class", ylabel="accuracy (%)")
+        axes.set(title=dataset, xlabel="training images a class", ylabel="accuracy (%)")
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=100)

@@ -1,55 +1,55 @@
-"""The field's four protocols as plans: which pictures train, and what is evaluated afterwards."""
+"""The field's four protocols as plans: which images train, and what is evaluated afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from readers import PictureSet
+from readers import ImageSet
 from sampling import Draw, draw, halves
 from transforms import SHIFTS
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One number to measure: accuracy on the test pictures of `data` among its classes.
+    """One number to measure: accuracy on the test images of `data` among its classes.
 
     Args:
         name: of the number, such as "base".
         data: restricted to the classes that are told apart.
-        shift: name of a shift that every picture goes through, or "".
+        shift: name of a shift that every image goes through, or "".
         split: "test", or "val" when tuning.
     """
 
     name: str
-    data: PictureSet
+    data: ImageSet
     shift: str = ""
     split: str = "test"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Train on `pictures` of `data`, then evaluate."""
+    """Train on `images` of `data`, then evaluate."""
 
-    data: PictureSet
-    pictures: Draw
+    data: ImageSet
+    images: Draw
     evaluations: list[Evaluation]
 
 
-def base_to_new(data: PictureSet, shots: int, seed: int) -> Plan:
+def base_to_new(data: ImageSet, shots: int, seed: int) -> Plan:
     """Train on the first half of the classes; test both halves, each among its own classes."""
     base, new = (data.only(names) for names in halves(data.classes))
     # drawn from all classes first, as the field's code does
-    pictures = keep(draw(data, shots, seed), len(base.classes))
-    return Plan(base, pictures, [Evaluation("base", base), Evaluation("new", new)])
+    images = keep(draw(data, shots, seed), len(base.classes))
+    return Plan(base, images, [Evaluation("base", base), Evaluation("new", new)])
 
 
-def few_shot(data: PictureSet, shots: int, seed: int) -> Plan:
+def few_shot(data: ImageSet, shots: int, seed: int) -> Plan:
     """Train and test on all classes."""
     return Plan(data, draw(data, shots, seed), [Evaluation("all", data)])
 
 
-def cross_dataset(data: PictureSet, shots: int, seed: int, targets: Sequence[PictureSet]) -> Plan:
+def cross_dataset(data: ImageSet, shots: int, seed: int, targets: Sequence[ImageSet]) -> Plan:
     """Train on all classes of one data set, test on it and, with their class names, on others.
 
     Raises:
@@ -61,10 +61,10 @@ def cross_dataset(data: PictureSet, shots: int, seed: int, targets: Sequence[Pic
     return Plan(data, draw(data, shots, seed), evaluations)
 
 
-def domain_generalization(data: PictureSet, shots: int, seed: int, held_out: str | None = None) -> Plan:
+def domain_generalization(data: ImageSet, shots: int, seed: int, held_out: str | None = None) -> Plan:
     """Train on what the model knows, test on what is shifted.
 
-    With several domains: train on all but `held_out`, test on it. With one: test on the test pictures as they are and
+    With several domains: train on all but `held_out`, test on it. With one: test on the test images as they are and
     shifted in four ways.
 
     Raises:
@@ -79,7 +79,7 @@ def domain_generalization(data: PictureSet, shots: int, seed: int, held_out: str
         replace(data, splits={k: [s for s in v if (s.domain == held_out) == out] for k, v in data.splits.items()})
         for out in (False, True)
     )
-    # the held-out domain is never trained on, so all of its pictures test
+    # the held-out domain is never trained on, so all of its images test
     everything = [sample for samples in outside.splits.values() for sample in samples]
     outside = replace(outside, splits={**outside.splits, "test": everything})
     return Plan(inside, draw(inside, shots, seed), [Evaluation("source", inside), Evaluation(held_out, outside)])
@@ -94,14 +94,14 @@ PROTOCOLS = {
 
 
 def on_validation(plan: Plan) -> Plan:
-    """The same plan measured on validation pictures, for tuning."""
+    """The same plan measured on validation images, for tuning."""
     return replace(plan, evaluations=[replace(e, split="val") for e in plan.evaluations if not e.shift])
 
 
-def keep(pictures: Draw, count: int) -> Draw:
+def keep(images: Draw, count: int) -> Draw:
     """The part of the first `count` labels."""
     return replace(
-        pictures,
-        train=[sample for sample in pictures.train if sample.label < count],
-        val=[sample for sample in pictures.val if sample.label < count],
+        images,
+        train=[sample for sample in images.train if sample.label < count],
+        val=[sample for sample in images.val if sample.label < count],
     )

@@ -1,4 +1,4 @@
-"""Readers: from pictures as they lie on disk to a `PictureSet`.
+"""Readers: from images as they lie on disk to an `ImageSet`.
 
 A data set is described by a small JSON file, see the folder `data_sets`:
 
@@ -22,14 +22,14 @@ from PIL import Image
 
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")
-#: What Pillow raises for pictures that are cut short, damaged or none at all.
+#: What Pillow raises for images that are cut short, damaged or none at all.
 UNREADABLE = (OSError, SyntaxError, ValueError)
-#: Parts of pictures that nobody has split yet: half to train on, a fifth of the rest to tune on, as in CoOp.
+#: Parts of images that nobody has split yet: half to train on, a fifth of the rest to tune on, as in CoOp.
 TRAIN_PART, VAL_PART = 0.5, 0.2
 
 
 class Sample(NamedTuple):
-    """A picture by the key under which its data set opens it, its class, and the domain it belongs to."""
+    """An image by the key under which its data set opens it, its class, and the domain it belongs to."""
 
     key: str
     label: int
@@ -37,14 +37,14 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """Pictures of C classes in three parts.
+class ImageSet:
+    """Images of C classes in three parts.
 
     Args:
         name: of the data set.
         classes: C class names; labels count in their order.
         splits: "train", "val" and "test" -> samples.
-        open: key of a sample -> picture; raises what Pillow raises for one that cannot be read.
+        open: key of a sample -> image; raises what Pillow raises for one that cannot be read.
         template: what the frozen text branch reads, with ``{}`` in place of the class name.
     """
 
@@ -58,7 +58,7 @@ class PictureSet:
     def domains(self) -> list[str]:
         return sorted({sample.domain for samples in self.splits.values() for sample in samples})
 
-    def only(self, classes: list[str]) -> PictureSet:
+    def only(self, classes: list[str]) -> ImageSet:
         """The part of some classes, labelled anew in the order of `classes`."""
         if unknown := sorted(set(classes) - set(self.classes)):
             raise ValueError(f"{self.name} has no classes {unknown}; it has {', '.join(self.classes)}.")
@@ -70,20 +70,20 @@ class PictureSet:
         return replace(self, classes=tuple(classes), splits=splits)
 
 
-def read_dataset(description: Path, data_root: Path) -> PictureSet:
+def read_dataset(description: Path, data_root: Path) -> ImageSet:
     """Read the data set that a JSON file describes.
 
     Raises:
         ValueError: the file names no known reader, an option that its reader does not have, or classes that are not
             there.
-        FileNotFoundError: the pictures are not where it says.
+        FileNotFoundError: the images are not where it says.
     """
     options = json.loads(description.read_text(encoding="utf-8"))
     reader = READERS.get(options.pop("reader", None))
     if reader is None:
         raise ValueError(f'{description}: "reader" must be one of {", ".join(READERS)}.')
     classes = options.pop("classes", None)
-    template = options.pop("template", PictureSet.template)
+    template = options.pop("template", ImageSet.template)
     allowed = set(inspect.signature(reader).parameters) - {"name", "root"}
     if unknown := sorted(set(options) - allowed - {"root"}):
         raise ValueError(f"{description}: unknown options {unknown}; this reader takes {sorted(allowed)}.")
@@ -92,18 +92,18 @@ def read_dataset(description: Path, data_root: Path) -> PictureSet:
     return found if classes is None else found.only(classes)
 
 
-def read_coop(name: str, root: Path, split_file: str, images: str = ".") -> PictureSet:
+def read_coop(name: str, root: Path, split_file: str, images: str = ".") -> ImageSet:
     """The field's own splits: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``."""
     entries = json.loads((root / split_file).read_text(encoding="utf-8"))
     names = {label: class_name for split in SPLITS for _, label, class_name in entries[split]}
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{root / split_file}: labels must count from 0 to {len(names) - 1}, but are {sorted(names)}.")
     splits = {split: [Sample(path, label) for path, label, _ in entries[split]] for split in SPLITS}
-    return PictureSet(name, tuple(names[label] for label in sorted(names)), splits, file_opener(root / images))
+    return ImageSet(name, tuple(names[label] for label in sorted(names)), splits, file_opener(root / images))
 
 
-def read_folder(name: str, root: Path, split_seed: int = 1) -> PictureSet:
-    """One folder of pictures per class, or train/, val/ or validation/, and test/ with such folders.
+def read_folder(name: str, root: Path, split_seed: int = 1) -> ImageSet:
+    """One folder of images per class, or train/, val/ or validation/, and test/ with such folders.
 
     What is missing is made with a seed: the validation part from the training part, all three from one folder.
     """
@@ -111,22 +111,22 @@ def read_folder(name: str, root: Path, split_seed: int = 1) -> PictureSet:
         places = {"train": "train", "val": "val", "test": "test"}
         if not (root / "val").is_dir() and (root / "validation").is_dir():
             places["val"] = "validation"
-        found = {split: pictures_by_class(root, root / place) for split, place in places.items()}
+        found = {split: images_by_class(root, root / place) for split, place in places.items()}
         if not found["test"]:
-            raise FileNotFoundError(f"{root} has a folder train but no pictures below {root / 'test'}.")
+            raise FileNotFoundError(f"{root} has a folder train but no images below {root / 'test'}.")
         if not found["val"]:
             found["train"], found["val"] = cut(found["train"], 1 - VAL_PART, split_seed)
     else:
-        found = cut_in_three(pictures_by_class(root, root), split_seed)
+        found = cut_in_three(images_by_class(root, root), split_seed)
     return from_classes(name, root, {"": found})
 
 
-def read_domains(name: str, root: Path, split_seed: int = 1) -> PictureSet:
-    """Several domains of the same classes: domain/class/picture, each domain split with a seed."""
+def read_domains(name: str, root: Path, split_seed: int = 1) -> ImageSet:
+    """Several domains of the same classes: domain/class/image, each domain split with a seed."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder.")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    found = {path.name: cut_in_three(pictures_by_class(root, path), split_seed) for path in folders}
+    found = {path.name: cut_in_three(images_by_class(root, path), split_seed) for path in folders}
     if len(found) < 2:
         raise ValueError(f"{root} needs at least two domains, folders of class folders, but has {len(found)}.")
     return from_classes(name, root, found)
@@ -141,7 +141,7 @@ def read_huggingface(
     label_column: str = "label",
     splits: dict[str, str] | None = None,
     split_seed: int = 1,
-) -> PictureSet:
+) -> ImageSet:
     """A data set of the Hub, or on disk at `root` where no `path` is given, read by the package `datasets`.
 
     Args:
@@ -164,7 +164,7 @@ def read_huggingface(
             found[split].setdefault(feature.names[label], []).append(f"{place}/{index}")
     if not found["val"]:
         found["train"], found["val"] = cut(found["train"], 1 - VAL_PART, split_seed)
-    # a column of paths or bytes is read as pictures too
+    # a column of paths or bytes is read as images too
     tables = {place: table.cast_column(image_column, ImageColumn()) for place, table in tables.items()}
 
     def open_row(key: str) -> Image.Image:
@@ -179,17 +179,17 @@ READERS = {"coop": read_coop, "folder": read_folder, "domains": read_domains, "h
 
 
 def file_opener(root: Path) -> Callable[[str], Image.Image]:
-    """Opens pictures by their path below `root`."""
+    """Opens images by their path below `root`."""
 
     def open_file(key: str) -> Image.Image:
-        with Image.open(root / key) as picture:
-            return picture.convert("RGB")
+        with Image.open(root / key) as image:
+            return image.convert("RGB")
 
     return open_file
 
 
-def pictures_by_class(root: Path, folder: Path) -> dict[str, list[str]]:
-    """Name of each folder in `folder` -> paths of its pictures, relative to `root`, both sorted."""
+def images_by_class(root: Path, folder: Path) -> dict[str, list[str]]:
+    """Name of each folder in `folder` -> paths of its images, relative to `root`, both sorted."""
     if not folder.is_dir():
         return {}
     found = {}
@@ -201,7 +201,7 @@ def pictures_by_class(root: Path, folder: Path) -> dict[str, list[str]]:
 
 
 def cut(classes: dict[str, list[str]], first: float, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Cut each class in two at random; both parts keep at least one picture where there are two."""
+    """Cut each class in two at random; both parts keep at least one image where there are two."""
     rng = random.Random(seed)
     parts: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
     for name, paths in classes.items():
@@ -222,23 +222,23 @@ def cut_in_three(classes: dict[str, list[str]], seed: int) -> dict[str, dict[str
 
 def from_classes(
     name: str, root: Path, domains: dict[str, dict[str, dict[str, list[str]]]], order: list[str] | None = None
-) -> PictureSet:
+) -> ImageSet:
     """Put together what was found: domain -> split -> class name -> keys.
 
     Raises:
-        FileNotFoundError: less than two classes have pictures.
+        FileNotFoundError: less than two classes have images.
     """
     names = order or sorted({c for splits in domains.values() for classes in splits.values() for c in classes})
     if len(names) < 2:
-        raise FileNotFoundError(f"{root} needs pictures of at least two classes, one folder each, but has {names}.")
+        raise FileNotFoundError(f"{root} needs images of at least two classes, one folder each, but has {names}.")
     splits: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for domain, found in domains.items():
         for split, classes in found.items():
             for class_name, keys in classes.items():
                 splits[split] += [Sample(key, names.index(class_name), domain) for key in keys]
-    return PictureSet(name, tuple(names), splits, file_opener(root))
+    return ImageSet(name, tuple(names), splits, file_opener(root))
 
 
-def describe(data: PictureSet) -> dict[str, Any]:
+def describe(data: ImageSet) -> dict[str, Any]:
     """Counts, for people."""
     return {"classes": len(data.classes), **{split: len(samples) for split, samples in data.splits.items()}}

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from evaluation import evaluate, features
 from methods import Method, build_classifier, read_method
 from protocols import PROTOCOLS, Plan
-from readers import PictureSet, read_dataset
+from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
 from torch import nn
 from training import fit
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--protocol", choices=list(PROTOCOLS), required=True)
     parser.add_argument("--method", nargs="+", required=True, help="files in methods/, or paths of such files")
-    parser.add_argument("--shots", type=int, nargs="+", default=[16], help="training pictures per class")
+    parser.add_argument("--shots", type=int, nargs="+", default=[16], help="training images per class")
     parser.add_argument("--targets", nargs="*", default=[], help="data sets to test on, for cross-dataset")
     parser.add_argument("--held-out", help="domain to test on, for domain-generalization with several domains")
     parser.add_argument("--recipe", nargs="*", default=[], metavar="NAME=VALUE", help="replace entries of the recipe")
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every script that runs cells."""
     parser.add_argument("--dataset", nargs="+", required=True, help="files in data_sets/, or paths of such files")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all pictures")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all images")
     parser.add_argument("--model", default=str(HERE.parent / "assets" / "clip-small"), help="name on the Hub or path")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("outputs/few_shot"), help="runs go below this folder")
@@ -104,7 +104,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="implementation; default: the model's own")
     parser.add_argument("--save-adapters", action="store_true", help="keep the trained adapters")
     parser.add_argument("--cache", type=Path, help="folder for what recipes with cached_views cache; default: memory")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
 
 
@@ -130,7 +130,7 @@ def find(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"{name!r} is neither a file nor one of {names}.")
 
 
-def make_plan(args, data: dict[str, PictureSet], dataset: str, shots: int, seed: int) -> Plan:
+def make_plan(args, data: dict[str, ImageSet], dataset: str, shots: int, seed: int) -> Plan:
     options: dict[str, Any] = {}
     if args.protocol == "cross-dataset":
         options["targets"] = [data[name] for name in args.targets if name != dataset]
@@ -145,10 +145,10 @@ def run_cell(path: Path, cell: Cell, args: argparse.Namespace, accelerator: Acce
     if folder.finished:
         accelerator.print(f"{path}: finished before")
         return
-    pictures = cell.plan.pictures
-    write_json(path / "draw.json", {"train": pictures.train, "unreadable": pictures.unreadable})
-    accelerator.print(f"{path}: {len(pictures.train)} training pictures of {len(cell.plan.data.classes)} classes")
-    for key in pictures.unreadable:
+    images = cell.plan.images
+    write_json(path / "draw.json", {"train": images.train, "unreadable": images.unreadable})
+    accelerator.print(f"{path}: {len(images.train)} training images of {len(cell.plan.data.classes)} classes")
+    for key in images.unreadable:
         accelerator.print(f"  cannot be read, replaced by another: {key}")
     outcome = train_and_evaluate(cell, args, accelerator, path)
     if accelerator.is_main_process:
@@ -166,17 +166,17 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     set_seed(cell.seed)
     options = {} if args.attention is None else {"attn_implementation": args.attention}
     processor = AutoProcessor.from_pretrained(args.model)
-    pictures = processor.image_processor
+    images = processor.image_processor
     classifier = build_classifier(method, args.model, processor, plan.data.classes, plan.data.template, **options)
     classifier.to(accelerator.device)
     log, chosen, start = [], {}, time.perf_counter()
     with method.evaluating():
         if method.trains:
-            log = fit(classifier, method, plan, pictures, accelerator, folder, cell.seed, args.workers, args.cache)
+            log = fit(classifier, method, plan, images, accelerator, folder, cell.seed, args.workers, args.cache)
         elif hasattr(classifier, "fit"):
             classifier.eval()
-            parts = (plan.pictures.train, plan.pictures.val or plan.pictures.train)
-            chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, pictures)))
+            parts = (plan.images.train, plan.images.val or plan.images.train)
+            chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
         if method.prototype_logit_weight:
             classifier.keep_prototypes(method.prototype_logit_weight)
         seconds = time.perf_counter() - start
@@ -184,13 +184,13 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
             classifier.save_pretrained(folder / "adapter")
         results, trained = {}, classifier.classes
         for evaluation in plan.evaluations:
-            # kept prototypes belong to the classes of the training pictures
+            # kept prototypes belong to the classes of the training images
             if evaluation.data.classes == plan.data.classes:
                 classifier.set_classes(trained)
             else:
                 margin = {"zero_shot_margin": method.zero_shot_margin} if method.zero_shot_margin else {}
                 classifier.set_classes(evaluation.data.classes, **margin)
-            results[evaluation.name] = evaluate(classifier, evaluation, pictures, accelerator, args.workers)
+            results[evaluation.name] = evaluate(classifier, evaluation, images, accelerator, args.workers)
     return {
         "results": results,
         "chosen": chosen,

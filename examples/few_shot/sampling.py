@@ -6,30 +6,30 @@ import random
 from dataclasses import dataclass
 from math import ceil
 
-from readers import UNREADABLE, PictureSet, Sample
+from readers import UNREADABLE, ImageSet, Sample
 
 
-#: Validation pictures a class, at most.
+#: Validation images a class, at most.
 VAL_SHOTS = 4
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Pictures to train and to tune on, and those that were drawn but cannot be read."""
+    """Images to train and to tune on, and those that were drawn but cannot be read."""
 
     train: list[Sample]
     val: list[Sample]
     unreadable: list[str]
 
 
-def draw(data: PictureSet, shots: int, seed: int) -> Draw:
-    """`shots` training pictures a class and `min(shots, 4)` for validation, drawn with a seed.
+def draw(data: ImageSet, shots: int, seed: int) -> Draw:
+    """`shots` training images a class and `min(shots, 4)` for validation, drawn with a seed.
 
-    The order of draws is that of the field's code, so equal seeds and split files give equal pictures. One that cannot
+    The order of draws is that of the field's code, so equal seeds and split files give equal images. One that cannot
     be read is replaced by another of its class, drawn afterwards.
 
     Raises:
-        ValueError: a class has no picture to train on that can be read.
+        ValueError: a class has no image to train on that can be read.
     """
     rng = random.Random(seed)
     counts = {"train": shots, "val": min(shots, VAL_SHOTS)}
@@ -42,7 +42,7 @@ def draw(data: PictureSet, shots: int, seed: int) -> Draw:
             random.Random(seed).shuffle(spare)
             classes[label] = [s for s in (replace_broken(data, s, spare, unreadable) for s in samples) if s]
     if empty := [data.classes[i] for i in range(len(data.classes)) if not drawn["train"].get(i)]:
-        raise ValueError(f"{data.name}: no training picture that can be read for {', '.join(empty)}.")
+        raise ValueError(f"{data.name}: no training image that can be read for {', '.join(empty)}.")
     train, val = ([s for samples in drawn[split].values() for s in samples] for split in ("train", "val"))
     return Draw(train, val, unreadable)
 
@@ -55,7 +55,7 @@ def sample_classes(samples: list[Sample], count: int, rng: random.Random) -> dic
     return {label: rng.sample(own, count) if len(own) >= count else own for label, own in classes.items()}
 
 
-def replace_broken(data: PictureSet, sample: Sample, spare: list[Sample], unreadable: list[str]) -> Sample | None:
+def replace_broken(data: ImageSet, sample: Sample, spare: list[Sample], unreadable: list[str]) -> Sample | None:
     """The sample itself, or the next of `spare` that can be read; None where none is left."""
     while True:
         try:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from sep_peft import functional
+from sep_peft.tuner import passes
 
 
 @contextmanager
@@ -28,5 +28,5 @@ def random_selection(seed: int = 0) -> Iterator[None]:
         share = torch.rand((len(start), count), generator=generator).to(start.device)
         return start[:, None] + (share * (end - start + 1)[:, None]).long()  # (B, count)
 
-    with mock.patch.multiple(functional, largest_tokens=any_tokens, following_tokens=any_following):
+    with mock.patch.multiple(passes, largest_tokens=any_tokens, following_tokens=any_following):
         yield

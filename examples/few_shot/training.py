@@ -1,4 +1,4 @@
-"""Training with Accelerate: one process or many, killed and resumed, always the same pictures in the same order."""
+"""Training with Accelerate: one process or many, killed and resumed, always the same images in the same order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from methods import Method, trainable
 from protocols import Plan
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from train_pictures import CachedPictures, TrainPictures
+from train_images import CachedImages, TrainImages
 from transformers import get_cosine_schedule_with_warmup
 from transforms import TrainTransform
 
-from sep_peft.training import make_optimizer
+from sep_peft.training.fit import make_optimizer
 
 
 CHECKPOINT = "checkpoint.pt"
@@ -38,20 +38,20 @@ def fit(
     """Train the classifier in place, or go on where a checkpoint in `folder` stands.
 
     Args:
-        cache: folder for the trunk of pictures, where the recipe has `cached_views`; None: in memory.
+        cache: folder for the trunk of images, where the recipe has `cached_views`; None: in memory.
 
     Returns:
-        a dict per epoch: loss, its parts, accuracy on the training pictures, learning rate.
+        a dict per epoch: loss, its parts, accuracy on the training images, learning rate.
     """
     recipe = method.recipe
     classifier.to(accelerator.device)
     start_prototypes(classifier, plan, image_processor)
     parameters = trainable(classifier)
     optimizer = make_optimizer(parameters, recipe, recipe.weight_decay)
-    pictures = TrainPictures(plan, TrainTransform(image_processor, recipe.smallest_crop), seed)
+    images = TrainImages(plan, TrainTransform(image_processor, recipe.smallest_crop), seed)
     if recipe.cached_views:
-        pictures = CachedPictures(pictures, recipe.cached_views, classifier.model, cache)
-    steps = -(-len(pictures) // recipe.batch_size)
+        images = CachedImages(images, recipe.cached_views, classifier.model, cache)
+    steps = -(-len(images) // recipe.batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_epochs * steps, recipe.epochs * steps)
     log = resume(folder / CHECKPOINT, parameters, optimizer, schedule)
     model, optimizer = accelerator.prepare(classifier, optimizer)
@@ -61,8 +61,8 @@ def fit(
     )
     for epoch in range(len(log), recipe.epochs):
         set_seed(seed * 1000 + epoch)  # dropout, where a method has it
-        pictures.epoch = epoch
-        log.append(one_epoch(model, optimizer, schedule, pictures, recipe.batch_size, accelerator, seed, workers, bar))
+        images.epoch = epoch
+        log.append(one_epoch(model, optimizer, schedule, images, recipe.batch_size, accelerator, seed, workers, bar))
         if accelerator.is_main_process:
             save(folder / CHECKPOINT, parameters, optimizer, schedule, log)
         accelerator.wait_for_everyone()
@@ -73,13 +73,13 @@ def fit(
     return log
 
 
-def one_epoch(model, optimizer, schedule, pictures, batch_size, accelerator, seed, workers, bar) -> dict[str, Any]:
-    """One pass over the pictures; a global batch is shared out among the processes.
+def one_epoch(model, optimizer, schedule, images, batch_size, accelerator, seed, workers, bar) -> dict[str, Any]:
+    """One pass over the images; a global batch is shared out among the processes.
 
     Each process weighs its mean loss by its share of the batch, so that the gradient is that of the whole batch.
     """
-    shares, sizes = share_out(len(pictures), batch_size, accelerator, seed * 1000 + pictures.epoch)
-    loader = DataLoader(pictures, batch_sampler=shares, num_workers=workers)
+    shares, sizes = share_out(len(images), batch_size, accelerator, seed * 1000 + images.epoch)
+    loader = DataLoader(images, batch_sampler=shares, num_workers=workers)
     sums = torch.zeros(2, device=accelerator.device)  # loss, right
     for batch, (own, whole) in zip(loader, sizes, strict=True):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
@@ -92,15 +92,15 @@ def one_epoch(model, optimizer, schedule, pictures, batch_size, accelerator, see
         right = (output.logits.detach()[:own].argmax(dim=1) == labels[:own]).sum()
         sums += torch.stack([output.loss.detach() * own, right])
         bar.update()
-        bar.set_postfix(epoch=pictures.epoch + 1, loss=f"{output.loss.item():.3f}", acc=f"{right / max(own, 1):.0%}")
-    loss, right = (accelerator.reduce(sums, "sum") / len(pictures)).tolist()
-    return {"epoch": pictures.epoch + 1, "loss": loss, "accuracy": 100 * right, "lr": schedule.get_last_lr()[0]}
+        bar.set_postfix(epoch=images.epoch + 1, loss=f"{output.loss.item():.3f}", acc=f"{right / max(own, 1):.0%}")
+    loss, right = (accelerator.reduce(sums, "sum") / len(images)).tolist()
+    return {"epoch": images.epoch + 1, "loss": loss, "accuracy": 100 * right, "lr": schedule.get_last_lr()[0]}
 
 
 def share_out(count: int, batch_size: int, accelerator: Accelerator, seed: int):
-    """Indices of this process for each batch of a shuffled epoch, and (pictures of its own, of the whole batch).
+    """Indices of this process for each batch of a shuffled epoch, and (images of its own, of the whole batch).
 
-    A process without a picture in the last batch gets one that counts 0, because all processes must take part.
+    A process without an image in the last batch gets one that counts 0, because all processes must take part.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     shares, sizes = [], []
@@ -113,10 +113,10 @@ def share_out(count: int, batch_size: int, accelerator: Accelerator, seed: int):
 
 
 def start_prototypes(classifier, plan: Plan, image_processor) -> None:
-    """Class means of the frozen embeddings of the training pictures, where the loss has prototypes."""
+    """Class means of the frozen embeddings of the training images, where the loss has prototypes."""
     if getattr(classifier, "prototypes", None) is None:
         return
-    loader = batches(plan.data, plan.pictures.train, image_processor)
+    loader = batches(plan.data, plan.images.train, image_processor)
     classifier.reset_prototypes(
         {"pixel_values": pixels, "labels": labels} for pixels, labels, _ in loader if pixels is not None
     )

@@ -1,4 +1,4 @@
-"""What happens to pictures: the field's augmentation while training, and shifts from what the model knows."""
+"""What happens to images: the field's augmentation while training, and shifts from what the model knows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL import Image, ImageFilter, ImageOps
 
 
 class TrainTransform:
-    """A random part of the picture, resized to the model's input and mirrored half of the time.
+    """A random part of the image, resized to the model's input and mirrored half of the time.
 
     The field's RandomResizedCrop and flip, on Pillow. Deterministic for a `random.Random`, so that a resumed run and
-    one on several processes see the same pictures.
+    one on several processes see the same images.
 
     Args:
         image_processor: of transformers; gives input size, mean and standard deviation.
@@ -29,13 +29,13 @@ class TrainTransform:
         self.std = torch.tensor(image_processor.image_std)[:, None, None]
         self.smallest = smallest
 
-    def __call__(self, picture: Image.Image, rng: random.Random) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
         """(3, H, W), normalized."""
-        box = random_box(picture.size, self.smallest, rng)
-        picture = picture.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
+        box = random_box(image.size, self.smallest, rng)
+        image = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
         if rng.random() < 0.5:
-            picture = ImageOps.mirror(picture)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+            image = ImageOps.mirror(image)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
         return (pixels / 255 - self.mean) / self.std
 
 
@@ -60,23 +60,23 @@ def random_box(size: tuple[int, int], smallest: float, rng: random.Random) -> tu
     return left, top, left + side, top + side
 
 
-def grey(picture: Image.Image, rng: random.Random) -> Image.Image:
-    return ImageOps.grayscale(picture).convert("RGB")
+def grey(image: Image.Image, rng: random.Random) -> Image.Image:
+    return ImageOps.grayscale(image).convert("RGB")
 
 
-def blur(picture: Image.Image, rng: random.Random) -> Image.Image:
-    return picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 48))
+def blur(image: Image.Image, rng: random.Random) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) / 48))
 
 
-def noise(picture: Image.Image, rng: random.Random) -> Image.Image:
-    values = np.asarray(picture, dtype=np.float32)
+def noise(image: Image.Image, rng: random.Random) -> Image.Image:
+    values = np.asarray(image, dtype=np.float32)
     values = values + np.random.default_rng(rng.getrandbits(32)).normal(0, 40, values.shape)
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def edges(picture: Image.Image, rng: random.Random) -> Image.Image:
+def edges(image: Image.Image, rng: random.Random) -> Image.Image:
     """Dark lines on white, like a drawing."""
-    return ImageOps.invert(ImageOps.grayscale(picture).filter(ImageFilter.FIND_EDGES)).convert("RGB")
+    return ImageOps.invert(ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES)).convert("RGB")
 
 
 #: Shifted inputs of the domain-generalization protocol.
@@ -88,6 +88,6 @@ SHIFTS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
 }
 
 
-def shift(name: str, picture: Image.Image, key: str) -> Image.Image:
-    """The shifted picture, the same at every call for one key."""
-    return SHIFTS[name](picture, random.Random(zlib.crc32(f"{name}/{key}".encode())))
+def shift(name: str, image: Image.Image, key: str) -> Image.Image:
+    """The shifted image, the same at every call for one key."""
+    return SHIFTS[name](image, random.Random(zlib.crc32(f"{name}/{key}".encode())))

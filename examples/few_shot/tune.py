@@ -1,4 +1,4 @@
-"""Tune methods on validation pictures: every candidate of a method's file, base-to-new, never a test picture.
+"""Tune methods on validation images: every candidate of a method's file, base-to-new, never a test image.
 
     python examples/few_shot/tune.py --data-root data --dataset caltech101-covered --method sep lora --seeds 1
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     parser.add_argument("--method", nargs="+", required=True, help="files in methods/ that have one in tuning/")
-    parser.add_argument("--shots", type=int, default=16, help="training pictures per class")
+    parser.add_argument("--shots", type=int, default=16, help="training images per class")
     args = parser.parse_args()
     logging.disable_progress_bar()
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.precision)
@@ -66,7 +66,7 @@ def title(changes: dict[str, dict[str, Any]]) -> str:
 
 
 def tried(folder: Path) -> list[dict[str, Any]]:
-    """Every candidate with its accuracies on validation pictures, best harmonic mean first."""
+    """Every candidate with its accuracies on validation images, best harmonic mean first."""
     found: dict[tuple[str, str], dict[str, list[dict[str, float]]]] = {}
     for file in sorted(folder.glob("*/*/*/seed_*/results.json")):
         dataset, method, candidate = file.parts[-5:-2]

@@ -27,8 +27,8 @@ def scripts() -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A function that makes class folders of tiny pictures: {"cat": 3} -> folder/cat/0.png ..."""
+def images(tmp_path):
+    """A function that makes class folders of tiny images: {"cat": 3} -> folder/cat/0.png ..."""
 
     def make(folder: str, counts: dict[str, int]) -> Path:
         for index, (name, count) in enumerate(counts.items()):

@@ -1,4 +1,4 @@
-"""Methods as files, and the baselines behind them."""
+"""Methods as files, and the baselines after them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ def keys(samples):
     return [sample.key for sample in samples]
 
 
-def test_coop_split_keeps_order_and_names(pictures, describe, tmp_path):
-    pictures("flowers/images", {"rose": 2, "aster": 2})
+def test_coop_split_keeps_order_and_names(images, describe, tmp_path):
+    images("flowers/images", {"rose": 2, "aster": 2})
     split = {
         "train": [["aster/00.png", 1, "blue aster"]],
         "val": [["rose/00.png", 0, "rose"]],
@@ -38,8 +38,8 @@ def test_coop_split_with_a_gap_in_its_labels(describe, tmp_path):
     assert str(error.value) == f"{tmp_path / 'gap' / 's.json'}: labels must count from 0 to 1, but are [0, 2]."
 
 
-def test_folder_without_parts_is_split_with_a_seed(pictures, describe, tmp_path):
-    pictures("pets", {"cat": 20, "dog": 11})
+def test_folder_without_parts_is_split_with_a_seed(images, describe, tmp_path):
+    images("pets", {"cat": 20, "dog": 11})
     splits = [read_dataset(describe("pets", reader="folder", split_seed=seed), tmp_path).splits for seed in (1, 1, 2)]
     assert splits[0] == splits[1] != splits[2]
     everything = [sample for part in splits[0].values() for sample in part]
@@ -50,35 +50,35 @@ def test_folder_without_parts_is_split_with_a_seed(pictures, describe, tmp_path)
     assert counts == {"train": [10, 6], "val": [2, 1], "test": [8, 4]}
 
 
-def test_folder_with_parts(pictures, describe, tmp_path):
+def test_folder_with_parts(images, describe, tmp_path):
     for part, count in (("train", 4), ("validation", 2), ("test", 3)):
-        pictures(f"pets/{part}", {"cat": count, "dog": count})
+        images(f"pets/{part}", {"cat": count, "dog": count})
     data = read_dataset(describe("pets", reader="folder"), tmp_path)
     assert {part: len(samples) for part, samples in data.splits.items()} == {"train": 8, "val": 4, "test": 6}
     assert keys(data.splits["val"]) == [f"validation/{c}/{i:02d}.png" for c in ("cat", "dog") for i in range(2)]
 
 
-def test_folder_without_validation_takes_it_from_training(pictures, describe, tmp_path):
+def test_folder_without_validation_takes_it_from_training(images, describe, tmp_path):
     for part in ("train", "test"):
-        pictures(f"pets/{part}", {"cat": 10, "dog": 5})
+        images(f"pets/{part}", {"cat": 10, "dog": 5})
     data = read_dataset(describe("pets", reader="folder"), tmp_path)
     assert {part: len(samples) for part, samples in data.splits.items()} == {"train": 12, "val": 3, "test": 15}
     assert not set(keys(data.splits["train"])) & set(keys(data.splits["val"]))
 
 
-def test_domains(pictures, describe, tmp_path):
+def test_domains(images, describe, tmp_path):
     for domain in ("photo", "sketch"):
-        pictures(f"shapes/{domain}", {"disc": 6, "star": 6})
+        images(f"shapes/{domain}", {"disc": 6, "star": 6})
     data = read_dataset(describe("shapes", reader="domains"), tmp_path)
     assert data.domains == ["photo", "sketch"]
     assert data.classes == ("disc", "star")
     assert {s.domain for s in data.splits["test"] if s.key.startswith("sketch/")} == {"sketch"}
 
 
-def test_huggingface_data_set(pictures, describe, tmp_path):
+def test_huggingface_data_set(images, describe, tmp_path):
     pytest.importorskip("datasets", reason="the package datasets is not installed")
     for part in ("train", "test"):
-        pictures(f"pets/{part}", {"cat": 5, "dog": 5})
+        images(f"pets/{part}", {"cat": 5, "dog": 5})
     data = read_dataset(describe("pets", reader="huggingface", path=str(tmp_path / "pets")), tmp_path)
     assert data.classes == ("cat", "dog")
     assert {part: len(samples) for part, samples in data.splits.items()} == {"train": 8, "val": 2, "test": 10}
@@ -86,8 +86,8 @@ def test_huggingface_data_set(pictures, describe, tmp_path):
     assert data.open(dog.key).getpixel((0, 0))[0] == 40  # the colour that dogs have here
 
 
-def test_part_of_the_classes(pictures, describe, tmp_path):
-    pictures("pets", {"ant": 9, "cat": 9, "dog": 9})
+def test_part_of_the_classes(images, describe, tmp_path):
+    images("pets", {"ant": 9, "cat": 9, "dog": 9})
     data = read_dataset(describe("pets", reader="folder", classes=["dog", "ant"]), tmp_path)
     assert data.classes == ("dog", "ant")
     for samples in data.splits.values():
@@ -102,17 +102,15 @@ def test_part_of_the_classes(pictures, describe, tmp_path):
         ({"reader": "folder", "classes": ["cow"]}, "pets has no classes ['cow']; it has cat, dog."),
     ],
 )
-def test_mistakes_in_a_description(pictures, describe, tmp_path, options, message):
-    pictures("pets", {"cat": 3, "dog": 3})
+def test_mistakes_in_a_description(images, describe, tmp_path, options, message):
+    images("pets", {"cat": 3, "dog": 3})
     file = describe("pets", **options)
     with pytest.raises(ValueError) as error:
         read_dataset(file, tmp_path)
     assert str(error.value) == message.format(file=file)
 
 
-def test_pictures_that_are_not_there(describe, tmp_path):
+def test_images_that_are_not_there(describe, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         read_dataset(describe("pets", reader="folder"), tmp_path)
-    assert (
-        str(error.value) == f"{tmp_path / 'pets'} needs pictures of at least two classes, one folder each, but has []."
-    )
+    assert str(error.value) == f"{tmp_path / 'pets'} needs images of at least two classes, one folder each, but has []."

@@ -12,14 +12,14 @@ from sampling import draw, halves
 
 
 @pytest.fixture
-def pets(pictures, describe, tmp_path):
+def pets(images, describe, tmp_path):
     for part, count in (("train", 9), ("val", 6), ("test", 4)):
-        pictures(f"pets/{part}", {"ant": count, "bee": count, "cat": count, "dog": 2, "emu": count})
+        images(f"pets/{part}", {"ant": count, "bee": count, "cat": count, "dog": 2, "emu": count})
     return read_dataset(describe("pets", reader="folder"), tmp_path)
 
 
 def reference_draw(data, shots, seed):
-    """As the field's code: one global generator, first training pictures and then validation ones, class by class."""
+    """As the field's code: one global generator, first training images and then validation ones, class by class."""
     random.seed(seed)
     parts = []
     for split, count in (("train", shots), ("val", min(shots, 4))):
@@ -39,19 +39,19 @@ def test_draw_is_that_of_the_field(pets, shots, seed):
     assert drawn.unreadable == []
 
 
-def test_broken_pictures_are_replaced_and_named(pets, tmp_path):
+def test_broken_images_are_replaced_and_named(pets, tmp_path):
     broken = draw(pets, 3, 1).train[0].key
-    (tmp_path / "pets" / broken).write_bytes(b"no picture")
+    (tmp_path / "pets" / broken).write_bytes(b"no image")
     drawn = draw(pets, 3, 1)
     assert drawn.unreadable == [broken]
-    assert len(drawn.train) == len({s.key for s in drawn.train}) == 14  # dog has two pictures only
+    assert len(drawn.train) == len({s.key for s in drawn.train}) == 14  # dog has two images only
     assert broken not in {s.key for s in drawn.train}
 
 
-def test_class_without_a_readable_picture(pets, tmp_path):
+def test_class_without_a_readable_image(pets, tmp_path):
     for file in (tmp_path / "pets" / "train" / "dog").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"^pets: no training picture that can be read for dog\.$"):
+    with pytest.raises(ValueError, match=r"^pets: no training image that can be read for dog\.$"):
         draw(pets, 4, 1)
 
 
@@ -64,21 +64,21 @@ def test_halves(count, base):
 def test_base_to_new(pets):
     plan = base_to_new(pets, 4, 1)
     assert plan.data.classes == ("ant", "bee", "cat")
-    assert {s.label for s in plan.pictures.train} == {0, 1, 2}
-    assert plan.pictures.train == [s for s in reference_draw(pets, 4, 1)[0] if s.label < 3]  # drawn from all classes
+    assert {s.label for s in plan.images.train} == {0, 1, 2}
+    assert plan.images.train == [s for s in reference_draw(pets, 4, 1)[0] if s.label < 3]  # drawn from all classes
     new = plan.evaluations[1].data
     assert (plan.evaluations[1].name, new.classes) == ("new", ("dog", "emu"))
     assert {s.label: s.key.split("/")[1] for s in new.splits["test"]} == {0: "dog", 1: "emu"}
 
 
-def test_tuning_sees_no_test_picture(pets):
+def test_tuning_sees_no_test_image(pets):
     for evaluation in on_validation(base_to_new(pets, 4, 1)).evaluations:
         assert {s.key.split("/")[0] for s in evaluation.data.splits[evaluation.split]} == {"val"}
 
 
 def test_few_shot(pets):
     plan = few_shot(pets, 2, 1)
-    assert len(plan.pictures.train) == 10
+    assert len(plan.images.train) == 10
     assert [(e.name, len(e.data.splits["test"])) for e in plan.evaluations] == [("all", 18)]
 
 
@@ -97,12 +97,12 @@ def test_shifted_inputs(pets):
     ]  # fmt: skip
 
 
-def test_held_out_domain(pictures, describe, tmp_path):
+def test_held_out_domain(images, describe, tmp_path):
     for domain in ("clay", "photo", "sketch"):
-        pictures(f"shapes/{domain}", {"disc": 8, "star": 8})
+        images(f"shapes/{domain}", {"disc": 8, "star": 8})
     data = read_dataset(describe("shapes", reader="domains"), tmp_path)
     plan = domain_generalization(data, 4, 1, held_out="clay")
-    assert {s.domain for s in plan.pictures.train} == {"photo", "sketch"}
+    assert {s.domain for s in plan.images.train} == {"photo", "sketch"}
     source, target = plan.evaluations
     assert {s.domain for s in source.data.splits["test"]} == {"photo", "sketch"}
     assert (target.name, len(target.data.splits["test"])) == ("clay", 16)

@@ -15,7 +15,7 @@ import torch
 from methods import Recipe
 from training import share_out
 
-from sep_peft.training import make_optimizer
+from sep_peft.training.fit import make_optimizer
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
@@ -83,7 +83,7 @@ def test_killed_run_goes_on_and_ends_the_same(command, tmp_path):
 
 
 def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, tmp_path):
-    """With one view less the last epoch shows the first one's pictures."""
+    """With one view less the last epoch shows the first one's images."""
     outputs = []
     for views in (0, 3, 2, 2):
         outputs.append(tmp_path / f"{len(outputs)}")
@@ -98,7 +98,7 @@ def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, tmp
 
 
 def test_two_processes_equal_one(command, tmp_path):
-    """Ten pictures in batches of five: the processes get three and two of each."""
+    """Ten images in batches of five: the processes get three and two of each."""
     # on CPUs `accelerate launch` starts one process; torchrun starts them as it does where there are several GPUs
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     one, two = tmp_path / "one", tmp_path / "two"

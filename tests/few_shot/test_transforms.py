@@ -18,7 +18,7 @@ def image_processor(assets):
 
 
 @pytest.fixture
-def picture():
+def image():
     values = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -34,9 +34,9 @@ def test_box_is_inside_and_large_enough(size, smallest):
             assert (right - left) * (bottom - top) >= 0.9 * smallest * size[0] * size[1]
 
 
-def test_whole_picture_is_what_the_processor_gives(image_processor, picture):
-    """Without a crop, on a picture that is square already, augmentation is the processor or its mirror image."""
-    square = picture.resize((64, 64))
+def test_whole_image_is_what_the_processor_gives(image_processor, image):
+    """Without a crop, on an image that is square already, augmentation is the processor or its mirror image."""
+    square = image.resize((64, 64))
     expected = image_processor(images=square, return_tensors="pt")["pixel_values"][0]
     transform = TrainTransform(image_processor, smallest=1.0)
     seen = set()
@@ -49,22 +49,22 @@ def test_whole_picture_is_what_the_processor_gives(image_processor, picture):
     assert seen == {"as it is", "mirrored"}
 
 
-def test_size_and_repetition(image_processor, picture):
+def test_size_and_repetition(image_processor, image):
     transform = TrainTransform(image_processor, smallest=0.08)
-    first, again, other = (transform(picture, random.Random(seed)) for seed in (1, 1, 2))
+    first, again, other = (transform(image, random.Random(seed)) for seed in (1, 1, 2))
     assert first.shape == (3, *input_size(image_processor)) == (3, 64, 64)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_shifts_change_the_picture_and_repeat(name, picture):
-    shifted = np.asarray(shift(name, picture, "a.jpg"))
-    assert shifted.shape == np.asarray(picture).shape
-    assert (shifted != np.asarray(picture)).mean() > 0.5
-    assert (shifted == np.asarray(shift(name, picture, "a.jpg"))).all()
-    assert (shifted == np.asarray(shift(name, picture, "b.jpg"))).all() == (name != "noise")
+def test_shifts_change_the_image_and_repeat(name, image):
+    shifted = np.asarray(shift(name, image, "a.jpg"))
+    assert shifted.shape == np.asarray(image).shape
+    assert (shifted != np.asarray(image)).mean() > 0.5
+    assert (shifted == np.asarray(shift(name, image, "a.jpg"))).all()
+    assert (shifted == np.asarray(shift(name, image, "b.jpg"))).all() == (name != "noise")
 
 
-def test_grey_has_no_colour(picture):
-    red, green, blue = np.asarray(shift("grey", picture, "")).transpose(2, 0, 1)
+def test_grey_has_no_colour(image):
+    red, green, blue = np.asarray(shift("grey", image, "")).transpose(2, 0, 1)
     assert (red == green).all() and (green == blue).all()

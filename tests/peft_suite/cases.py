@@ -17,7 +17,7 @@ from sep_peft import SEPConfig
 
 pytest.register_assert_rewrite("peft_tests.testing_common")
 
-from peft_tests import testing_utils  # noqa: E402 (behind the line that makes failed assertions show their values)
+from peft_tests import testing_utils  # noqa: E402 (after the line that makes failed assertions show their values)
 from peft_tests.testing_common import PeftCommonTester  # noqa: E402
 
 
@@ -126,7 +126,7 @@ class TestCLIP(PeftCommonTester):
         torch.manual_seed(0)
 
     def prepare_inputs_for_testing(self) -> dict[str, torch.Tensor]:
-        """Two texts of different length and two pictures, always the same."""
+        """Two texts of different length and two images, always the same."""
         generator = torch.Generator().manual_seed(0)
         inputs = {
             "input_ids": torch.tensor([[BOS, 1, 2, 3, EOS], [BOS, 4, EOS, EOS, EOS]]),

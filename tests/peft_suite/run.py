@@ -77,7 +77,7 @@ def run_pytest(folder: Path, arguments: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, metavar="DIR", help="unpacked source distribution of the installed peft")
-    parser.add_argument("pytest_arguments", nargs="*", metavar="ARG", help="for pytest, behind --")
+    parser.add_argument("pytest_arguments", nargs="*", metavar="ARG", help="for pytest, after --")
     arguments = parser.parse_args()
     version = metadata.version("peft")
     with tempfile.TemporaryDirectory(prefix="peft_suite_") as name:

@@ -1,0 +1,185 @@
+"""`ClassEncoder`: text embeddings of a task's classes, in chunks while training, cached in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..method.losses import PROTOTYPE_SCALE
+from ..method.mix import mix_embeddings, unit, wide
+from ..tuner import texts
+from ..tuner.model import find_towers
+from ..tuner.passes import TrunkFeatures
+from ..tuner.texts import TextInputs
+from ..tuner.tower import SEPTower
+from .classes import TaskClasses
+from .logits import ClassWeights
+from .text_chunks import TextChunks
+
+
+#: Class texts encoded at a time.
+TEXT_CHUNK_SIZE = 256
+#: Text tokens, prompts included, whose activations a training step keeps; for ViT-B/16 about 0.46 MB each in fp32.
+KEPT_TOKENS = 8192
+
+
+class ClassEncoder(nn.Module):
+    """Encodes the classes of a task by both branches of the text tower.
+
+    Args:
+        model: with a SEP adapter on its text tower. It is no child of this module: the owner of this owns the model.
+        classes: C classes.
+        chunk_size: texts encoded at a time, those of similar length together.
+        kept_tokens: text tokens, prompts included, whose activations a training step keeps. Where the chunks have more,
+            the backward pass computes each of them again, so memory does not grow with the number of classes; 0 is
+            always.
+
+    Raises:
+        ValueError: a class text does not fit beside the prompts, `chunk_size` is below 1, or `kept_tokens` below 0.
+    """
+
+    def __init__(
+        self, model: nn.Module, classes: TaskClasses, chunk_size: int = TEXT_CHUNK_SIZE, kept_tokens: int = KEPT_TOKENS
+    ):
+        super().__init__()
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, but got {chunk_size}.")
+        if kept_tokens < 0:
+            raise ValueError(f"kept_tokens must be at least 0, but got {kept_tokens}.")
+        self._model = (model,)
+        self.classes = classes
+        self.chunk_size = chunk_size
+        self.kept_tokens = kept_tokens
+        self._cache: dict[str, tuple] = {}
+        device = next(model.parameters()).device
+        tokenized = [texts.trim(self.tower, inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
+        texts.check_fit(self.tower, tokenized[0])
+        for inputs in tokenized:
+            texts.check_length(self.tower, inputs)
+        prototypes = None if classes.prototypes is None else unit(wide(classes.prototypes)).to(device)
+        self.register_buffer("prototypes", prototypes, persistent=False)  # so that they follow the model to its device
+        chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
+        self.names, self.templates = chunks[0], nn.ModuleList(chunks[1:])
+        self.to(device)
+
+    @property
+    def tower(self) -> SEPTower:
+        return find_towers(self._model[0])["text"]
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """SEP's and the frozen text embeddings, each (C, E), of unit length, in fp32 or wider.
+
+        In evaluation they are cached until a weight, the active adapter or the mode changes.
+        """
+        tower, frozen = self.tower, self.frozen()
+        if tower.active_settings is None:
+            return frozen, frozen
+        if self.training:
+            return self._mixed(tower, frozen), frozen
+        adapter = tower.prompting_adapter()
+        key = (adapter, *self._versions(tower.base_layer.parameters(), tower.adapter_parameters(adapter)))
+        return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
+
+    def weights(self) -> ClassWeights:
+        """What the classes give to predictions: embeddings, kept prototypes and the margin of zero-shot."""
+        text, frozen = self()
+        return ClassWeights(text, frozen, self.prototype_weights(), self.classes.zero_shot_margin)
+
+    def prototype_weights(self) -> torch.Tensor | None:
+        """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.
+
+        None without an adapter, to which they belong, and where no prototypes were kept.
+
+        Raises:
+            ValueError: the prototypes have another size than the embeddings.
+        """
+        if self.prototypes is None or self.tower.active_settings is None:
+            return None
+        size = self.frozen().shape[1]
+        if self.prototypes.shape[1] != size:
+            raise ValueError(
+                f"The prototypes of the classes have {self.prototypes.shape[1]} entries, but the model's embeddings "
+                f"{size}: they were made with another base model."
+            )
+        return self.classes.prototype_logit_weight * PROTOTYPE_SCALE * self.prototypes
+
+    def frozen(self) -> torch.Tensor:
+        """Frozen text embeddings (C, E), of unit length, averaged over the templates."""
+        tower = self.tower
+
+        def encode():
+            read = self.templates or [self.names]
+            embeds = [chunks.join([tower.embed_frozen(**chunk) for chunk in chunks]) for chunks in read]
+            return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
+
+        return self._cached("frozen", self._versions(tower.base_layer.parameters()), encode)
+
+    def train(self, mode: bool = True) -> ClassEncoder:
+        """Switch between training and evaluation; what is cached is dropped when the mode changes."""
+        if mode != self.training:  # Trainer calls this before every step
+            self._cache = {}
+        return super().train(mode)
+
+    def _mixed(self, tower: SEPTower, frozen: torch.Tensor) -> torch.Tensor:
+        if tower.active_settings.batch_coupled:  # every class must see every other
+            prompted = tower.embed_prompted(**self._coupled_texts(tower))
+        else:
+            embeds = [partial(tower.embed_prompted, **chunk, trunk=trunk) for chunk, trunk in self._trunks(tower)]
+            tokens = self.names.num_tokens(tower.active_settings.num_prompts)
+            if torch.is_grad_enabled() and len(embeds) > 1 and tokens > self.kept_tokens:
+                embeds = [partial(checkpoint, embed, use_reentrant=False) for embed in embeds]
+            prompted = self.names.join([embed() for embed in embeds])
+        return mix_embeddings(wide(prompted), frozen, tower.frozen_weight)
+
+    def _trunks(self, tower: SEPTower) -> list[tuple[TextInputs, TrunkFeatures | None]]:
+        """Class names in chunks, and, while training, what the layers below `start_layer` make of each."""
+        chunks = list(self.names)
+        if not self.training or tower.active_settings.start_layer == 0 or tower.spec.in_stages:
+            return [(chunk, None) for chunk in chunks]
+        key = (tower.prompting_adapter(), *self._versions(tower.base_layer.parameters()))
+        trunks = self._cached("trunk", key, lambda: [tower.trunk(**chunk) for chunk in chunks])
+        return list(zip(chunks, trunks, strict=True))
+
+    def _coupled_texts(self, tower: SEPTower) -> TextInputs:
+        """Class names as the released code tokenizes them: padded with 0, without a mask.
+
+        Its selection runs past the end of short names, so padding of the right id must be there to be selected.
+        """
+        length = tower.spec.insert_at + tower.active_settings.num_prompts
+        device = next(tower.base_layer.parameters()).device
+
+        def pad():
+            inputs = {key: value.to(device) for key, value in self.classes.class_inputs.items()}
+            return {"input_ids": texts.pad_with_zeros(tower, texts.trim(tower, inputs), length)}
+
+        return self._cached("coupled", (length, device), pad)
+
+    def _cached(self, name: str, key: tuple, compute: Callable[[], Any]) -> Any:
+        """The value for `key`; one that was made for another key is dropped."""
+        entry = self._cache.get(name)
+        if entry is None or entry[0] != key:
+            # an inference tensor could not take part in a later training step
+            with torch.inference_mode(False), torch.no_grad():
+                entry = (key, compute())
+            self._cache[name] = entry
+        return entry[1]
+
+    def _versions(self, *parameters: Iterable[nn.Parameter]) -> tuple:
+        """Changes whenever one of these or the projection is replaced, moved or written to in place."""
+        parameters = chain(*parameters, self.tower.projection_parameters())
+        # tensors made in inference mode count no versions
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+
+
+def padding_of(model: nn.Module) -> dict[str, Any]:
+    """How a tokenizer has to pad for the model's text tower."""
+    tower = find_towers(model).get("text")
+    if tower is None or not tower.spec.max_length_padding:
+        return {"padding": True}
+    return {"padding": "max_length", "max_length": tower.base_layer.config.max_position_embeddings}

@@ -1,0 +1,448 @@
+"""`SEPClassifier`: a model with a SEP adapter and a list of classes, to train, evaluate, predict, save and load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from ..method.losses import SEPLoss, sep_loss
+from ..method.mix import mix_embeddings, unit, wide
+from ..method.recipe import PROTOTYPE_LOGIT_WEIGHT
+from ..tuner.model import find_towers
+from ..tuner.texts import TextInputs
+from ..tuner.tower import SEPTower
+from .card import CardDetails
+from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
+from .classes import TEMPLATE, TaskClasses, check_labels
+from .files import load_base, load_classes, push_files, save_files
+from .logits import ClassWeights, logits_of
+from .prediction import predict, processor_part
+from .tasks import Tasks
+from .trunk_cache import embeds_from_trunk
+
+
+@dataclass
+class SEPClassifierOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, where labels were given: the published objective while training, cross entropy in evaluation.
+        logits: (B, C), scaled by the model's logit scale.
+        parts: while training, the named parts of the loss.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    parts: SEPLoss | None = None
+
+
+class SEPClassifier(nn.Module):
+    """Classifies images by a SEP model and a list of classes.
+
+    The prompted branch of the text tower reads the bare class name, the frozen branch a template. While training all
+    class texts are encoded in every step; in evaluation once, until a weight, the active adapter or the classes change.
+
+    Args:
+        model: a `PeftModel` with a SEP adapter, or a transformers model to which one was added.
+        class_inputs: tokenized class names, tensors (C, L), or a `TaskClasses`.
+        template_inputs: tokenized templates (C, L), or a list of such to average; None: the frozen branch reads
+            `class_inputs`.
+        processor: for `predict` and `set_classes`; a processor of transformers with tokenizer and image processor.
+        text_weight: weight of the text consistency in the loss, 8 as published.
+        vision_weight: weight of the image consistency, 6 as published.
+        prototype_weight: weight of the prototype terms, 0.5 as published.
+        chunk_size: class texts encoded at a time; see `ClassEncoder`.
+        kept_tokens: tokens of class texts whose activations a training step keeps; see `ClassEncoder`.
+
+    Raises:
+        ValueError: no SEP adapter in the model, no tower that sees, no classes, a class twice, or a class text that
+            does not fit.
+
+    Example:
+        >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
+        >>> loss = classifier(pixel_values=pixel_values, labels=labels).loss
+        >>> classifier.predict("image.jpg", top_k=1)
+        [{'label': 'lobster', 'score': 0.98}]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_inputs: TextInputs | TaskClasses,
+        template_inputs: TextInputs | Sequence[TextInputs] | None = None,
+        *,
+        processor=None,
+        text_weight: float = 8.0,
+        vision_weight: float = 6.0,
+        prototype_weight: float = 0.5,
+        chunk_size: int = TEXT_CHUNK_SIZE,
+        kept_tokens: int = KEPT_TOKENS,
+    ):
+        super().__init__()
+        towers = find_towers(model)
+        if set(towers) != {"text", "vision"}:
+            raise ValueError(
+                f"The model needs a SEP adapter on a text and an image tower, but has {sorted(towers) or 'none'}. Make "
+                "one with peft.get_peft_model(model, SEPConfig())."
+            )
+        seeing = towers["vision"]
+        if seeing.spec.inputs != "pixel_values":
+            raise ValueError(
+                f"SEPClassifier classifies images, but {type(seeing.owner).__name__} has a tower that reads "
+                f"{seeing.spec.inputs} in the place of the one that sees."
+            )
+        self.model = model
+        self.processor = processor
+        self.loss_weights = {
+            "text_weight": text_weight,
+            "vision_weight": vision_weight,
+            "prototype_weight": prototype_weight,
+        }
+        self.prototypes: nn.Parameter | None = None
+        if not isinstance(class_inputs, TaskClasses):
+            if template_inputs is None:
+                template_inputs = ()
+            elif isinstance(template_inputs, Mapping):
+                template_inputs = (template_inputs,)
+            class_inputs = TaskClasses(dict(class_inputs), tuple(map(dict, template_inputs)))
+        self.encoder = ClassEncoder(model, class_inputs, chunk_size, kept_tokens)
+        self.tasks = Tasks(model)
+        if prototype_weight:
+            self.reset_prototypes()
+
+    @classmethod
+    def from_class_names(
+        cls,
+        model: nn.Module,
+        processor,
+        class_names: Sequence[str],
+        template: str | Sequence[str] = TEMPLATE,
+        **options,
+    ) -> SEPClassifier:
+        """Make a classifier from names.
+
+        Args:
+            model, options: as for the class.
+            processor: a processor of transformers, or a tokenizer where only tensors will be classified.
+            class_names: C names; underscores are read as spaces.
+            template: text for the frozen branch with ``{}`` in place of the name; several are averaged.
+        """
+        classes = TaskClasses.from_names(class_names, processor, template, **padding_of(model))
+        return cls(model, classes, processor=processor, **options)
+
+    # classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """C labels, in the order of the logits."""
+        return list(self.classes.names)
+
+    @property
+    def classes(self) -> TaskClasses:
+        return self.encoder.classes
+
+    def set_classes(
+        self,
+        classes: Sequence[str] | TaskClasses,
+        template: str | Sequence[str] | None = None,
+        zero_shot_margin: float | None = None,
+    ) -> SEPClassifier:
+        """Swap in other classes; nothing is trained, and the prototypes start anew. Returns self.
+
+        Args:
+            classes: names, for which the classifier needs a processor, or `TaskClasses`.
+            template: None keeps the present one.
+            zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it;
+                `ZERO_SHOT_MARGIN` for classes that were not trained. None: what `TaskClasses` say, and 0 for names.
+        """
+        classes = self._tokenized(classes, template, zero_shot_margin)
+        self._encode(classes)
+        if self.prototypes is not None:
+            self.reset_prototypes()
+        return self
+
+    def _encode(self, classes: TaskClasses) -> None:
+        sizes = self.encoder.chunk_size, self.encoder.kept_tokens
+        self.encoder = ClassEncoder(self.model, classes, *sizes).train(self.training)
+
+    def _tokenized(self, classes, template, zero_shot_margin: float | None) -> TaskClasses:
+        if not isinstance(classes, TaskClasses):
+            tokenizer = processor_part(self.processor, "tokenizer", PreTrainedTokenizerBase, "to read class names")
+            template = template or self.classes.templates or TEMPLATE
+            classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
+        return classes if zero_shot_margin is None else replace(classes, zero_shot_margin=zero_shot_margin)
+
+    def add_task(
+        self,
+        name: str,
+        classes: Sequence[str] | TaskClasses,
+        adapter: str | None = None,
+        template: str | Sequence[str] | None = None,
+        zero_shot_margin: float | None = None,
+    ) -> SEPClassifier:
+        """Add a task, for `predict(..., task=name)`. Returns self.
+
+        Args:
+            name: of the task.
+            classes, template, zero_shot_margin: as for `set_classes`.
+            adapter: an adapter of the model, or "__base__" for none; None: the one with the task's name.
+
+        Raises:
+            ValueError: the name is taken, there is no such adapter, or a class text does not fit.
+        """
+        self.tasks.check_new(name)
+        classes = self._tokenized(classes, template, zero_shot_margin)
+        self.tasks.add(name, classes, name if adapter is None else adapter, self.encoder.chunk_size)
+        return self
+
+    def load_task(
+        self, path: str | os.PathLike, name: str, *, subfolder: str | None = None, **hub_options
+    ) -> SEPClassifier:
+        """Load what `save_pretrained` wrote as a task and an adapter called `name`; the active one stays. Returns self.
+
+        Raises:
+            TypeError, ValueError, AdapterMismatchError: as `from_pretrained`, or the name is taken; nothing is loaded.
+        """
+        path, options = os.fspath(path), {"subfolder": subfolder, **hub_options}
+        self.tasks.load(name, path, load_classes(path, subfolder, hub_options), self.encoder.chunk_size, **options)
+        return self
+
+    # prototypes
+
+    @torch.no_grad()
+    def reset_prototypes(self, batches: Iterable[Mapping[str, torch.Tensor]] | None = None) -> None:
+        """Start the class prototypes W (C, E) of the loss; call it before the optimizer is made.
+
+        Args:
+            batches: dicts with `pixel_values` and `labels` of the training images. W then starts at the mean frozen
+                image embedding of each class, as published. Without them, and for classes without an image, it starts
+                where it was kept, or at the frozen text embedding.
+        """
+        kept = self.encoder.prototypes
+        prototypes = (self.encoder.frozen() if kept is None else kept).clone()  # (C, E)
+        if batches is not None:
+            sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes))
+            for batch in batches:
+                labels = batch["labels"].to(self.device)
+                check_labels(labels, len(self.classes))
+                embeds = unit(self.vision_tower.embed_frozen(pixel_values=batch["pixel_values"].to(self.device)))
+                sums.index_add_(0, labels, embeds.to(sums.dtype))
+                counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+            seen = counts > 0
+            prototypes[seen] = sums[seen] / counts[seen, None]
+        self.prototypes = nn.Parameter(prototypes)
+
+    def keep_prototypes(self, logit_weight: float = PROTOTYPE_LOGIT_WEIGHT) -> SEPClassifier:
+        """Let the class prototypes W, as trained, predict beside the texts; call it after training.
+
+        Predictions then read ``logits + logit_weight 10 (cos(v, w_c) + cos(v0, w_c)) / 2`` with SEP's and the frozen
+        image embedding v and v0, both of which the loss compares with W on this scale. As published W serves the loss
+        alone. It knows the classes it was trained on: `set_classes` drops it. It is saved with the classes, and without
+        an adapter it is silent.
+
+        Args:
+            logit_weight: weight of the prototypes' logits, above 0.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: the classifier has no prototypes, they are not finite, or the weight is not above 0.
+        """
+        if self.prototypes is None:
+            raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
+        kept = unit(wide(self.prototypes.detach())).cpu()
+        classes = replace(self.classes, prototypes=kept, prototype_logit_weight=logit_weight)
+        self._encode(classes)
+        return self
+
+    # forward
+
+    @property
+    def vision_tower(self) -> SEPTower:
+        return find_towers(self.model)["vision"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        trunk: torch.Tensor | None = None,
+        frozen_embeds: torch.Tensor | None = None,
+        trunk_layer: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SEPClassifierOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width).
+            labels: (B,) class indices, for the loss.
+            trunk, frozen_embeds, trunk_layer: (B, L, D), (B, E) and (B,) of a `TrunkCache`, in the place of images.
+            kwargs: what else the image tower takes.
+
+        Raises:
+            ValueError: a label out of range, neither or both of images and a trunk, or a trunk of another adapter.
+        """
+        if (pixel_values is None) == (trunk is None):
+            raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
+        if labels is not None:
+            check_labels(labels, len(self.classes))
+        weights = ClassWeights(*self.encoder()) if self.training else self.encoder.weights()
+        if trunk is None:
+            image, frozen_image = self.image_embeds(pixel_values, **kwargs)
+        else:
+            image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
+        logits = logits_of(self.vision_tower, image, frozen_image, weights)
+        if labels is None:
+            return SEPClassifierOutput(logits=logits)
+        if not self.training:
+            return SEPClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+        embeds = image, frozen_image, weights.text, weights.frozen_text
+        parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.loss_weights)
+        return SEPClassifierOutput(loss=parts.total, logits=logits, parts=parts)
+
+    def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider."""
+        tower = self.vision_tower
+        prompted, frozen = tower.embed(pixel_values=pixel_values, **kwargs)
+        prompted, frozen = wide(prompted), wide(frozen)
+        return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
+
+    # prediction
+
+    def predict(
+        self, images: Any, top_k: int | None = None, batch_size: int = 32, task: str | Sequence[str] | None = None
+    ) -> list:
+        """Classify images.
+
+        Args:
+            images: one image or a list of them; a path, a URL or a `PIL.Image`.
+            top_k: how many classes to return an image, best first; None for all.
+            batch_size: images encoded at a time.
+            task: a task of `add_task` or `load_task`, or one for each image; None: the classifier's own classes with
+                the active adapter.
+
+        Returns:
+            for each image a list of ``{"label": name, "score": probability}``; for one image its list alone.
+
+        Raises:
+            ValueError: an image cannot be read, `top_k` is larger than the number of classes, or a task is unknown.
+        """
+        return predict(self, images, top_k, batch_size, task)
+
+    # files
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, details: CardDetails | None = None, save_dtype: torch.dtype | None = None
+    ) -> None:
+        """Save the active adapter, the classes and a model card: safetensors, JSON and Markdown. Prototypes are saved
+        where `keep_prototypes` kept them.
+
+        Files are written to a temporary folder first and then moved, so a failure leaves what was there before. What
+        its owner wrote into a model card stays.
+
+        Args:
+            folder: where to; made where it is missing.
+            details: for the model card. Scores belong to the weights, so they are left out unless given again.
+            save_dtype: of the weights in the file, `torch.float32`, `torch.bfloat16` or `torch.float16`; None: as they
+                are. Loaded again they are rounded fp32.
+
+        Raises:
+            TypeError: the model is no `PeftModel`.
+            ValueError: the metadata of the model card in the folder cannot be read, or the weights cannot have
+                `save_dtype`.
+        """
+        save_files(self.model, self.classes, folder, details or CardDetails(), save_dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        details: CardDetails | None = None,
+        *,
+        subfolder: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        save_dtype: torch.dtype | None = None,
+        commit_message: str = "Upload SEP adapter",
+        **commit_options,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hub, in one commit.
+
+        Args:
+            repo_id: "user/name"; made where it is missing.
+            details: for the model card; as for `save_pretrained`.
+            subfolder: where in the repository, for several adapters in one.
+            private: whether a new repository is private.
+            token: of the Hub; None: the one of ``hf auth login``.
+            revision: branch to commit to; made where it is missing.
+            save_dtype: as for `save_pretrained`.
+            commit_options: what else `HfApi.upload_folder` takes, such as `create_pr`.
+
+        Returns:
+            address of the commit.
+
+        Raises:
+            TypeError: the model is no `PeftModel`.
+            ValueError: the base model came from a folder and `details` do not name it on the Hub.
+        """
+        options = {"subfolder": subfolder, "private": private, "token": token, "revision": revision}
+        options |= {"save_dtype": save_dtype, "commit_message": commit_message}
+        return push_files(self.model, self.classes, repo_id, details or CardDetails(), **options, **commit_options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module | str | os.PathLike,
+        path: str | os.PathLike | None = None,
+        *,
+        processor=None,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        subfolder: str | None = None,
+        low_cpu_mem_usage: bool = False,
+        options: Mapping[str, Any] | None = None,
+        **hub_options,
+    ) -> SEPClassifier:
+        """Load what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            model: the base model, or a `PeftModel` that takes the adapter in as a further one. Or leave it out and
+                begin with `path`: the base model and its processor are then loaded as well.
+            path: a folder or the id of a repository on the Hub.
+            processor: for `predict` and `set_classes`.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether the adapter is to be trained on; otherwise it is frozen and no prototypes are made.
+            subfolder: below `path`.
+            low_cpu_mem_usage: make the adapter's parameters only when they are read.
+            options: keyword arguments of the class.
+            hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
+
+        Raises:
+            ValueError: the classes are missing or of a newer format, or the base model is not named.
+            AdapterMismatchError: the weights do not fit the model.
+        """
+        model, path = (None, model) if path is None else (model, path)
+        path = os.fspath(path)
+        classes = load_classes(path, subfolder, hub_options)  # first, before the model is touched
+        if model is None:
+            model, found = load_base(path, subfolder, hub_options)
+            processor = processor or found
+        arguments = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage, **hub_options}
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, adapter_name, subfolder=subfolder, **arguments)
+            model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        else:
+            model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
+        options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
+        return cls(model, classes, processor=processor, **options).train(is_trainable)

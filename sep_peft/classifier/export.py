@@ -1,0 +1,82 @@
+"""Pixels in, one tensor out: modules for torch.export, ONNX, and for embedding many images."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..method.mix import mix_embeddings, wide
+from ..tuner.model import find_towers
+from .logits import ClassWeights, logits_of
+
+
+if TYPE_CHECKING:
+    from .classifier import SEPClassifier
+
+
+class ImageEmbedder(nn.Module):
+    """The prompted image tower with mixing: SEP's image embedding of the active adapter, (B, E), of unit length.
+
+    Args:
+        model: with a SEP adapter on an image tower. An export keeps the adapter that is active then.
+
+    Raises:
+        ValueError: there is no such tower.
+
+    Example:
+        >>> batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+        >>> program = torch.export.export(ImageEmbedder(model).eval(), (pixel_values,), dynamic_shapes=batch)
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        if "vision" not in find_towers(model):
+            raise ValueError(
+                "The model needs a SEP adapter on an image tower. Make one with peft.get_peft_model(model, "
+                "SEPConfig())."
+            )
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, channels, height, width) -> (B, E) in fp32 or wider."""
+        tower = find_towers(self.model)["vision"]
+        prompted, frozen = tower.embed(pixel_values=pixel_values)
+        return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight)
+
+
+class ImageScorer(nn.Module):
+    """A classifier with its present classes as one graph from pixels to probabilities, (B, C).
+
+    The class texts are encoded once, here, and with kept prototypes are constant from then on.
+
+    Args:
+        classifier: its classes and its model's active adapter are taken. The model is shared, not copied.
+
+    Example:
+        >>> scorer = ImageScorer(classifier).eval()
+        >>> torch.onnx.export(scorer, (pixel_values,), "task.onnx", dynamo=True, dynamic_shapes=batch)
+    """
+
+    def __init__(self, classifier: SEPClassifier):
+        super().__init__()
+        self.model = classifier.model
+        self.class_names = classifier.class_names
+        # in tuples, so that the classifier is no part of what is exported
+        self._score = (partial(logits_of, classifier.vision_tower),)
+        self._embed = (classifier.image_embeds,)
+        with torch.no_grad():
+            weights = classifier.encoder.weights()
+        self.register_buffer("text_embeds", weights.text.clone(), persistent=False)
+        self.register_buffer("frozen_text_embeds", weights.frozen_text.clone(), persistent=False)
+        self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
+        self._zero_shot_margin = weights.zero_shot_margin
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
+        weights = ClassWeights(
+            self.text_embeds, self.frozen_text_embeds, self.prototype_weights, self._zero_shot_margin
+        )
+        return self._score[0](*self._embed[0](pixel_values), weights).softmax(dim=-1)

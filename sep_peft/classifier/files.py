@@ -1,0 +1,227 @@
+"""The files of a classifier, in a folder or on the Hub: adapter, classes and model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..tuner.files import cast_adapter, cast_tensor, check_save_dtype, replace_files
+from .card import CardDetails, is_hub_name, make_card, read_card
+from .classes import TaskClasses
+
+
+#: File beside the adapter that holds the classes, and the version of its layout.
+CLASSES_FILE = "sep_classes.json"
+#: File beside it that holds their prototypes, where predictions use any.
+PROTOTYPES_FILE = "sep_prototypes.safetensors"
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+MODEL_CARD = "README.md"
+
+
+# writing
+
+
+def save_files(
+    model: nn.Module,
+    classes: TaskClasses,
+    folder: str | os.PathLike,
+    details: CardDetails,
+    save_dtype: torch.dtype | None = None,
+) -> None:
+    """Write the active adapter, the classes and the model card, all of them or none.
+
+    Raises:
+        TypeError: the model is no `PeftModel`.
+        ValueError: the metadata of the card that is there cannot be read, or the weights cannot have `save_dtype`.
+    """
+    _check_model(model)
+    check_save_dtype(save_dtype)
+    card = os.path.join(folder, MODEL_CARD)
+    old = read_card(card) if os.path.isfile(card) else None
+    details = replace(details, base_model=details.base_model or base_model_name(model))
+    with replace_files(folder) as temporary:
+        _write(model, classes, temporary, details, old, save_dtype)
+
+
+def push_files(
+    model: nn.Module,
+    classes: TaskClasses,
+    repo_id: str,
+    details: CardDetails,
+    *,
+    subfolder: str | None,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    save_dtype: torch.dtype | None = None,
+    **commit_options,
+) -> str:
+    """Upload what `save_files` writes, in one commit; the repository and the branch are made where they are missing.
+
+    Returns:
+        address of the commit.
+
+    Raises:
+        TypeError: the model is no `PeftModel`.
+        ValueError: nobody else could load the base model, the metadata of the card that is there cannot be read, or
+            the weights cannot have `save_dtype`.
+    """
+    _check_model(model)
+    check_save_dtype(save_dtype)
+    base_model = details.base_model or base_model_name(model)
+    if base_model is None:
+        raise ValueError(
+            f"The base model was loaded from {model.active_peft_config.base_model_name_or_path!r}, which is no name on "
+            'the Hub, so others could not load it. Pass CardDetails(base_model="user/name").'
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    old = _remote_card(repo_id, subfolder, revision, token)
+    details = replace(details, base_model=base_model, repo_id=repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(model, classes, folder, details, old, save_dtype, subfolder)
+        _name_base_model(folder, base_model)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
+        )
+
+
+def base_model_name(model: PeftModel) -> str | None:
+    """Name of the base model on the Hub; None where it came from a folder or was made here."""
+    config = getattr(model.get_base_model(), "config", None)
+    for name in (model.active_peft_config.base_model_name_or_path, getattr(config, "_name_or_path", None)):
+        if is_hub_name(name):
+            return name
+    return None
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"Saving needs a PeftModel, but the model is a {type(model).__name__}. Wrap it with "
+            "peft.get_peft_model, or save its adapter with its own save_pretrained."
+        )
+
+
+def _write(
+    model: PeftModel,
+    classes: TaskClasses,
+    folder: str,
+    details: CardDetails,
+    old: ModelCard | None,
+    save_dtype: torch.dtype | None,
+    subfolder: str | None = None,
+) -> None:
+    adapter = model.active_adapter
+    model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
+    if adapter != "default":  # PEFT puts those into a folder of their own
+        for entry in os.scandir(os.path.join(folder, adapter)):
+            os.replace(entry.path, os.path.join(folder, entry.name))
+        os.rmdir(os.path.join(folder, adapter))
+    if save_dtype is not None:
+        cast_adapter(folder, save_dtype)
+    with open(os.path.join(folder, CLASSES_FILE), "w", encoding="utf-8") as file:
+        json.dump({"format_version": FORMAT_VERSION, **classes.to_json()}, file, indent=1)
+    if classes.prototypes is not None:
+        kept = cast_tensor(classes.prototypes.contiguous(), save_dtype or classes.prototypes.dtype, "prototypes")
+        save_file({"prototypes": kept}, os.path.join(folder, PROTOTYPES_FILE))
+    base_class = type(model.get_base_model()).__name__
+    card = make_card(classes, model.active_peft_config, base_class, details, subfolder=subfolder, old=old)
+    card.save(os.path.join(folder, MODEL_CARD))
+
+
+def _name_base_model(folder: str, name: str) -> None:
+    """Put the base model's name on the Hub into the adapter's configuration, where a folder may stand."""
+    path = os.path.join(folder, CONFIG_FILE)
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config | {"base_model_name_or_path": name}, file, indent=2, sort_keys=True)
+
+
+def _remote_card(repo_id: str, subfolder: str | None, revision: str | None, token) -> ModelCard | None:
+    try:
+        return read_card(hf_hub_download(repo_id, MODEL_CARD, subfolder=subfolder, revision=revision, token=token))
+    except RemoteEntryNotFoundError:
+        return None
+
+
+# reading
+
+
+def find_file(path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> str:
+    """A file of an adapter in a folder or on the Hub, as a path on this machine; it may not exist in a folder."""
+    if os.path.isdir(path):
+        return os.path.join(path, subfolder or "", name)
+    return hf_hub_download(path, name, subfolder=subfolder, **hub_options)
+
+
+def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> TaskClasses:
+    """The classes beside an adapter.
+
+    Raises:
+        ValueError: there are none, they are no JSON, incomplete, or of a newer format.
+        SafetensorError: the file of their prototypes is cut short.
+    """
+    try:
+        file = find_file(path, CLASSES_FILE, subfolder, hub_options)
+        missing = None if os.path.isfile(file) else file
+    except RemoteEntryNotFoundError:
+        missing = "/".join(filter(None, (path, subfolder, CLASSES_FILE)))
+    if missing:
+        raise ValueError(
+            f"{missing} does not exist, so there are no classes to load. Save with SEPClassifier.save_pretrained, or "
+            "load the adapter alone with PeftModel.from_pretrained and name the classes with "
+            "SEPClassifier.from_class_names."
+        )
+    with open(file, encoding="utf-8") as stream:
+        try:
+            data = json.load(stream)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is no valid JSON ({error}). Copy or download it again.") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {version!r}, but this version of sep_peft reads "
+            f"{FORMAT_VERSION}. Upgrade sep_peft."
+        )
+    if not data.get("prototype_logit_weight"):
+        return TaskClasses.from_json(data)
+    file = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
+    if not os.path.isfile(file):
+        raise ValueError(f"{file} does not exist, but {CLASSES_FILE} says that it should. Copy or download it again.")
+    return TaskClasses.from_json(data, load_file(file)["prototypes"])
+
+
+def load_base(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """The base model that an adapter was made for, and its processor.
+
+    Raises:
+        ValueError: the adapter does not say which; the message tells how to hand in the model.
+    """
+    config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub_options)
+    name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
+    model_class = getattr(transformers, mapping.get("base_model_class", ""), None)
+    if not name or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(
+            f"The adapter {path} does not name a base model of transformers. Load the model and hand it in: "
+            "SEPClassifier.from_pretrained(model, path, processor=processor)."
+        )
+    options = {key: hub_options[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_options}
+    model = model_class.from_pretrained(name, revision=config.revision or "main", **options)
+    return model, transformers.AutoProcessor.from_pretrained(name, revision=config.revision or "main", **options)

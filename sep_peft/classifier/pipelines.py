@@ -1,0 +1,56 @@
+"""A classifier as transformers' pipelines expect a model to look."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import ImageClassifierOutput
+
+
+if TYPE_CHECKING:
+    from .classifier import SEPClassifier
+
+
+class ImageClassifier(nn.Module):
+    """For `pipeline("image-classification", ...)`: a `SEPClassifier` with its present classes.
+
+    The pipeline says in its log that it does not know this class; it works all the same.
+
+    Args:
+        classifier: its classes and its model's active adapter are used. It is shared, not copied.
+
+    Example:
+        >>> from transformers import pipeline
+        >>> classify = pipeline(
+        ...     "image-classification", model=ImageClassifier(classifier), image_processor=processor.image_processor
+        ... )
+        >>> classify("image.jpg", top_k=1)
+        [{'label': 'lobster', 'score': 0.98}]
+    """
+
+    def __init__(self, classifier: SEPClassifier):
+        super().__init__()
+        self.classifier = classifier
+        names = dict(enumerate(classifier.class_names))
+        self.config = PreTrainedConfig(
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            problem_type="single_label_classification",
+        )
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model that adapters were added to; images are cast to it."""
+        return next(self.classifier.vision_tower.base_layer.parameters()).dtype
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        """(B, channels, height, width) -> logits (B, C)."""
+        return ImageClassifierOutput(logits=self.classifier(pixel_values).logits)

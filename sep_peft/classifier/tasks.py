@@ -1,0 +1,169 @@
+"""Many tasks over one model: for each an adapter and classes of its own, chosen by name for a single call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..tuner.mixed_batch import check_names, chosen_adapters, run_rows
+from .class_encoder import ClassEncoder
+from .classes import TaskClasses
+
+
+class Task(NamedTuple):
+    """The adapter of a task, by name, and the encoder of its classes."""
+
+    adapter: str
+    encoder: ClassEncoder
+
+    @property
+    def classes(self) -> TaskClasses:
+        return self.encoder.classes
+
+
+class Tasks(nn.Module):
+    """The tasks of a classifier by name; class texts are cached for each.
+
+    Nothing here touches the active adapter, so threads may use different tasks at once. Tasks are added and removed
+    while no thread predicts.
+
+    Args:
+        model: with SEP adapters. It is no child of this module: the owner of this owns the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._model = (model,)
+        self._tasks: dict[str, Task] = {}
+        self._encoders = nn.ModuleList()  # so that token ids follow the model to its device
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tasks
+
+    def __getitem__(self, name: str) -> Task:
+        """
+        Raises:
+            ValueError: there is no such task; the message lists what there is.
+        """
+        if name not in self._tasks:
+            raise ValueError(f"There is no task {name!r}; the tasks are {list(self._tasks)}.")
+        return self._tasks[name]
+
+    def add(self, name: str, classes: TaskClasses, adapter: str, chunk_size: int) -> None:
+        """
+        Args:
+            name: of the task.
+            classes: its classes.
+            adapter: name of its adapter, or "__base__" for the model without one.
+            chunk_size: see `ClassEncoder`.
+
+        Raises:
+            ValueError: the name is taken, there is no such adapter, or a class text does not fit.
+        """
+        self.check_new(name)
+        check_names([adapter], self._model[0].peft_config)
+        with chosen_adapters.set(adapter):
+            encoder = ClassEncoder(self._model[0], classes, chunk_size).train(self.training)
+        self._tasks[name] = Task(adapter, encoder)
+        self._encoders.append(encoder)
+
+    def load(self, name: str, path: str, classes: TaskClasses, chunk_size: int, **options) -> None:
+        """Load an adapter under the name of the task and add the task; on an error neither is there.
+
+        Args:
+            name, classes, chunk_size: as for `add`.
+            path: folder or repository of the adapter.
+            options: of `PeftModel.load_adapter`.
+
+        Raises:
+            TypeError: the model is no `PeftModel`.
+            ValueError: the name is taken by a task or an adapter, or a class text does not fit.
+            AdapterMismatchError: the weights do not fit the model.
+        """
+        model = self._model[0]
+        if not isinstance(model, PeftModel):
+            raise TypeError(f"Loading a task needs a PeftModel, but the model is a {type(model).__name__}.")
+        self.check_new(name)
+        if name in model.peft_config:
+            raise ValueError(f"There is an adapter {name!r} already. Choose another name, or use add_task.")
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.load_adapter(path, name, **options)
+            self.add(name, classes, name, chunk_size)
+        except Exception:
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            raise
+        finally:
+            model.training = modes[model]
+            for module in model.modules():  # PEFT switches to evaluation
+                module.training = modes.get(module, model.training)
+
+    def remove(self, name: str) -> None:
+        """Forget a task; its adapter stays in the model.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        removed = self[name]
+        del self._tasks[name]
+        self._encoders = nn.ModuleList(encoder for encoder in self._encoders if encoder is not removed.encoder)
+
+    def check_new(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: the name is blank, no text, or taken.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"A task's name must be a text that is not blank, but got {name!r}.")
+        if name in self._tasks:
+            raise ValueError(f"There is a task {name!r} already. Remove it first, or choose another name.")
+
+    def of_rows(self, task: str | Sequence[str], count: int) -> list[str]:
+        """One task a row.
+
+        Args:
+            task: one for all rows, or one for each.
+            count: rows.
+
+        Raises:
+            ValueError: another number of tasks than rows, a task that does not exist, or one without its adapter.
+        """
+        names = [task] * count if isinstance(task, str) else list(task)
+        if len(names) != count:
+            raise ValueError(f"task must be one name or one for each of {count} images, but got {len(names)}.")
+        used = {task, *names} if isinstance(task, str) else set(names)
+        check_names([self[name].adapter for name in used], self._model[0].peft_config)
+        return names
+
+    def logits(
+        self, names: Sequence[str], inputs: Mapping[str, Any], embed: Callable, score: Callable
+    ) -> Iterator[tuple[list[int], torch.Tensor, TaskClasses]]:
+        """Logits of one mixed batch.
+
+        Args:
+            names: a task for each row.
+            inputs: of `embed`.
+            embed: the batch's inputs -> SEP's and the frozen image embeddings (B, E) under the chosen adapters.
+            score: SEP's and the frozen image embeddings, each (B, E), and a task's `ClassWeights` -> logits (B, C).
+
+        Yields:
+            for each task its rows, their logits and its classes.
+        """
+        images = run_rows([self[name].adapter for name in names], inputs, embed)
+        for name in dict.fromkeys(names):
+            task, rows = self[name], [row for row, other in enumerate(names) if other == name]
+            with chosen_adapters.set(task.adapter):
+                weights = task.encoder.weights()
+            own = [image[torch.tensor(rows, device=image.device)] for image in images]
+            yield rows, score(*own, weights), task.classes

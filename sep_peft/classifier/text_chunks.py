@@ -1,0 +1,67 @@
+"""`TextChunks`: many tokenized texts, to be encoded a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..tuner import texts
+from ..tuner.texts import TextInputs
+from ..tuner.tower import SEPTower
+
+
+class TextChunks(nn.Module):
+    """Texts from short to long, in chunks that are as long as their longest, so that little padding is encoded.
+
+    The texts are buffers, so that they follow the module to its device; they are not saved.
+
+    Args:
+        tower: that reads them.
+        inputs: tokenized texts, tensors (C, L).
+        size: texts a chunk.
+    """
+
+    def __init__(self, tower: SEPTower, inputs: TextInputs, size: int):
+        super().__init__()
+        ends, order = texts.span(tower, inputs)[1].sort(stable=True)  # both (C,)
+        self.register_buffer("places", order.argsort(), persistent=False)
+        self._names: list[dict[str, str]] = []  # for each chunk, input -> buffer
+        for number, rows in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
+            chunk = texts.trim(tower, {key: value[rows] for key, value in inputs.items()})
+            self._names.append({key: f"{key}_{number}" for key in chunk})
+            for key, value in chunk.items():
+                self.register_buffer(f"{key}_{number}", value, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[TextInputs]:
+        """Chunks, tensors (<= size, <= L)."""
+        for names in self._names:
+            yield {key: self.get_buffer(name) for key, name in names.items()}
+
+    def join(self, embeds: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings of the chunks, each (<= size, E) -> those of all texts (C, E), in the order of the texts."""
+        return torch.cat(embeds)[self.places]
+
+    def num_tokens(self, num_prompts: int) -> int:
+        """Tokens that the tower sees of all texts, padding and prompts included."""
+        shapes = [chunk["input_ids"].shape for chunk in self]
+        return sum(rows * (length + num_prompts) for rows, length in shapes)
+
+
+def chunk_sizes(lengths: list[int], largest: int) -> list[int]:
+    """How to cut texts of these ascending lengths into chunks.
+
+    A chunk ends where it has `largest` texts, or where texts get longer and it has an eighth of that: padding costs as
+    much as text, and a small chunk more than its share.
+    """
+    sizes = [0]
+    for index, length in enumerate(lengths):
+        grows = index > 0 and length > lengths[index - 1]
+        if sizes[-1] == largest or (grows and 8 * sizes[-1] >= largest):
+            sizes.append(0)
+        sizes[-1] += 1
+    return sizes

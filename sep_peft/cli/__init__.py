@@ -1,0 +1,6 @@
+"""The command line ``sep-peft``."""
+
+from .app import main
+
+
+__all__ = ["main"]

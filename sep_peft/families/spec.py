@@ -1,0 +1,148 @@
+"""What is known of an architecture: where its towers are and how they behave. The rows are in `families`.
+
+Paths are dotted and relative to what the field says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """One tower of a model.
+
+    Attributes:
+        path: the tower, below the model; empty where the model is the tower.
+        layers: the list of encoder layers, below the tower. Where they come in stages, "*" stands for each stage in
+            turn, and prompts do not pass between the stages but around.
+        inputs: name of the tower's main argument. With "input_ids" its tokens are read as those of a text, from first
+            to last, whichever tower it is.
+        projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
+            where there is no joint space. It must be affine, because the mix happens before it
+            (`functional.frozen_share`), unless `mixes_after_projection`.
+        pooled: what the model pools from the tower's output: its "pooler_output", the "first_token" of
+            `last_hidden_state`, or the mean over its tokens after `leading_tokens`, padding left out ("mean_tokens").
+        insert_at: index before which prompts stand; None appends them.
+        causal: whether the masks that reach the layers contain causality.
+        positions: the position-embedding module whose indices move up after the prompts, below the tower; None where
+            prompts carry no position because there is no room for more.
+        entry_embedding: a further embedding whose row 0 is added to entering prompts, below the tower.
+        entry_norm: the norm between embeddings and the first layer that prompts pass as well, below the tower.
+        leading_tokens: tokens before the first patch, such as CLS.
+        text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, where
+            an EOS of 2 stands for the highest id as in old CLIP configurations, the "first_eos" whatever its id, the
+            "highest" id, or None.
+        max_length_padding: texts are padded to the full length, and that padding counts.
+        renamed_inputs: name of an input as processors give it -> name as the tower takes it.
+        hidden_size: name of the tower's width in its configuration.
+        refused: why this tower takes no prompts; None where it does.
+        refused_options: option of the tower's configuration that may not be set -> why it takes no prompts then.
+        needed_options: option of the tower's configuration that must be set -> why it takes no prompts otherwise.
+        mixes_after_projection: the projection is not affine, so the mix happens after it (`layer.SEPProjection`).
+        pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
+        mask_input: name of the input that tells tokens (1) from padding (0).
+        rotary: the module that makes the layers' `rotary_pos_emb` from hidden states, below the tower; prompts and
+            tokens take positions in it. None where positions are not rotary.
+        projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
+        unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
+        reader: the module that stands between the tower and its projection and reads all tokens of the tower by cross
+            attention, below the model. It makes one embedding per query, and each is mixed (`layer.SEPReader`);
+            `pooled` says nothing then.
+        queries: the queries by which `reader` makes the embeddings, (1, Q, D), a parameter below the model.
+        layer_tokens: tokens that each layer adds after all others by itself and takes out again.
+        mlp_norm: the norm in front of the MLP, below an encoder layer, of a tower that pools one token: the first of a
+            image, the end of a text as `text_end` says (where there is none, the first). Of the last layer's MLP that
+            token alone is then computed where nothing else is asked for, so the MLP's result must be added to what the
+            norm has read. None: all tokens are.
+    """
+
+    path: str
+    layers: str
+    inputs: Literal["input_ids", "pixel_values"]
+    projection: str | None = None
+    pooled: Literal["pooler_output", "first_token", "mean_tokens"] = "pooler_output"
+    insert_at: int | None = None
+    causal: bool = False
+    positions: str | None = None
+    entry_embedding: str | None = None
+    entry_norm: str | None = None
+    leading_tokens: int = 0
+    text_end: Literal["eos", "first_eos", "highest"] | None = None
+    max_length_padding: bool = False
+    renamed_inputs: Mapping[str, str] = field(default_factory=dict)
+    hidden_size: str = "hidden_size"
+    refused: str | None = None
+    refused_options: Mapping[str, str] = field(default_factory=dict)
+    needed_options: Mapping[str, str] = field(default_factory=dict)
+    mixes_after_projection: bool = False
+    pooler_repeats: bool = False
+    mask_input: str = "attention_mask"
+    rotary: str | None = None
+    projected: str | None = None
+    unit_option: str | None = None
+    layer_tokens: int = 0
+    mlp_norm: str | None = None
+    reader: str | None = None
+    queries: str | None = None
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether the layers come in stages; hidden states are then recorded between these, where no prompts are."""
+        return "*" in self.layers
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model: its towers, and how its logits are scaled.
+
+    Attributes:
+        text, vision: the towers; None where the model has none. One that hears stands in the place of one that sees.
+        logit_scale: the scale's parameter, below the model; None without joint space.
+        scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
+        logit_bias: what is added to the logits, below the model; None for nothing.
+        variants: name of a model class -> its row, where classes of one model type differ.
+        max_scale: attribute of the model; the scale's parameter counts between 0 and it. None where it counts as it is.
+    """
+
+    text: TowerSpec | None = None
+    vision: TowerSpec | None = None
+    logit_scale: str | None = "logit_scale"
+    scale: Literal["exp", "divide", "multiply"] = "exp"
+    logit_bias: str | None = None
+    variants: Mapping[str, Architecture] = field(default_factory=dict)
+    max_scale: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON without variants, to be saved with an adapter."""
+        return {key: value for key, value in asdict(self).items() if key != "variants"}
+
+    @classmethod
+    def from_dict(cls, row: Architecture | Mapping[str, Any]) -> Architecture:
+        """The inverse of `to_dict`; takes an `Architecture` as it is.
+
+        Raises:
+            ValueError: the row names something that does not exist, or lacks something; the message says what is known.
+        """
+        if isinstance(row, cls):
+            return row
+        towers = {name: _build(TowerSpec, name, row[name]) for name in ("text", "vision") if row.get(name) is not None}
+        return _build(cls, "architecture", dict(row) | towers)
+
+    @property
+    def towers(self) -> dict[str, TowerSpec]:
+        """ "text" and "vision" -> the towers that there are."""
+        return {name: spec for name, spec in (("text", self.text), ("vision", self.vision)) if spec is not None}
+
+
+def _build(cls: type, name: str, values: Mapping[str, Any]):
+    """An instance from a dict, or an error that says what the dict may hold."""
+    known = [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{name} has no field {', '.join(unknown)}; it knows {', '.join(known)}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{name} lacks a field: {error}.") from error

@@ -1,0 +1,88 @@
+"""Token fusion: prompts rebuilt from the tokens that represent one input.
+
+Source: Yao, Zhang, Yu, Zhang, Xu, "SEP: Self-Enhanced Prompt Tuning for Visual-Language Model", arXiv 2405.15549;
+https://github.com/htyao89/SEP. This file knows neither PEFT nor transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .attention import FusionAttention
+from .quick_gelu import quick_gelu
+
+
+#: Initial value of the two learned scales.
+INITIAL_SCALE = 0.75
+
+
+class TokenFusion(nn.Module):
+    """New prompts from K representative tokens of one input and the prompts of the layer before.
+
+    With ``S = LN1(tokens)`` and ``Q = LN1(prompts)`` (one layer norm for both)::
+
+        Y  = s1 * tokens + (1 - s1) * MHA(query=Q, key=S, value=S)
+        Z' = s2 * Y      + (1 - s2) * MLP(LN2(Y))          MLP = D -> hidden -> D, quick-GELU, no biases
+
+    s1 and s2 are learned scalars that start at 0.75.
+
+    Args:
+        hidden_size: D, width of the tower.
+        mlp_size: width of the MLP between its two layers, 256 as published.
+        rank: None for full-width projections as published, r for projections factored to r.
+        batch_coupled: attend across the *inputs of the batch* for each prompt, as the released code does, instead of
+            across the K tokens of each input. Results then depend on which inputs share a batch.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        mlp_size: int = 256,
+        rank: int | None = None,
+        batch_coupled: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        kwargs = {"device": device, "dtype": dtype}
+        self.batch_coupled = batch_coupled
+        self.norm1 = nn.LayerNorm(hidden_size, **kwargs)
+        self.attention = FusionAttention(hidden_size, rank, **kwargs)
+        self.norm2 = nn.LayerNorm(hidden_size, **kwargs)
+        self.fc1 = nn.Linear(hidden_size, mlp_size, bias=False, **kwargs)
+        self.fc2 = nn.Linear(mlp_size, hidden_size, bias=False, **kwargs)
+        self.scale1 = nn.Parameter(torch.empty(1, **kwargs))
+        self.scale2 = nn.Parameter(torch.empty(1, **kwargs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.norm1.reset_parameters()
+        self.attention.reset_parameters()
+        self.norm2.reset_parameters()
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+        nn.init.constant_(self.scale1, INITIAL_SCALE)
+        nn.init.constant_(self.scale2, INITIAL_SCALE)
+
+    def forward(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """prompts (B, n, D) of the layer before and tokens (B, n, D) of this input -> prompts (B, n, D).
+
+        Both are cast to the dtype of this module's weights, the result stays in it.
+        """
+        prompts, tokens = prompts.to(self.scale1.dtype), tokens.to(self.scale1.dtype)
+        query, keys = self.norm1(prompts), self.norm1(tokens)
+        if self.batch_coupled:
+            # The released code hands (B, n, D) to an attention that reads (sequence, batch, D): for each of the n
+            # prompts the sequence is the batch. (B, n, D) -> (n, B, D) -> (B, n, D)
+            attended = self.attention(query.transpose(0, 1), keys.transpose(0, 1)).transpose(0, 1)
+        else:
+            attended = self.attention(query, keys)
+        mixed = torch.lerp(attended.to(tokens.dtype), tokens, self.scale1)
+        hidden = self.fc2(quick_gelu(self.fc1(self.norm2(mixed))))
+        return torch.lerp(hidden.to(mixed.dtype), mixed, self.scale2)
+
+    def attention_weights(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """How strongly each prompt attends to each token, (B, heads, n, K), for the same inputs as `forward`."""
+        dtype = self.scale1.dtype
+        return self.attention.weights(self.norm1(prompts.to(dtype)), self.norm1(tokens.to(dtype)))

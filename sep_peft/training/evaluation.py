@@ -1,0 +1,72 @@
+"""How often a classifier is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..classifier.classifier import SEPClassifier
+from .folders import Samples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Args:
+        right: class -> images of it that were told.
+        count: class -> images of it.
+    """
+
+    right: dict[str, int]
+    count: dict[str, int]
+
+    @property
+    def images(self) -> int:
+        return sum(self.count.values())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all images that were told, in percent."""
+        return 100 * sum(self.right.values()) / self.images
+
+    @property
+    def per_class(self) -> dict[str, float]:
+        """Class -> share of its images that were told, in percent."""
+        return {name: 100 * self.right[name] / count for name, count in self.count.items()}
+
+
+def evaluate(
+    classifier: SEPClassifier,
+    samples: Samples,
+    batch_size: int = 32,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Evaluation:
+    """Predict every sample among the classifier's classes.
+
+    Args:
+        classifier: with a processor.
+        samples: images and names of their classes.
+        batch_size: images at a time.
+        progress: wraps the batches, such as tqdm.
+
+    Raises:
+        ValueError: no samples, or a class that the classifier does not have.
+    """
+    if not samples:
+        raise ValueError("There are no images to evaluate on.")
+    names = sorted({name for _, name in samples})
+    if unknown := sorted(set(names) - set(classifier.class_names)):
+        raise ValueError(f"The classifier has no classes {', '.join(unknown)}; it has {_listed(classifier)}.")
+    right, count = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for start in progress(range(0, len(samples), batch_size)):
+        batch = samples[start : start + batch_size]
+        predictions = classifier.predict([path for path, _ in batch], top_k=1)
+        for top, (_, name) in zip(predictions, batch, strict=True):
+            right[name] += top[0]["label"] == name
+            count[name] += 1
+    return Evaluation(right, count)
+
+
+def _listed(classifier: SEPClassifier, most: int = 10) -> str:
+    names = classifier.class_names
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,174 @@
+"""Whether a configuration fits a model; everything is found out before the model is changed."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..families.spec import Architecture, TowerSpec
+from .config import SEPConfig
+from .registration import PREFIX
+from .tower import ROOT_CHILD, SEPTower
+from .wrappers import SEPLayer, count_positions, layer_lists
+
+
+def target_towers(config: SEPConfig, architecture: Architecture) -> dict[str, str]:
+    """Path of each tower to adapt -> "text" or "vision"; a model that is a tower itself has it at `ROOT_CHILD`."""
+    towers = {spec.path: tower for tower, spec in architecture.towers.items()}
+    if config.target_modules is not None:
+        towers = {path: tower for path, tower in towers.items() if path in config.target_modules}
+    return {path or ROOT_CHILD: tower for path, tower in towers.items()}
+
+
+def base_tower(model: nn.Module, spec: TowerSpec) -> nn.Module:
+    """The tower of a model without SEP's wrapper."""
+    module = model.get_submodule(spec.path)
+    return module.base_layer if isinstance(module, SEPTower) else module
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse names that PEFT would confuse with parts of a key.
+
+    Raises:
+        ValueError: says which part.
+    """
+    if not name or "." in name:
+        raise ValueError(f"An adapter name must not be empty nor contain a dot, but got {name!r}.")
+    if name in PREFIX:
+        raise ValueError(
+            f"The adapter name {name!r} is a part of SEP's prefix {PREFIX!r}, so keys could not be told apart. Choose "
+            "another name."
+        )
+    own = _module_names(model)
+    if name in own | FUSION_PARTS:
+        raise ValueError(
+            f"The adapter name {name!r} is also the name of a module inside the model, so keys could not be told "
+            "apart. Choose another name."
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(
+            f"The adapter name {name!r} is also an attribute of the dictionary that holds adapters by name. Choose "
+            "another name."
+        )
+
+
+def _module_names(module: nn.Module) -> set[str]:
+    """Names of all modules below `module`, without those of SEP and those inside the layers of other methods."""
+    names = set()
+    for name, child in module.named_children():
+        if PREFIX in name:
+            continue
+        names.add(name)
+        if isinstance(child, SEPLayer) or not isinstance(child, BaseTunerLayer):
+            names |= _module_names(child)
+    return names
+
+
+#: Names below `sep_fusion.<adapter>` that may not be adapter names.
+FUSION_PARTS = frozenset(
+    "shared norm1 attention norm2 fc1 fc2 query key value output down up weight bias scale1 scale2".split()
+)
+
+
+def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -> dict:
+    """Check a configuration against a model, without touching it.
+
+    Returns:
+        what an adapter must find to be loaded: model type, and width and depth of each tower.
+
+    Raises:
+        ValueError: an option does not fit, or the adapter was made for another architecture.
+    """
+    known = [spec.path for spec in architecture.towers.values()]
+    for path in config.target_modules or ():
+        if path not in known:
+            raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
+    found = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
+    for tower in target_towers(config, architecture).values():
+        spec = architecture.towers[tower]
+        if spec.refused is not None:
+            _check_refused(config, tower, spec)
+            continue
+        _check_paths(model, tower, spec)
+        module = base_tower(model, spec)
+        num_layers = sum(map(len, layer_lists(module, spec.layers)))
+        found[tower] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
+        if config.prompts_of(tower):
+            _check_tower(config, tower, spec, module, num_layers)
+    wanted = config.made_for
+    if wanted is not None and wanted != found:
+        raise ValueError(
+            f"This adapter was made for another architecture: it needs {wanted}, but the model has {found}."
+        )
+    if not any(config.prompts_of(tower) for tower in found if tower != "model_type"):
+        raise ValueError(
+            f"No prompts are left for target_modules={config.target_modules}: num_text_prompts="
+            f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
+        )
+    return found
+
+
+def _check_paths(model: nn.Module, tower: str, spec: TowerSpec) -> None:
+    """Every path of a row must lead somewhere."""
+    for field in ("path", "projection", "reader", "queries"):
+        _check_path(tower, field, getattr(spec, field), model)
+    inside = base_tower(model, spec)
+    for field in ("layers", "positions", "entry_embedding", "entry_norm"):
+        path = getattr(spec, field)
+        _check_path(tower, field, path if path is None else path.split(".*")[0], inside)
+
+
+def _check_path(tower: str, field: str, path: str | None, module: nn.Module) -> None:
+    if path is None:
+        return
+    kind = "parameter" if field == "queries" else "module"
+    try:
+        module.get_parameter(path) if kind == "parameter" else module.get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"The row of the {tower} tower names {path} as {field}, but {type(module).__name__} has no such {kind}."
+        ) from None
+
+
+def _check_refused(config: SEPConfig, tower: str, spec: TowerSpec) -> None:
+    if config.prompts_of(tower):
+        raise ValueError(f"num_{tower}_prompts must be 0 for this model, because {spec.refused}.")
+
+
+def _check_tower(config: SEPConfig, tower: str, spec: TowerSpec, module: nn.Module, num_layers: int) -> None:
+    if config.start_layer >= num_layers:
+        raise ValueError(
+            f"start_layer must be below {num_layers}, the number of layers of the {tower} tower, but got "
+            f"{config.start_layer}."
+        )
+    for index in config.layers_of(tower) or ():
+        if index >= num_layers:
+            raise ValueError(
+                f"{tower}_layers must be below {num_layers}, the number of layers of the {tower} tower, but got "
+                f"{index}."
+            )
+    count = config.prompts_of(tower)
+    if spec.positions is not None and config.start_layer == 0:
+        positions = count_positions(module.get_submodule(spec.positions))
+        room = positions - 2  # BOS and EOS stay
+        if count > room:
+            raise ValueError(
+                f"num_{tower}_prompts must be at most {room}, because the {tower} tower has {positions} positions and "
+                f"needs two for BOS and EOS, but got {count}."
+            )
+    elif spec.inputs == "pixel_values" and config.fusion == "attention":
+        tokens = _num_image_tokens(module)
+        if tokens is not None and count > tokens:
+            raise ValueError(
+                f"num_{tower}_prompts must be at most {tokens}, the number of tokens of an image to select from, but "
+                f"got {count}."
+            )
+
+
+def _num_image_tokens(tower: nn.Module) -> int | None:
+    """Tokens of an image of the configured size in every layer, CLS not counted; None where the size is open."""
+    size, patch = getattr(tower.config, "image_size", None), getattr(tower.config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return None
+    groups = getattr(tower.config, "num_output_groups", ())  # GroupViT's later stages see groups in place of patches
+    return min((size // patch) ** 2, *groups) if groups else (size // patch) ** 2

@@ -1,0 +1,222 @@
+"""`SEPConfig`: every option of the method, with the checks that need no model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+
+from ..families.spec import Architecture
+from .files import check_folder
+from .registration import peft_type
+
+
+#: What the paper and its released code use, whatever the defaults of `SEPConfig` are.
+PUBLISHED = {
+    "num_text_prompts": 6,
+    "num_vision_prompts": 4,
+    "fusion_rank": None,
+    "fusion_hidden_size": 256,
+    "share_fusion": False,
+    "frozen_weight": 0.5,
+}
+#: One small fusion for all layers of a tower, whatever the defaults of `SEPConfig` are.
+COMPACT = {"fusion_rank": 4, "fusion_hidden_size": 16, "share_fusion": True}
+#: Options that say something about fusions only.
+FUSION_OPTIONS = ("text_layers", "vision_layers", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass
+class SEPConfig(PeftConfig):
+    """Options of SEP, Self-Enhanced Prompt Tuning (arXiv 2405.15549).
+
+    Args:
+        num_text_prompts (`int`): prompts of the text tower, 0 leaves it as it is. Default 6.
+        num_vision_prompts (`int`): prompts of the image tower, 0 leaves it as it is. Default 4.
+        text_layers (`list[int]`, *optional*): encoder layers of the text tower before which the prompts are fused anew,
+            counted from 0. None: every layer after `start_layer`.
+        vision_layers (`list[int]`, *optional*): the same for the image tower.
+        start_layer (`int`): the layer before which the prompts enter. Below it the prompted and the frozen tower are
+            the same and are computed once. With 0 the text prompts take positions 1..n and move the text up, as
+            published; above 0 positions are spent already, so they carry none. Default 0.
+        fusion (`"attention"` or `"none"`): "attention" fuses prompts with selected tokens, "none" lets the prompts run
+            through the layers as they are (shallow prompts as in CoOp and VPT). Default "attention".
+        fusion_rank (`int`, *optional*): r factors the four projections of each fusion to rank r, None leaves them at
+            full width as published. Default 4.
+        fusion_hidden_size (`int`): width of the fusion's MLP, 256 as published. Default 32.
+        share_fusion (`bool`): one fusion module for all layers of a tower instead of one for each, as published.
+            Default False.
+        frozen_weight (`float`): share of the frozen embedding in the mix, at least 0 and below 1. 0.5 is the published
+            equal sum, 0 the prompted tower alone. Default 0.5.
+        batch_coupled (`bool`): reproduce the released code, which attends across the inputs of the batch instead of
+            across the tokens of one input, and selects one set of image tokens for the batch. The price: an embedding
+            then depends on what else is in its batch, a single image gets no fusion, and the text tower must be given
+            all classes at once. Default False.
+        architecture (`Architecture` or `dict`, *optional*): the row of a model that the package does not know; see
+            `sep_peft.Architecture`. None: found by the model's type.
+        target_modules (`list[str]`, *optional*): paths of the towers to adapt; None for all towers of the model type.
+        modules_to_save (`list[str]`, *optional*): further modules to train in full and to save with the adapter.
+        base_architecture (`dict`, *optional*): the towers this adapter fits, filled in when it is created and checked
+            when it is loaded. Leave it alone.
+
+    Raises:
+        ValueError: an option has a value that is not allowed; the message names the option, the value and what is.
+    """
+
+    num_text_prompts: int = field(default=6, metadata={"help": "Prompts of the text tower, 0 leaves it alone."})
+    num_vision_prompts: int = field(default=4, metadata={"help": "Prompts of the image tower, 0 leaves it alone."})
+    text_layers: list[int] | None = field(
+        default=None, metadata={"help": "Text layers before which prompts are fused; None: all after start_layer."}
+    )
+    vision_layers: list[int] | None = field(
+        default=None, metadata={"help": "Image layers before which prompts are fused; None: all after start_layer."}
+    )
+    start_layer: int = field(default=0, metadata={"help": "The layer before which the prompts enter."})
+    fusion: Literal["attention", "none"] = field(
+        default="attention", metadata={"help": "'attention' fuses prompts with tokens, 'none' leaves them shallow."}
+    )
+    fusion_rank: int | None = field(
+        default=4, metadata={"help": "Rank of the fusion's projections; None for full width."}
+    )
+    fusion_hidden_size: int = field(default=32, metadata={"help": "Width of the fusion's MLP."})
+    share_fusion: bool = field(default=False, metadata={"help": "One fusion module for all layers of a tower."})
+    frozen_weight: float = field(
+        default=0.5, metadata={"help": "Share of the frozen embedding in the mix, 0 <= frozen_weight < 1."}
+    )
+    batch_coupled: bool = field(
+        default=False, metadata={"help": "Couple the inputs of a batch as the released code does."}
+    )
+    architecture: dict | None = field(
+        default=None, metadata={"help": "Row of a model that the package does not know; None: by model type."}
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Paths of the towers to adapt; None for all towers of the model type."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
+    )
+    base_architecture: dict | None = field(
+        default=None, metadata={"help": "The towers this adapter fits; filled in by sep_peft."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = peft_type()
+        # What the adapter's file asks for. No field, so that it is neither saved nor compared, while base_architecture
+        # is filled in for each model.
+        self.made_for = self.base_architecture
+        if self.task_type is not None:
+            raise ValueError(
+                f"task_type must be None, but got {self.task_type!r}: SEP adapts both towers of a dual encoder, while "
+                "PEFT's task types wrap models of another call signature. Leave task_type out."
+            )
+        for name in ("num_text_prompts", "num_vision_prompts", "start_layer"):
+            self._require(name, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
+        if self.num_text_prompts == 0 and self.num_vision_prompts == 0:
+            raise ValueError("num_text_prompts and num_vision_prompts must not both be 0: nothing would be adapted.")
+        self._require("fusion", lambda v: v in ("attention", "none"), '"attention" or "none"')
+        self._require("fusion_rank", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer of at least 1")
+        self._require("fusion_hidden_size", lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
+        for name in ("share_fusion", "batch_coupled", "inference_mode"):
+            self._require(name, lambda v: isinstance(v, bool), "True or False")
+        self._require(
+            "frozen_weight",
+            lambda v: (_is_int(v) or isinstance(v, float)) and 0 <= v < 1,
+            "a number of at least 0 and below 1",
+        )
+        for name in ("text_layers", "vision_layers"):
+            self._check_layers(name)
+        for name in ("target_modules", "modules_to_save"):
+            self._check_names(name)
+        if self.architecture is not None:
+            # read and written back: a row with a mistake is found here, and what is saved is plain JSON
+            self.architecture = Architecture.from_dict(self.architecture).to_dict()
+        if self.fusion == "none":
+            self._settle_unused_fusion_options()
+
+    @classmethod
+    def published(cls, **overrides) -> SEPConfig:
+        """The setting of the paper: full-width fusions, one of its own for each layer.
+
+        Args:
+            overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
+        """
+        return cls._setting(PUBLISHED, overrides)
+
+    @classmethod
+    def compact(cls, **overrides) -> SEPConfig:
+        """A setting of a fifteenth of the default's size: one fusion of rank 4 for all layers of a tower.
+
+        Args:
+            overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
+        """
+        return cls._setting(COMPACT, overrides)
+
+    @classmethod
+    def _setting(cls, options: dict, overrides: dict) -> SEPConfig:
+        if overrides.get("fusion") == "none":
+            options = {name: value for name, value in options.items() if name not in FUSION_OPTIONS}
+        return cls(**(options | overrides))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> SEPConfig:
+        """Load a configuration; in a local folder, the weights beside it are checked to be whole as well.
+
+        Raises:
+            SafetensorError: the weights are cut short; the message names the file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return config
+
+    def layers_of(self, tower: str) -> list[int] | None:
+        """`text_layers` or `vision_layers`."""
+        return {"text": self.text_layers, "vision": self.vision_layers}[tower]
+
+    def prompts_of(self, tower: str) -> int:
+        """`num_text_prompts` or `num_vision_prompts`."""
+        return {"text": self.num_text_prompts, "vision": self.num_vision_prompts}[tower]
+
+    def _require(self, name: str, allowed, description: str) -> None:
+        value = getattr(self, name)
+        if not allowed(value):
+            raise ValueError(f"{name} must be {description}, but got {value!r}.")
+
+    def _check_layers(self, name: str) -> None:
+        layers = getattr(self, name)
+        if layers is None:
+            return
+        if not isinstance(layers, (list, tuple, range)) or not all(_is_int(i) and i >= 0 for i in layers):
+            raise ValueError(f"{name} must be None or a list of layer indices of at least 0, but got {layers!r}.")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"{name} must name each layer once, but got {list(layers)!r}.")
+        if any(i <= self.start_layer for i in layers):
+            raise ValueError(
+                f"{name} must be indices above start_layer={self.start_layer}, where the prompts enter, but got "
+                f"{list(layers)!r}."
+            )
+        setattr(self, name, sorted(layers))
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        is_list = isinstance(value, (list, tuple, set))
+        if not is_list or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{name} must be None or a list of module names, but got {value!r}.")
+        setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+
+    def _settle_unused_fusion_options(self) -> None:
+        """An option that would be read and ignored is an error; a file may hold an earlier default: it is dropped."""
+        for name in FUSION_OPTIONS:
+            value, unset = getattr(self, name), self.__dataclass_fields__[name].default
+            if self.made_for is not None:
+                setattr(self, name, unset)
+            elif value != unset:
+                raise ValueError(f'{name} must be left at {unset!r} with fusion="none", but got {value!r}.')

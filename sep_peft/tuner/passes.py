@@ -1,0 +1,198 @@
+"""The two passes through a tower, and which of them runs in this thread.
+
+Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from ..families.spec import TowerSpec
+from ..method.fusion import TokenFusion
+from ..method.select import following_tokens, gather_tokens, largest_tokens
+from ..method.sequence import beside_prompts, extend_mask, insert_prompts, replace_prompts, split_prompts
+
+
+if TYPE_CHECKING:
+    from .wrappers import SEPEncoderLayer
+
+
+class FrozenPass:
+    """The tower as it is; remembers the hidden states before `start_layer`, which the prompted pass shares.
+
+    Args:
+        start_layer: index of the first prompted layer.
+        pooled: index of the one token that is read after the last layer, for all inputs or (B,); None where all are.
+    """
+
+    position_shift = 0
+
+    def __init__(self, start_layer: int, pooled: torch.Tensor | int | None = None):
+        self.start_layer = start_layer
+        self.pooled = pooled
+        self.trunk: torch.Tensor | None = None
+        self.num_outputs: int | None = None  # of layers that return tuples
+
+    def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
+        if wrapper.index == self.start_layer:
+            self.trunk = hidden
+        output = wrapper.base_layer(hidden, *args, **kwargs)
+        self.num_outputs = len(output) if isinstance(output, tuple) else None
+        return output
+
+    def stand_in(self, hidden: torch.Tensor):
+        """What a layer returns that the prompted pass leaves out: nothing of it is read, but its form has to fit."""
+        return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
+
+
+class TrunkFeatures(NamedTuple):
+    """What stays the same while an adapter with `start_layer` is trained, for one batch.
+
+    Attributes:
+        hidden: (B, L, D), what enters layer `start_layer`.
+        frozen: (B, E), the frozen embedding, projected, not normalized.
+        num_outputs: of layers that return tuples; None where they return hidden states alone.
+    """
+
+    hidden: torch.Tensor
+    frozen: torch.Tensor
+    num_outputs: int | None
+
+    def as_pass(self, start_layer: int) -> FrozenPass:
+        """Stands in for the frozen pass that computed them."""
+        known = FrozenPass(start_layer)
+        known.trunk, known.num_outputs = self.hidden, self.num_outputs
+        return known
+
+
+@dataclass
+class PromptedPass:
+    """The tower with prompts: inserts them, fuses them anew, and takes them out after the last layer.
+
+    Where the layers come in stages, prompts are taken out after each stage and carried into the next one.
+
+    Attributes:
+        spec: row of the tower.
+        prompts: (n, D), as they enter the first prompted layer.
+        fusions: layer index -> its fusion module.
+        start_layer: index of the first prompted layer.
+        last_layers: index of the last layer of the tower, or of each of its stages.
+        span: first and last position of each text, both (B,); None for images.
+        visible: (B, L), False for tokens of an image that are padding; None where all are real.
+        frozen: the frozen pass, where it has computed everything below `start_layer` already.
+        position_shift: how far positions after `spec.insert_at` move up.
+        batch_coupled: select as the released code does.
+        trace: collects what every fusion saw where somebody wants to look at it.
+        rotary: makes the rotary embedding of as many positions as there are hidden states; None without one.
+        pooled: index beside the prompts of the one token that is read after the last layer, for all inputs or (B,);
+            None where all are.
+        prompted_shape: (B, L + n) of hidden states with prompts, known once the pass has run.
+    """
+
+    spec: TowerSpec
+    prompts: torch.Tensor
+    fusions: dict[int, TokenFusion]
+    start_layer: int
+    last_layers: tuple[int, ...]
+    span: tuple[torch.Tensor, torch.Tensor] | None = None
+    visible: torch.Tensor | None = None
+    frozen: FrozenPass | None = None
+    position_shift: int = 0
+    batch_coupled: bool = False
+    trace: dict[int, FusionTrace] | None = None
+    rotary: nn.Module | None = None
+    pooled: torch.Tensor | int | None = None
+    prompted_shape: tuple[int, int] | None = field(default=None, init=False)
+    _carried: torch.Tensor | None = field(default=None, init=False)
+
+    def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
+        if wrapper.index < self.start_layer:
+            if self.frozen is not None:  # the result is never read: the trunk replaces it at start_layer
+                return self.frozen.stand_in(hidden)
+            with torch.no_grad():
+                return wrapper.base_layer(hidden, *args, **kwargs)
+        hidden, position = self._with_prompts(wrapper.index, hidden)
+        kwargs = wrapper.bind(args, kwargs)
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = extend_mask(
+                kwargs["attention_mask"], self.prompts.shape[0], position, self.spec.causal
+            )
+        if self.rotary is not None:
+            kwargs["rotary_pos_emb"] = self.rotary(hidden)
+            kwargs["position_ids"] = self._rotary_positions(kwargs["position_ids"])
+        output = wrapper.base_layer(hidden, **kwargs)
+        if wrapper.index not in self.last_layers:
+            return output
+        states = output[0] if isinstance(output, tuple) else output
+        tokens, self._carried = split_prompts(states, self.prompts.shape[0], position)
+        tokens = tokens.contiguous()  # as families expect what their layers return
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def _rotary_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """position_ids (1 or B, L) with those of the prompts, which take the first after `insert_at`, (1 or B, L + n).
+
+        The tokens after them move up where the prompts join the text, and stay where layers below have read them.
+        """
+        at = self.spec.insert_at
+        own = torch.arange(at, at + self.prompts.shape[0], device=position_ids.device).expand(len(position_ids), -1)
+        return torch.cat([position_ids[:, :at], own, position_ids[:, at:] + self.position_shift], dim=1)
+
+    def has_prompts_before(self, index: int) -> bool:
+        """Whether the hidden states that a layer receives contain prompts already."""
+        return index > self.start_layer and index - 1 not in self.last_layers
+
+    def _with_prompts(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Hidden states with this layer's prompts, (B, L + n, D), and the index at which the prompts stand."""
+        count = self.prompts.shape[0]
+        if index == self.start_layer:
+            tokens = hidden if self.frozen is None else self.frozen.trunk
+            position = self._position(tokens.shape[1])
+            prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
+            hidden = insert_prompts(tokens, prompts, position)
+            self.prompted_shape = (hidden.shape[0], hidden.shape[1])
+            return hidden, position
+        if not self.has_prompts_before(index):
+            position = self._position(hidden.shape[1])
+            hidden = insert_prompts(hidden, self._carried, position)
+        else:
+            position = self._position(hidden.shape[1] - count)
+        if index in self.fusions:
+            hidden = replace_prompts(hidden, self._fuse(index, hidden, position), position)
+        return hidden, position
+
+    def _position(self, length: int) -> int:
+        return length if self.spec.insert_at is None else self.spec.insert_at
+
+    def _fuse(self, index: int, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Hidden states with prompts (B, L + n, D) before this layer -> new prompts (B, n, D)."""
+        fusion, count = self.fusions[index], self.prompts.shape[0]
+        positions = self._select(hidden.detach(), position)  # (B, K)
+        own = torch.arange(position, position + count, device=hidden.device).expand(hidden.shape[0], -1)  # (B, n)
+        taken = torch.cat([beside_prompts(positions, count, position), own], dim=1)
+        # one gather for both, because the backward pass of each fills a tensor of the size of `hidden`
+        chosen, prompts = gather_tokens(hidden, taken).split([positions.shape[1], count], dim=1)
+        if self.trace is not None:
+            self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen))
+        return fusion(prompts, chosen)
+
+    def _select(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Positions (B, K), counted without prompts, of the tokens that represent each input (B, L + n, D)."""
+        count = self.prompts.shape[0]
+        if self.span is None:
+            tokens, _ = split_prompts(hidden, count, position)
+            return largest_tokens(tokens, count, self.batch_coupled, self.visible)
+        first, last = self.span
+        if self.batch_coupled:  # the released code runs on into the padding
+            last = torch.full_like(last, hidden.shape[1] - count - 1)
+        return following_tokens(torch.minimum(first + self.spec.insert_at, last), last, count)
+
+
+class FusionTrace(NamedTuple):
+    """What one fusion saw: positions (B, K) of the chosen tokens, attention weights (B, heads, n, K)."""
+
+    positions: torch.Tensor
+    weights: torch.Tensor
