@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sep_peft.method.losses import SEPLoss, consistency, prototype_loss, sep_loss
+from sep_peft.method.recipe import Recipe
 
 
 SIZES = [(1, 2, 3), (5, 7, 11), (3, 1, 4)]  # B, C, E
@@ -77,10 +78,13 @@ def test_equals_the_reference(sizes, dtype):
         assert part.item() == pytest.approx(value, rel=tolerance, abs=tolerance)
 
 
-def test_default_weights_are_the_published_ones():
+def test_default_weights_are_the_recipes():
     arguments = make_arguments(5, 7, 11)
+    default = {"text_weight": 4.0, "vision_weight": 3.0, "prototype_weight": 0.5}
+    assert [part.item() for part in sep_loss(**arguments)] == pytest.approx(reference(arguments, **default))
     published = {"text_weight": 8.0, "vision_weight": 6.0, "prototype_weight": 0.5}
-    assert [part.item() for part in sep_loss(**arguments)] == pytest.approx(reference(arguments, **published))
+    loss = sep_loss(**arguments, **Recipe.published().loss_weights)
+    assert [part.item() for part in loss] == pytest.approx(reference(arguments, **published))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -188,7 +188,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
             if evaluation.data.classes == plan.data.classes:
                 classifier.set_classes(trained)
             else:
-                margin = {"zero_shot_margin": method.zero_shot_margin} if method.zero_shot_margin else {}
+                margin = {"zero_shot_margin": method.zero_shot_margin} if method.trains else {}
                 classifier.set_classes(evaluation.data.classes, **margin)
             results[evaluation.name] = evaluate(classifier, evaluation, images, accelerator, args.workers)
     return {

@@ -32,6 +32,8 @@ class TaskClasses:
         prototype_logit_weight: weight of the prototypes' logits beside those of the texts.
         zero_shot_margin: zero-shot decides each image unless SEP is more than so many times as confident; 0: SEP
             decides alone. `ZERO_SHOT_MARGIN` suits classes that the adapter was not trained on.
+        new_class_margin: the margin for classes that take the place of these, of the recipe that the adapter was
+            trained by; None: not known.
 
     Raises:
         ValueError: no classes, two of one name, tensors whose first dimensions differ, or prototypes of another number,
@@ -45,6 +47,7 @@ class TaskClasses:
     prototypes: torch.Tensor | None = None
     prototype_logit_weight: float = 0.0
     zero_shot_margin: float = 0.0
+    new_class_margin: float | None = None
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -59,8 +62,10 @@ class TaskClasses:
         check_names(self.names)
         if len(self.names) != count:
             raise ValueError(f"There are {len(self.names)} class names for {count} rows of class_inputs.")
-        if not 0 <= self.zero_shot_margin < float("inf"):
-            raise ValueError(f"zero_shot_margin must be at least 0 and finite, but got {self.zero_shot_margin!r}.")
+        for name in ("zero_shot_margin", "new_class_margin"):
+            margin = getattr(self, name)
+            if margin is not None and not 0 <= margin < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, but got {margin!r}.")
         if self.prototypes is not None:
             self._check_prototypes()
 
@@ -116,6 +121,7 @@ class TaskClasses:
             "template_inputs": [_to_lists(inputs) for inputs in self.template_inputs],
             "prototype_logit_weight": self.prototype_logit_weight,
             "zero_shot_margin": self.zero_shot_margin,
+            "new_class_margin": self.new_class_margin,
         }
 
     @classmethod
@@ -144,6 +150,7 @@ class TaskClasses:
             prototypes,
             0.0 if prototypes is None else data["prototype_logit_weight"],
             data.get("zero_shot_margin", 0.0),
+            data.get("new_class_margin"),
         )
 
 

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import mix_embeddings, unit, wide
-from ..method.recipe import PROTOTYPE_LOGIT_WEIGHT
+from ..method.recipe import Recipe
 from ..tuner.model import find_towers
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
@@ -56,15 +56,17 @@ class SEPClassifier(nn.Module):
         template_inputs: tokenized templates (C, L), or a list of such to average; None: the frozen branch reads
             `class_inputs`.
         processor: for `predict` and `set_classes`; a processor of transformers with tokenizer and image processor.
-        text_weight: weight of the text consistency in the loss, 8 as published.
-        vision_weight: weight of the image consistency, 6 as published.
-        prototype_weight: weight of the prototype terms, 0.5 as published.
+        recipe: how it is trained and what it does with classes that were not trained; `Recipe.published()` is the
+            paper's. None: `Recipe()`, with the margin of new classes that `class_inputs` were saved with.
+        text_weight: weight of the text consistency in the loss; None: the recipe's, 4.
+        vision_weight: weight of the image consistency; None: the recipe's, 3.
+        prototype_weight: weight of the prototype terms; None: the recipe's, 0.5. 0 makes no prototypes.
         chunk_size: class texts encoded at a time; see `ClassEncoder`.
         kept_tokens: tokens of class texts whose activations a training step keeps; see `ClassEncoder`.
 
     Raises:
-        ValueError: no SEP adapter in the model, no tower that sees, no classes, a class twice, or a class text that
-            does not fit.
+        ValueError: no SEP adapter in the model, no tower that sees, no classes, a class twice, a class text that does
+            not fit, or a weight below 0.
 
     Example:
         >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
@@ -80,13 +82,18 @@ class SEPClassifier(nn.Module):
         template_inputs: TextInputs | Sequence[TextInputs] | None = None,
         *,
         processor=None,
-        text_weight: float = 8.0,
-        vision_weight: float = 6.0,
-        prototype_weight: float = 0.5,
+        recipe: Recipe | None = None,
+        text_weight: float | None = None,
+        vision_weight: float | None = None,
+        prototype_weight: float | None = None,
         chunk_size: int = TEXT_CHUNK_SIZE,
         kept_tokens: int = KEPT_TOKENS,
     ):
         super().__init__()
+        weights = {"text_weight": text_weight, "vision_weight": vision_weight, "prototype_weight": prototype_weight}
+        recipe = replace(
+            recipe or _recipe_of(class_inputs), **{name: w for name, w in weights.items() if w is not None}
+        )
         towers = find_towers(model)
         if set(towers) != {"text", "vision"}:
             raise ValueError(
@@ -101,11 +108,8 @@ class SEPClassifier(nn.Module):
             )
         self.model = model
         self.processor = processor
-        self.loss_weights = {
-            "text_weight": text_weight,
-            "vision_weight": vision_weight,
-            "prototype_weight": prototype_weight,
-        }
+        self.recipe = recipe
+        self.trained: TaskClasses | None = None
         self.prototypes: nn.Parameter | None = None
         if not isinstance(class_inputs, TaskClasses):
             if template_inputs is None:
@@ -115,7 +119,7 @@ class SEPClassifier(nn.Module):
             class_inputs = TaskClasses(dict(class_inputs), tuple(map(dict, template_inputs)))
         self.encoder = ClassEncoder(model, class_inputs, chunk_size, kept_tokens)
         self.tasks = Tasks(model)
-        if prototype_weight:
+        if recipe.prototype_weight:
             self.reset_prototypes()
 
     @classmethod
@@ -141,6 +145,11 @@ class SEPClassifier(nn.Module):
     # classes
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weights of the loss, of the classifier's recipe."""
+        return self.recipe.loss_weights
+
+    @property
     def class_names(self) -> list[str]:
         """C labels, in the order of the logits."""
         return list(self.classes.names)
@@ -155,19 +164,32 @@ class SEPClassifier(nn.Module):
         template: str | Sequence[str] | None = None,
         zero_shot_margin: float | None = None,
     ) -> SEPClassifier:
-        """Swap in other classes; nothing is trained, and the prototypes start anew. Returns self.
+        """Swap in other classes; nothing is trained, and the prototypes of the loss start anew. Returns self.
+
+        The names that were trained, in their order and with their template, bring back what was kept of them.
 
         Args:
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
             template: None keeps the present one.
-            zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it;
-                `ZERO_SHOT_MARGIN` for classes that were not trained. None: what `TaskClasses` say, and 0 for names.
+            zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it. None: what
+                `TaskClasses` say, and for names the recipe's, 1.5 by default, or 0 where all of them were trained.
         """
+        named = not isinstance(classes, TaskClasses)
         classes = self._tokenized(classes, template, zero_shot_margin)
+        if named and zero_shot_margin is None:
+            classes = self._as_trained(classes)
         self._encode(classes)
         if self.prototypes is not None:
             self.reset_prototypes()
         return self
+
+    def _as_trained(self, classes: TaskClasses) -> TaskClasses:
+        """The trained classes for their own names, no margin for some of them, the recipe's margin for others."""
+        trained = self.trained
+        if trained is not None and (classes.names, classes.templates) == (trained.names, trained.templates):
+            return trained
+        known = trained is not None and not trained.zero_shot_margin and set(classes.names) <= set(trained.names)
+        return replace(classes, zero_shot_margin=0.0 if known else self.recipe.zero_shot_margin)
 
     def _encode(self, classes: TaskClasses) -> None:
         sizes = self.encoder.chunk_size, self.encoder.kept_tokens
@@ -192,8 +214,9 @@ class SEPClassifier(nn.Module):
 
         Args:
             name: of the task.
-            classes, template, zero_shot_margin: as for `set_classes`.
+            classes, template: as for `set_classes`.
             adapter: an adapter of the model, or "__base__" for none; None: the one with the task's name.
+            zero_shot_margin: as for `set_classes`, but 0 for names: a task is what its adapter was trained for.
 
         Raises:
             ValueError: the name is taken, there is no such adapter, or a class text does not fit.
@@ -222,9 +245,10 @@ class SEPClassifier(nn.Module):
         """Start the class prototypes W (C, E) of the loss; call it before the optimizer is made.
 
         Args:
-            batches: dicts with `pixel_values` and `labels` of the training images. W then starts at the mean frozen
-                image embedding of each class, as published. Without them, and for classes without an image, it starts
-                where it was kept, or at the frozen text embedding.
+            batches: dicts with `pixel_values` (B, channels, height, width), what else the image tower takes, and
+                `labels` (B,), of the training images. W then starts at the mean frozen image embedding of each class,
+                as published. Without them, and for classes without an image, it starts where it was kept, or at the
+                frozen text embedding.
         """
         kept = self.encoder.prototypes
         prototypes = (self.encoder.frozen() if kept is None else kept).clone()  # (C, E)
@@ -233,23 +257,25 @@ class SEPClassifier(nn.Module):
             for batch in batches:
                 labels = batch["labels"].to(self.device)
                 check_labels(labels, len(self.classes))
-                embeds = unit(self.vision_tower.embed_frozen(pixel_values=batch["pixel_values"].to(self.device)))
+                inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+                embeds = unit(self.vision_tower.embed_frozen(**inputs))
                 sums.index_add_(0, labels, embeds.to(sums.dtype))
                 counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
             seen = counts > 0
             prototypes[seen] = sums[seen] / counts[seen, None]
         self.prototypes = nn.Parameter(prototypes)
 
-    def keep_prototypes(self, logit_weight: float = PROTOTYPE_LOGIT_WEIGHT) -> SEPClassifier:
+    def keep_prototypes(self, logit_weight: float | None = None) -> SEPClassifier:
         """Let the class prototypes W, as trained, predict beside the texts; call it after training.
 
         Predictions then read ``logits + logit_weight 10 (cos(v, w_c) + cos(v0, w_c)) / 2`` with SEP's and the frozen
         image embedding v and v0, both of which the loss compares with W on this scale. As published W serves the loss
-        alone. It knows the classes it was trained on: `set_classes` drops it. It is saved with the classes, and without
-        an adapter it is silent.
+        alone. It knows the classes it was trained on: `set_classes` with others drops it, and with the same names
+        brings it back. It is saved with the classes, and without an adapter it is silent. The classes count as trained:
+        no margin of zero-shot holds SEP back on them.
 
         Args:
-            logit_weight: weight of the prototypes' logits, above 0.
+            logit_weight: weight of the prototypes' logits, above 0; None: the recipe's `prototype_logit_weight`, 5.
 
         Returns:
             self.
@@ -260,9 +286,28 @@ class SEPClassifier(nn.Module):
         if self.prototypes is None:
             raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
         kept = unit(wide(self.prototypes.detach())).cpu()
-        classes = replace(self.classes, prototypes=kept, prototype_logit_weight=logit_weight)
-        self._encode(classes)
+        weight = self.recipe.prototype_logit_weight if logit_weight is None else logit_weight
+        self._take_as_trained(replace(self.classes, prototypes=kept, prototype_logit_weight=weight))
         return self
+
+    def finish_training(self) -> SEPClassifier:
+        """Go over to evaluation as the recipe says; `fit` ends with it. Returns self.
+
+        The prototypes are kept where the recipe gives them a weight in predictions, and the classes count as trained:
+        no margin of zero-shot holds SEP back on them.
+
+        Raises:
+            ValueError: the prototypes are not finite.
+        """
+        if self.prototypes is not None and self.recipe.prototype_logit_weight:
+            self.keep_prototypes()
+        else:
+            self._take_as_trained(replace(self.classes, prototypes=None, prototype_logit_weight=0.0))
+        return self.eval()
+
+    def _take_as_trained(self, classes: TaskClasses) -> None:
+        self.trained = replace(classes, zero_shot_margin=0.0)
+        self._encode(self.trained)
 
     # forward
 
@@ -308,7 +353,7 @@ class SEPClassifier(nn.Module):
         if not self.training:
             return SEPClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
         embeds = image, frozen_image, weights.text, weights.frozen_text
-        parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.loss_weights)
+        parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
         return SEPClassifierOutput(loss=parts.total, logits=logits, parts=parts)
 
     def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -362,7 +407,7 @@ class SEPClassifier(nn.Module):
             ValueError: the metadata of the model card in the folder cannot be read, or the weights cannot have
                 `save_dtype`.
         """
-        save_files(self.model, self.classes, folder, details or CardDetails(), save_dtype)
+        save_files(self.model, self._saved_classes, folder, details or CardDetails(), save_dtype)
 
     def push_to_hub(
         self,
@@ -398,7 +443,13 @@ class SEPClassifier(nn.Module):
         """
         options = {"subfolder": subfolder, "private": private, "token": token, "revision": revision}
         options |= {"save_dtype": save_dtype, "commit_message": commit_message}
-        return push_files(self.model, self.classes, repo_id, details or CardDetails(), **options, **commit_options)
+        return push_files(
+            self.model, self._saved_classes, repo_id, details or CardDetails(), **options, **commit_options
+        )
+
+    @property
+    def _saved_classes(self) -> TaskClasses:
+        return replace(self.classes, new_class_margin=self.recipe.zero_shot_margin)
 
     @classmethod
     def from_pretrained(
@@ -444,5 +495,13 @@ class SEPClassifier(nn.Module):
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
         else:
             model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
-        options = {"prototype_weight": 0.5 if is_trainable else 0.0, **(options or {})}
-        return cls(model, classes, processor=processor, **options).train(is_trainable)
+        options = {**({} if is_trainable else {"prototype_weight": 0.0}), **(options or {})}
+        classifier = cls(model, classes, processor=processor, **options).train(is_trainable)
+        classifier.trained = classes
+        return classifier
+
+
+def _recipe_of(class_inputs: TextInputs | TaskClasses) -> Recipe:
+    """The default one, with the margin of the recipe that saved classes were trained by."""
+    margin = class_inputs.new_class_margin if isinstance(class_inputs, TaskClasses) else None
+    return Recipe() if margin is None else Recipe(zero_shot_margin=margin)

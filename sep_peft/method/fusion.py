@@ -29,8 +29,8 @@ class TokenFusion(nn.Module):
 
     Args:
         hidden_size: D, width of the tower.
-        mlp_size: width of the MLP between its two layers, 256 as published.
-        rank: None for full-width projections as published, r for projections factored to r.
+        mlp_size: width of the MLP between its two layers. Default 32, as `SEPConfig` has it.
+        rank: r for projections factored to r, None for full-width ones. Default 4, as `SEPConfig` has it.
         batch_coupled: attend across the *inputs of the batch* for each prompt, as the released code does, instead of
             across the K tokens of each input. Results then depend on which inputs share a batch.
     """
@@ -38,8 +38,8 @@ class TokenFusion(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        mlp_size: int = 256,
-        rank: int | None = None,
+        mlp_size: int = 32,
+        rank: int | None = 4,
         batch_coupled: bool = False,
         device=None,
         dtype=None,
@@ -55,6 +55,16 @@ class TokenFusion(nn.Module):
         self.scale1 = nn.Parameter(torch.empty(1, **kwargs))
         self.scale2 = nn.Parameter(torch.empty(1, **kwargs))
         self.reset_parameters()
+
+    @classmethod
+    def published(cls, hidden_size: int, **options) -> TokenFusion:
+        """The paper's fusion: full-width projections and an MLP of width 256.
+
+        Args:
+            hidden_size: D, width of the tower.
+            options: arguments of the class that differ.
+        """
+        return cls(hidden_size, **({"mlp_size": 256, "rank": None} | options))
 
     def reset_parameters(self) -> None:
         self.norm1.reset_parameters()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .mix import unit
+from .recipe import Recipe
 
 
 #: Scale of the cosines in the prototype terms.
@@ -46,11 +47,11 @@ def sep_loss(
     frozen_text_embeds: torch.Tensor,
     prototypes: torch.Tensor | None = None,
     *,
-    text_weight: float = 8.0,
-    vision_weight: float = 6.0,
-    prototype_weight: float = 0.5,
+    text_weight: float = Recipe.text_weight,
+    vision_weight: float = Recipe.vision_weight,
+    prototype_weight: float = Recipe.prototype_weight,
 ) -> SEPLoss:
-    """The published objective::
+    """The published objective, with the weights of `Recipe` unless told otherwise::
 
         L = CE(logits, y)
           + w_t (1 - mean_c cos(t_c, t0_c)) + w_v (1 - mean_b cos(v_b, v0_b))
@@ -64,9 +65,9 @@ def sep_loss(
         text_embeds: t, (C, E), SEP's text embeddings.
         frozen_text_embeds: t0, (C, E), of the frozen tower, usually from a template.
         prototypes: W, (C, E), one trained vector a class; None leaves the prototype terms out.
-        text_weight: w_t, 8 as published.
-        vision_weight: w_v, 6 as published.
-        prototype_weight: w_p, 0.5 as published.
+        text_weight: w_t. Default 4; ``**Recipe.published().loss_weights`` gives the paper's 8, 6 and 0.5.
+        vision_weight: w_v. Default 3.
+        prototype_weight: w_p. Default 0.5.
 
     Returns:
         SEPLoss. A part with weight 0 is 0 and costs nothing. Everything is computed in fp32 or wider.

@@ -1,68 +1,148 @@
-"""How an adapter is trained."""
+"""How an adapter is trained and what its classifier does afterwards: settings alone, without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 
 
 #: Weight of the kept prototypes' logits in predictions, chosen on validation images by `examples/few_shot`.
 PROTOTYPE_LOGIT_WEIGHT = 5.0
 #: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
 ZERO_SHOT_MARGIN = 1.5
+#: What the paper's released code uses, whatever the defaults of `Recipe` are.
+PUBLISHED = {
+    "epochs": 50,
+    "learning_rate": 2.5e-3,
+    "prototype_learning_rate": None,
+    "adam_epsilon": 1e-3,
+    "smallest_crop": 0.08,
+    "text_weight": 8.0,
+    "vision_weight": 6.0,
+    "prototype_weight": 0.5,
+    "prototype_logit_weight": 0.0,
+    "zero_shot_margin": 0.0,
+}
+#: What was tuned for `SEPConfig.compact()`, where it differs from the defaults.
+COMPACT = {"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are those that `examples/few_shot` tuned for the default adapter.
+    """How to train, and what the classifier does afterwards.
+
+    `SEPClassifier`, `fit`, the command line and `examples/few_shot` all read it. The defaults are those that
+    `examples/few_shot` tuned for the default `SEPConfig` on validation images.
 
     Args:
-        epochs: passes over the images; the learning rate rises during the first and falls along a cosine.
-        batch_size: images a step.
-        learning_rate: of AdamW, without weight decay.
+        epochs: passes over the training images, at least 1. Default 30.
+        batch_size: images a step, over all processes. Default 32.
+        learning_rate: highest of AdamW; it rises during `warmup_epochs` and falls along a cosine. Default 5e-3.
         prototype_learning_rate: the same for the class prototypes, which start where they nearly belong; None:
-            `learning_rate`, as published.
-        adam_epsilon: of AdamW.
-        smallest_crop: least share of an image's area that augmentation keeps.
-        text_weight, vision_weight: of the consistency losses.
+            `learning_rate`, as published. Default 1e-3.
+        adam_epsilon: of AdamW. Default 1e-8.
+        weight_decay: of AdamW. Default 0.
+        warmup_epochs: epochs in which the learning rate rises from 0; 0: it starts at its highest. Default 1.
+        max_steps: stop after so many steps, where `epochs` would take more; None: after `epochs`.
+        smallest_crop: least share of an image's area that augmentation keeps, above 0 and at most 1. Default 0.5.
+        views: augmentations of each image, where what is below `start_layer` is cached; epoch e shows view
+            ``e mod views``, so with as many views as epochs training is what it is without a cache. Default 8.
+        text_weight, vision_weight: of the consistency losses. Defaults 4 and 3.
+        prototype_weight: of the prototype terms of the loss; 0: there are no prototypes. Default 0.5.
         prototype_logit_weight: of the trained prototypes in predictions; 0, as published: they serve the loss alone.
-        views: augmentations of each image, where what is below `start_layer` is cached.
-        seed: of batches and augmentation.
-        max_steps: stop after so many steps; None: after `epochs`.
+            Default 5.
+        zero_shot_margin: for classes that were not trained zero-shot decides each image unless SEP is more than so
+            many times as confident; 0, as published: SEP decides alone. Default 1.5.
+        seed: of batches and augmentation, from 0 to 2^31 - 1. Default 1.
+
+    Raises:
+        ValueError: a value is not allowed; the message names it and what is.
     """
 
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 5e-3
+    _: KW_ONLY
     prototype_learning_rate: float | None = 1e-3
     adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_epochs: int = 1
+    max_steps: int | None = None
     smallest_crop: float = 0.5
+    views: int = 8
     text_weight: float = 4.0
     vision_weight: float = 3.0
+    prototype_weight: float = 0.5
     prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
-    views: int = 8
+    zero_shot_margin: float = ZERO_SHOT_MARGIN
     seed: int = 1
-    max_steps: int | None = None
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "views"):
+            self._require(name, lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
+        self._require("warmup_epochs", lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
+        self._require("max_steps", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer of at least 1")
+        self._require("seed", lambda v: _is_int(v) and 0 <= v < 2**31, "an integer from 0 to 2147483647")
+        for name in ("learning_rate", "adam_epsilon"):
+            self._require(name, lambda v: _is_number(v) and v > 0, "a finite number above 0")
+        self._require(
+            "prototype_learning_rate",
+            lambda v: v is None or (_is_number(v) and v >= 0),
+            "None or a finite number of at least 0",
+        )
+        self._require("smallest_crop", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and at most 1")
+        weights = ("text_weight", "vision_weight", "prototype_weight", "prototype_logit_weight")
+        for name in (*weights, "weight_decay", "zero_shot_margin"):
+            self._require(name, lambda v: _is_number(v) and v >= 0, "a finite number of at least 0")
+
+    def _require(self, name: str, allowed: Callable[[object], bool], description: str) -> None:
+        value = getattr(self, name)
+        if not allowed(value):
+            raise ValueError(f"{name} must be {description}, but got {value!r}.")
 
     @classmethod
     def published(cls, **overrides) -> Recipe:
-        """The recipe of the paper's released code, for `SEPConfig.published()`."""
-        paper = {"epochs": 50, "learning_rate": 2.5e-3, "adam_epsilon": 1e-3, "smallest_crop": 0.08}
-        paper |= {"text_weight": 8.0, "vision_weight": 6.0}
-        paper |= {"prototype_learning_rate": None, "prototype_logit_weight": 0.0}
-        return cls(**(paper | overrides))
+        """The recipe of the paper's released code, for `SEPConfig.published()`.
+
+        Args:
+            overrides: settings that differ.
+        """
+        return cls(**(PUBLISHED | overrides))
 
     @classmethod
     def compact(cls, **overrides) -> Recipe:
-        """The recipe that was tuned for `SEPConfig.compact()`."""
-        return cls(**({"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5} | overrides))
+        """The recipe that was tuned for `SEPConfig.compact()`.
+
+        Args:
+            overrides: settings that differ.
+        """
+        return cls(**(COMPACT | overrides))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weights that `sep_loss` takes, by its names for them."""
+        names = ("text_weight", "vision_weight", "prototype_weight")
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
         own = self.prototype_learning_rate
         prototypes = "" if own is None else f" ({own:g} for the prototypes)"
+        warmup = "one epoch" if self.warmup_epochs == 1 else f"{self.warmup_epochs} epochs"
+        decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
         return (
             f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}{prototypes}, "
-            f"eps {self.adam_epsilon:g}, warm-up for one epoch, cosine; consistency weights {self.text_weight:g} and "
-            f"{self.vision_weight:g}; prototypes predict with weight {self.prototype_logit_weight:g}; random crops "
-            f"from {self.smallest_crop:.0%} of the area and flips"
+            f"eps {self.adam_epsilon:g}{decay}, warm-up for {warmup}, cosine; consistency weights "
+            f"{self.text_weight:g} and {self.vision_weight:g}; prototypes predict with weight "
+            f"{self.prototype_logit_weight:g}; random crops from {self.smallest_crop:.0%} of the area and flips"
         )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -40,7 +40,7 @@ def fit(
     if cache is not None:
         classifier.vision_tower.check_trunk()
     names, processor = classifier.class_names, classifier.processor
-    classifier.loss_weights |= {"text_weight": recipe.text_weight, "vision_weight": recipe.vision_weight}
+    classifier.recipe = recipe
     plain = Images(samples, names, processor)
     classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size))
     with tempfile.TemporaryDirectory() as folder:
@@ -52,8 +52,7 @@ def fit(
         parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         optimizers = make_optimizer(parameters, recipe), None  # the schedule is Trainer's
         Trainer(classifier, arguments, train_dataset=data, optimizers=optimizers).train()
-    if recipe.prototype_logit_weight:
-        classifier.keep_prototypes(recipe.prototype_logit_weight)
+    classifier.finish_training()
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe, weight_decay: float = 0.0) -> torch.optim.AdamW:
