@@ -34,9 +34,9 @@ from .trunk_cache import embeds_from_trunk
 class SEPClassifierOutput(ModelOutput):
     """
     Args:
-        loss: scalar, where labels were given: the published objective while training, cross entropy in evaluation.
+        loss: scalar, where labels were given: the objective of SEP while training, cross entropy in evaluation.
         logits: (B, C), scaled by the model's logit scale.
-        parts: while training, the named parts of the loss.
+        parts: while training, the named parts of the loss, means over the B images of this batch.
     """
 
     loss: torch.Tensor | None = None
@@ -74,6 +74,9 @@ class SEPClassifier(nn.Module):
         >>> classifier.predict("image.jpg", top_k=1)
         [{'label': 'lobster', 'score': 0.98}]
     """
+
+    #: Tells transformers' Trainer that `forward` takes `num_items_in_batch` and normalizes the loss by it.
+    accepts_loss_kwargs = True
 
     def __init__(
         self,
@@ -326,13 +329,18 @@ class SEPClassifier(nn.Module):
         trunk: torch.Tensor | None = None,
         frozen_embeds: torch.Tensor | None = None,
         trunk_layer: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> SEPClassifierOutput:
-        """
+        """Logits of images, and their loss: the objective of SEP while training, cross entropy in evaluation.
+
         Args:
             pixel_values: (B, channels, height, width).
             labels: (B,) class indices, for the loss.
             trunk, frozen_embeds, trunk_layer: (B, L, D), (B, E) and (B,) of a `TrunkCache`, in the place of images.
+            num_items_in_batch: images N of the whole step, over its micro-batches and all processes, as Trainer counts
+                them: the loss is the mean over B images times ``B / N``, so that the losses of the micro-batches add up
+                to the mean over the N images, whatever their sizes. None: the mean over B images.
             kwargs: what else the image tower takes.
 
         Raises:
@@ -351,10 +359,10 @@ class SEPClassifier(nn.Module):
         if labels is None:
             return SEPClassifierOutput(logits=logits)
         if not self.training:
-            return SEPClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+            return SEPClassifierOutput(_share(F.cross_entropy(logits, labels), labels, num_items_in_batch), logits)
         embeds = image, frozen_image, weights.text, weights.frozen_text
         parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
-        return SEPClassifierOutput(loss=parts.total, logits=logits, parts=parts)
+        return SEPClassifierOutput(_share(parts.total, labels, num_items_in_batch), logits, parts)
 
     def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider."""
@@ -499,6 +507,14 @@ class SEPClassifier(nn.Module):
         classifier = cls(model, classes, processor=processor, **options).train(is_trainable)
         classifier.trained = classes
         return classifier
+
+
+def _share(loss: torch.Tensor, labels: torch.Tensor, whole: torch.Tensor | int | None) -> torch.Tensor:
+    """The share that a mean over `labels` (B,) has in the mean over the images of a whole step."""
+    if whole is None:
+        return loss
+    # Trainer hands the count to replicas of DataParallel as (1, 1) -> ()
+    return loss * (len(labels) / torch.as_tensor(whole, device=loss.device).reshape(()))
 
 
 def _recipe_of(class_inputs: TextInputs | TaskClasses) -> Recipe:

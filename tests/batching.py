@@ -1,0 +1,88 @@
+"""One step of transformers' Trainer over 16 images, cut into micro-batches and shared out among processes.
+
+`python -m torch.distributed.run --nproc_per_node 2 tests/batching.py 4 2 RESULT.json` takes it in two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+
+import torch
+from peft import get_peft_model
+from small_clip import make_clip, make_images, make_texts, perturb
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sep_peft import SEPClassifier, SEPConfig
+
+
+COUNT = 16
+IMAGES = make_images(COUNT)
+LABELS = torch.arange(COUNT) * 7 % 4
+
+
+class SixteenImages(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> dict:
+        return {"pixel_values": IMAGES[index], "labels": LABELS[index]}
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the step, one vector, as the optimizer is given them."""
+
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
+        self.vector = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def make_classifier() -> SEPClassifier:
+    torch.manual_seed(3)
+    model = get_peft_model(make_clip(), SEPConfig(num_text_prompts=3, num_vision_prompts=2))
+    perturb(model)
+    return SEPClassifier(model, make_texts([5, 3, 7, 4]), make_texts([9, 7, 11, 8], seed=5))
+
+
+def step(batch_size: int, accumulation: int, classifier: nn.Module | None = None) -> dict:
+    """What Trainer logs of one step, its gradients, and the loss that it finds in evaluation."""
+    gradients = Gradients()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=0.0,  # what is evaluated afterwards are the weights of before
+            max_grad_norm=1e9,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        data = SixteenImages()
+        trainer = Trainer(
+            classifier or make_classifier(), arguments, train_dataset=data, eval_dataset=data, callbacks=[gradients]
+        )
+        trainer.train()
+        evaluated = trainer.evaluate()["eval_loss"]
+    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    return {
+        "loss": logged["loss"],
+        "norm": float(logged["grad_norm"]),
+        "gradients": gradients.vector.tolist(),
+        "eval_loss": evaluated,
+        "processes": trainer.args.world_size,
+        "first": trainer.args.process_index == 0,
+    }
+
+
+if __name__ == "__main__":
+    found = step(int(sys.argv[1]), int(sys.argv[2]))
+    if found["first"]:
+        with open(sys.argv[3], "w", encoding="utf-8") as file:
+            json.dump(found, file)

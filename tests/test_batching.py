@@ -1,0 +1,74 @@
+"""The loss and its gradients do not depend on how the images of a step are batched, by a real Trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batching import IMAGES, LABELS, make_classifier, step
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict:
+    """Without Trainer, all images at once."""
+    classifier = make_classifier().train()
+    loss = classifier(IMAGES, LABELS).loss
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in classifier.parameters() if p.requires_grad])
+    with torch.no_grad():
+        evaluated = F.cross_entropy(classifier.eval()(IMAGES).logits, LABELS)
+    return {"loss": loss.item(), "gradients": gradients, "eval_loss": evaluated.item()}
+
+
+def check(found: dict, expected: dict) -> None:
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["norm"] == pytest.approx(expected["gradients"].norm().item(), rel=1e-4)
+    torch.testing.assert_close(torch.tensor(found["gradients"]), expected["gradients"], rtol=1e-3, atol=1e-5)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation"), [(16, 1), (8, 2), (4, 4), (2, 8), (7, 3), (5, 4)], ids=lambda n: str(n)
+)
+def test_micro_batches(batch_size, accumulation, expected):
+    """The last ones with an uneven rest: 7, 7 and 2 images, and 5, 5, 5 and 1."""
+    check(step(batch_size, accumulation), expected)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
+def test_two_processes(batch_size, accumulation, expected, tmp_path):
+    script, result = Path(__file__).with_name("batching.py"), tmp_path / "result.json"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [*launcher, str(script), str(batch_size), str(accumulation), str(result)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(result.read_text())
+    assert found["processes"] == 2
+    check(found, expected)
+
+
+def test_images_of_the_whole_step():
+    """Shares of a step add up; `parts` stay means over the batch."""
+    classifier = make_classifier()
+    for training in (True, False):
+        classifier.train(training)
+        whole = classifier(IMAGES, LABELS).loss
+        shares = [
+            classifier(IMAGES[part], LABELS[part], num_items_in_batch=count).loss
+            for part, count in ((slice(0, 3), 16), (slice(3, 16), torch.tensor([[16]])))
+        ]
+        assert all(share.shape == () for share in shares)
+        torch.testing.assert_close(sum(shares), whole)
+    output = classifier.train()(IMAGES[:3], LABELS[:3], num_items_in_batch=16)
+    torch.testing.assert_close(output.parts.total, classifier(IMAGES[:3], LABELS[:3]).loss)
