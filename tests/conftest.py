@@ -1,12 +1,17 @@
-"""Fixtures of all tests, and how tests run; the models themselves are made in `small_clip`."""
+"""Fixtures of all tests, and how tests run; the models themselves are made in `small_clip` and other helpers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from small_clip import make_clip, make_images, make_texts
-from transformers import CLIPModel
+from bundled import ASSETS, NAMES
+from peft import PeftModel, get_peft_model
+from small_classifier import SMALL
+from small_clip import make_clip, make_images, make_texts, perturb
+from transformers import AutoProcessor, CLIPModel
 from transformers.utils import logging
+
+from sep_peft import SEPClassifier, SEPConfig
 
 
 logging.disable_progress_bar()
@@ -26,3 +31,24 @@ def texts() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def images() -> torch.Tensor:
     return make_images(5)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """Of the bundled small CLIP."""
+    return AutoProcessor.from_pretrained(ASSETS / "clip-small")
+
+
+@pytest.fixture(scope="session")
+def small_model() -> PeftModel:
+    """The bundled small CLIP with SEP; tests must not change it."""
+    torch.manual_seed(0)
+    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig.published(**SMALL))
+    perturb(model, scale=0.02)
+    return model
+
+
+@pytest.fixture
+def imaged(small_model, processor) -> SEPClassifier:
+    """A classifier of `NAMES` over the bundled small CLIP."""
+    return SEPClassifier.from_class_names(small_model, processor, NAMES).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CASES
-from test_families import TOWERS, adapt, tower_inputs, tower_of
+from family_models import TOWERS, adapt, tower_inputs, tower_of
 
 
 EAGER = [p for p in TOWERS if p.values[2] == "eager"]

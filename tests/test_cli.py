@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundled import ASSETS
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from reference_files import CHECKPOINT, LAYERS, REFERENCE
 from small_clip import perturb
-from test_convert import CHECKPOINT, LAYERS, REFERENCE
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig, __version__, convert_reference_checkpoint
@@ -24,7 +25,6 @@ from sep_peft.cli.app import main
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
-ASSETS = Path(__file__).parents[1] / "examples" / "assets"
 BASE = str(ASSETS / "clip-small")
 NAMES = ["cup", "lamp", "umbrella"]
 SMALL = ["--shots", "2", "--max-steps", "2", "--fusion-rank", "2", "--share-fusion", "--fusion-hidden-size", "8"]

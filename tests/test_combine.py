@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from small_classifier import raises
 from small_clip import make_clip, make_images, make_texts, perturb
-from test_lifecycle import adapted, outputs, snapshot
-from test_method import SETTINGS
+from small_sep import SETTINGS, adapted, outputs, snapshot
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, hotswap_adapter
 from sep_peft.tuner.soup import OPTIONS
-
-
-def raises(message: str, error: type[Exception] = ValueError):
-    """The whole message."""
-    return pytest.raises(error, match=f"^{re.escape(message)}$")
 
 
 def two(name: str = "published", second: str | None = None, **changes) -> PeftModel:

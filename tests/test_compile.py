@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_classifier import make_classifier
 from small_clip import make_images
-from test_classifier import make_classifier
 
 
 @pytest.fixture(autouse=True)

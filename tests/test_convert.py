@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from reference_files import CHECKPOINT, EXPECTED, LAYERS, REFERENCE
 from transformers import CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, convert_reference_checkpoint
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
-
-
-REFERENCE = Path(__file__).parent / "data" / "reference"
-CHECKPOINT = REFERENCE / "prompt_learner" / "model.pth.tar-50"
-LAYERS = json.loads((REFERENCE / "settings.json").read_text())["layers"]
-EXPECTED = load_file(REFERENCE / "expected.safetensors")
 
 
 def reference_clip() -> CLIPModel:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundled import ASSETS
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from small_clip import perturb
-from test_classifier import ASSETS
 from transformers import AutoImageProcessor, CLIPModel
 
 from sep_peft import ImageEmbedder, SEPConfig

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bundled import ASSETS
 from peft import get_peft_model
 from PIL import Image
 from small_clip import make_clip, perturb
@@ -19,7 +19,6 @@ from sep_peft.method.select import largest_tokens
 from sep_peft.tuner.model import find_towers
 
 
-ASSETS = Path(__file__).parents[1] / "examples/assets"
 IMAGE = sorted((ASSETS / "caltech101/test/sunflower").iterdir())[0]
 PROMPTS, PATCHES, GRID = 4, 9, (3, 3)
 
@@ -124,7 +123,7 @@ def test_explaining_changes_nothing(processor):
 
 
 @pytest.mark.parametrize("image", [IMAGE, str(IMAGE), Image.open(IMAGE)], ids=["Path", "str", "PIL"])
-def test_what_a_image_may_be(image, processor):
+def test_what_an_image_may_be(image, processor):
     explained = explain(make_model(), processor, image)
     expected = explain(make_model(), processor, IMAGE)
     assert torch.equal(explained.image, expected.image)

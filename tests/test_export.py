@@ -6,8 +6,8 @@ import pytest
 import torch
 from families import CASES
 from peft import get_peft_model
+from small_classifier import IMAGES, logits_of, make_classifier, make_model, raises
 from small_clip import make_clip, make_images, perturb
-from test_classifier import IMAGES, logits_of, make_classifier, make_model, raises
 
 from sep_peft import ImageEmbedder, ImageScorer, SEPConfig
 

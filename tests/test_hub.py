@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from bundled import ASSETS
 from hub_server import File, HubServer
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel, get_peft_model
@@ -25,7 +26,6 @@ from transformers import AutoProcessor, CLIPModel
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig
 
 
-ASSETS = Path(__file__).parents[1] / "examples" / "assets"
 IMAGE = sorted((ASSETS / "caltech101" / "test" / "cup").iterdir())[0]
 NAMES = ["cup", "lamp", "umbrella"]
 BASE, REPO, TOKEN = "ann/clip-small", "ann/household", "hf_ann"

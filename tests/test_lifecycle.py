@@ -9,33 +9,11 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from small_clip import make_clip, make_images, make_texts, perturb
-from test_method import SETTINGS
+from small_clip import make_clip, perturb
+from small_sep import IMAGES, SETTINGS, TEXTS, adapted, outputs, snapshot
 from transformers import CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPConfig
-
-
-TEXTS, IMAGES = make_texts([5, 3, 9, 4]), make_images(3)
-
-
-@torch.no_grad()
-def outputs(model) -> torch.Tensor:
-    return model.eval()(**TEXTS, pixel_values=IMAGES).logits_per_image
-
-
-def snapshot(model) -> tuple:
-    """Everything by which a module tree can differ."""
-    modules = [(name, type(module)) for name, module in model.named_modules()]
-    return modules, list(model.state_dict()), [p.data_ptr() for p in model.parameters()]
-
-
-def adapted(name: str, adapter: str = "default", seed: int = 3) -> PeftModel:
-    clip = make_clip()
-    torch.manual_seed(seed)
-    model = get_peft_model(clip, SEPConfig.published(**SETTINGS[name]), adapter_name=adapter)
-    perturb(model, adapter, seed=seed)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from small_classifier import raises
 from small_clip import make_clip, make_images, make_texts, perturb
-from test_classifier import raises
 
 from sep_peft import SEPClassifier, SEPConfig, lifted
 

@@ -11,32 +11,9 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from small_clip import TEXT_POSITIONS, make_clip, make_images, make_texts, perturb
+from small_sep import SETTINGS
 
 from sep_peft import SEPConfig
-
-
-#: Settings that the oracle, the invariances and the lifecycle are checked with.
-SETTINGS = {
-    "published": {"num_text_prompts": 3, "num_vision_prompts": 4},
-    "small": {
-        "num_text_prompts": 3,
-        "num_vision_prompts": 4,
-        "fusion_rank": 4,
-        "fusion_hidden_size": 16,
-        "share_fusion": True,
-    },
-    "one prompt": {"num_text_prompts": 1, "num_vision_prompts": 1},
-    "layers": {"num_text_prompts": 5, "num_vision_prompts": 2, "text_layers": [2], "vision_layers": [1, 3]},
-    "start": {"num_text_prompts": 3, "num_vision_prompts": 2, "start_layer": 1},
-    "rank": {"num_text_prompts": 2, "num_vision_prompts": 3, "fusion_rank": 2, "fusion_hidden_size": 5},
-    "shared": {"num_text_prompts": 2, "num_vision_prompts": 3, "share_fusion": True},
-    "prompted alone": {"num_text_prompts": 2, "num_vision_prompts": 2, "frozen_weight": 0.0},
-    "mostly frozen": {"num_text_prompts": 2, "num_vision_prompts": 2, "frozen_weight": 0.8},
-    "shallow": {"num_text_prompts": 4, "num_vision_prompts": 3, "fusion": "none", "frozen_weight": 0.0},
-    "start alone": {"num_text_prompts": 3, "num_vision_prompts": 2, "start_layer": 1, "frozen_weight": 0.0},
-    "vision only": {"num_text_prompts": 0, "num_vision_prompts": 3},
-    "text only": {"num_text_prompts": 3, "num_vision_prompts": 0},
-}
 
 
 def make_model(settings: dict, attention: str = "sdpa", **changes):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import threading
 
 import pytest
 import torch
 from families import CASES
+from family_models import find_features
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from small_classifier import raises
 from small_clip import make_clip, make_images, make_texts, perturb
-from test_families import find_features
-from test_method import SETTINGS
+from small_sep import SETTINGS
 
 from sep_peft import SEPConfig
 from sep_peft.tuner import mixed_batch
@@ -55,11 +55,6 @@ def run_alone(model: PeftModel, name: str, call):
         return call()
     finally:
         model.set_adapter(before)
-
-
-def raises(message: str, error: type[Exception] = ValueError):
-    """The whole message."""
-    return pytest.raises(error, match=f"^{re.escape(message)}$")
 
 
 def rows_with(name: str, names: list[str] = NAMES) -> list[int]:

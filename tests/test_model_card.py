@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from bundled import ASSETS
 from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model
 from small_clip import make_clip, make_texts
@@ -17,7 +17,6 @@ from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig, TaskClasses
 from sep_peft.classifier.card import END, START, make_card
 
 
-ASSETS = Path(__file__).parents[1] / "examples" / "assets"
 CLASSES = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), ("cup", "desk_lamp"), ("a photo of a {}.",))
 FULL = CardDetails(
     title="Household things",

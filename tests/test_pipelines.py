@@ -1,12 +1,10 @@
 """transformers' pipelines give SEP's predictions."""
 
-# ruff: noqa: F811 (tests take fixtures that are imported here by naming them)
-
 from __future__ import annotations
 
 import pytest
 import torch
-from test_classifier import IMAGES, NAMES, processor, scores_of, small_model  # noqa: F401 (fixtures)
+from bundled import IMAGE_FILES, NAMES, scores_of
 from transformers import pipeline
 
 from sep_peft import ImageClassifier, SEPClassifier
@@ -26,14 +24,14 @@ def test_zero_shot_image_classification(template, small_model, processor):
     """Both branches read the same text: so does a classifier whose class names are these texts, and has no template."""
     tokens = processor.tokenizer([template.format(label) for label in LABELS], padding=True, return_tensors="pt")
     classifier = SEPClassifier(small_model, dict(tokens), processor=processor).eval()
-    expected = classifier.predict(IMAGES)
+    expected = classifier.predict(IMAGE_FILES)
     for prediction in expected:
         for entry in prediction:
             entry["label"] = LABELS[int(entry["label"].removeprefix("class "))]
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
     for model in (small_model, small_model.get_base_model()):
         classify = pipeline("zero-shot-image-classification", model=model, device="cpu", **parts)
-        images = [str(path) for path in IMAGES]
+        images = [str(path) for path in IMAGE_FILES]
         found = classify(images, candidate_labels=LABELS, hypothesis_template=template)
         assert_close(found, expected, LABELS)
 
@@ -42,18 +40,18 @@ def test_zero_shot_with_the_bare_name_is_the_classifier_whose_template_is_the_ba
     classifier = SEPClassifier.from_class_names(small_model, processor, LABELS, template="{}.").eval()
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
     classify = pipeline("zero-shot-image-classification", model=small_model, device="cpu", **parts)
-    found = classify([str(path) for path in IMAGES], candidate_labels=LABELS, hypothesis_template="{}.")
-    assert_close(found, classifier.predict(IMAGES), LABELS)
+    found = classify([str(path) for path in IMAGE_FILES], candidate_labels=LABELS, hypothesis_template="{}.")
+    assert_close(found, classifier.predict(IMAGE_FILES), LABELS)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_image_classification(training, small_model, processor):
     """The classifier itself, with a text for each branch."""
     classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).train(training)
-    expected = classifier.predict(IMAGES)
+    expected = classifier.predict(IMAGE_FILES)
     model = ImageClassifier(classifier)
     classify = pipeline("image-classification", model=model, image_processor=processor.image_processor, device="cpu")
-    images = [str(path) for path in IMAGES]
+    images = [str(path) for path in IMAGE_FILES]
     assert_close(classify(images), expected, NAMES)
     assert_close(classify(images, batch_size=3), expected, NAMES)
     (best,) = classify(images[0], top_k=1)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_clip import make_clip
-from test_classifier import (
+from small_classifier import (
     CLASSES,
     IMAGES,
     LABELS,
@@ -21,7 +20,9 @@ from test_classifier import (
     make_classifier,
     make_model,
     raises,
+    with_prototypes,
 )
+from small_clip import make_clip
 
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
 from sep_peft.classifier import logits as scoring
@@ -30,13 +31,6 @@ from sep_peft.training.fit import make_optimizer
 
 
 FILE = "sep_prototypes.safetensors"
-
-
-def with_prototypes(weight: float | None = 1.5, **options) -> SEPClassifier:
-    """A classifier whose prototypes point anywhere; kept unless `weight` is None."""
-    classifier = make_classifier(**options)
-    classifier.prototypes.data = torch.randn(4, 24, generator=torch.Generator().manual_seed(8))
-    return classifier if weight is None else classifier.keep_prototypes(weight)
 
 
 def trainable(classifier: SEPClassifier) -> dict[str, torch.nn.Parameter]:

@@ -10,8 +10,8 @@ import re
 import pytest
 import torch
 from families import BERT_WORDS, CASES, images
+from family_models import adapt, tower_of
 from peft import PeftModel, get_peft_model
-from test_families import adapt, tower_of
 
 from sep_peft import SEPConfig
 from sep_peft.families import table as families

@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from small_classifier import IMAGES, contents, logits_of, make_classifier, raises
 from small_clip import make_clip
-from test_classifier import IMAGES, contents, logits_of, make_classifier, raises
 
 from sep_peft import SEPClassifier, cast_adapter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CASES
-from test_families import adapt, tower_inputs, tower_of
+from family_models import adapt, tower_inputs, tower_of
 
 from sep_peft import SEPClassifier
 from sep_peft.method.mix import mix_embeddings

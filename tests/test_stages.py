@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CASES
-from test_families import adapt, tower_of
+from family_models import adapt, tower_of
 
 from sep_peft.tuner import passes
 
@@ -35,7 +35,7 @@ def test_layers_shared_with_the_frozen_pass_give_what_running_them_gives(start_l
 def test_prompts_are_carried_from_stage_to_stage(monkeypatch):
     """What is taken out after a stage enters the next one, and each stage groups without prompts."""
     entered, lengths, left = [], [], []
-    insert, split = passes.functional.insert_prompts, passes.functional.split_prompts
+    insert, split = passes.insert_prompts, passes.split_prompts
 
     def spy_insert(hidden, prompts, position):
         entered.append(prompts)
@@ -46,8 +46,8 @@ def test_prompts_are_carried_from_stage_to_stage(monkeypatch):
         left.append(split(*args))
         return left[-1]
 
-    monkeypatch.setattr(passes.functional, "insert_prompts", spy_insert)
-    monkeypatch.setattr(passes.functional, "split_prompts", spy_split)
+    monkeypatch.setattr(passes, "insert_prompts", spy_insert)
+    monkeypatch.setattr(passes, "split_prompts", spy_split)
     tower_of(adapt(CASE, fusion="none", frozen_weight=0.0), "vision").embed_prompted(**CASE.image(1))
     assert lengths == [9 + 4, 4 + 3, 3]  # patches and group tokens, groups and group tokens, groups
     assert entered[1] is left[0][1] and entered[2] is left[1][1]

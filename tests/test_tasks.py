@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundled import ASSETS, IMAGE_FILES, NO_PROCESSOR
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from small_classifier import EncoderCalls, raises
 from small_clip import make_clip, make_texts, perturb
-from test_classifier import ASSETS, IMAGES, NO_PROCESSOR, EncoderCalls, raises
 from transformers import AutoImageProcessor
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, TaskClasses
@@ -87,64 +88,64 @@ def assert_close(found: list, expected: list) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_task_is_a_classifier_of_its_own(name, served, processor):
-    own = served.predict(IMAGES)
-    assert served.predict(IMAGES, task=name) == alone(name, processor, IMAGES)
-    assert served.predict(IMAGES[0], task=name, top_k=1) == alone(name, processor, IMAGES[0])[:1]
+    own = served.predict(IMAGE_FILES)
+    assert served.predict(IMAGE_FILES, task=name) == alone(name, processor, IMAGE_FILES)
+    assert served.predict(IMAGE_FILES[0], task=name, top_k=1) == alone(name, processor, IMAGE_FILES[0])[:1]
     assert served.model.active_adapter == "default"
-    assert served.predict(IMAGES) == own
+    assert served.predict(IMAGE_FILES) == own
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_a_task_for_each_image(batch_size, served, processor):
     tasks = ["plain", "pets", "clothing", "pets"]
-    found = served.predict(IMAGES, task=tasks, batch_size=batch_size)
-    expected = [alone(task, processor, IMAGES)[i] for i, task in enumerate(tasks)]
+    found = served.predict(IMAGE_FILES, task=tasks, batch_size=batch_size)
+    expected = [alone(task, processor, IMAGE_FILES)[i] for i, task in enumerate(tasks)]
     assert_close(found, expected)
-    for prediction, image, task in zip(found, IMAGES, tasks, strict=True):
+    for prediction, image, task in zip(found, IMAGE_FILES, tasks, strict=True):
         assert_close([prediction], [served.predict(image, task=[task])])
     assert served.predict([], task=[]) == []
 
 
 def test_tasks_are_told_apart(served):
     """So that equal predictions mean something."""
-    scores = {name: [p[0]["score"] for p in served.predict(IMAGES, task=name)] for name in CLASSES}
+    scores = {name: [p[0]["score"] for p in served.predict(IMAGE_FILES, task=name)] for name in CLASSES}
     served.add_task("pets without an adapter", CLASSES["pets"], adapter="__base__")
-    plain = served.predict(IMAGES, task="pets without an adapter")
+    plain = served.predict(IMAGE_FILES, task="pets without an adapter")
     assert max(abs(p[0]["score"] - score) for p, score in zip(plain, scores["pets"], strict=True)) > 0.01
 
 
 def test_texts_are_encoded_once_a_task_until_its_adapter_changes(served):
     calls = EncoderCalls(served)
     for name, count in (("pets", 2), ("clothing", 2), ("plain", 1), ("pets", 0), ("clothing", 0), ("plain", 0)):
-        served.predict(IMAGES[:2], task=name)
+        served.predict(IMAGE_FILES[:2], task=name)
         assert calls.take() == count, name
-    served.predict(IMAGES[:3], task=["pets", "clothing", "plain"])
+    served.predict(IMAGE_FILES[:3], task=["pets", "clothing", "plain"])
     assert calls.take() == 0
-    before = served.predict(IMAGES[0], task="clothing"), served.predict(IMAGES[0], task="pets")
+    before = served.predict(IMAGE_FILES[0], task="clothing"), served.predict(IMAGE_FILES[0], task="pets")
     perturb(served.model, "clothing", seed=7)  # moves the data of its parameters
     with torch.no_grad():
         for name, parameter in served.model.named_parameters():
             if ".clothing" in name:
                 parameter.mul_(1.1)
-    assert served.predict(IMAGES[0], task="clothing") != before[0]
+    assert served.predict(IMAGE_FILES[0], task="clothing") != before[0]
     assert calls.take() == 1
-    assert served.predict(IMAGES[0], task="pets") == before[1]
+    assert served.predict(IMAGE_FILES[0], task="pets") == before[1]
     assert calls.take() == 0
 
 
 def test_prediction_keeps_the_mode(served):
-    expected = served.predict(IMAGES, task="clothing")
+    expected = served.predict(IMAGE_FILES, task="clothing")
     served.train()
-    assert served.predict(IMAGES, task="clothing") == expected
+    assert served.predict(IMAGE_FILES, task="clothing") == expected
     assert all(module.training for module in served.modules())
 
 
 def test_disabled_adapters_are_disabled_for_tasks(served):
     served.add_task("pets without an adapter", CLASSES["pets"], adapter="__base__")
-    expected = served.predict(IMAGES, task="pets without an adapter")
+    expected = served.predict(IMAGE_FILES, task="pets without an adapter")
     with served.model.disable_adapter():
-        assert served.predict(IMAGES, task="pets") == expected
-    assert served.predict(IMAGES, task="pets") != expected
+        assert served.predict(IMAGE_FILES, task="pets") == expected
+    assert served.predict(IMAGE_FILES, task="pets") != expected
 
 
 def test_tasks_over_a_model_without_peft_model(processor):
@@ -154,7 +155,7 @@ def test_tasks_over_a_model_without_peft_model(processor):
     perturb(model)
     classifier = SEPClassifier(model, OWN, processor=processor).eval()
     classifier.add_task("pets", CLASSES["pets"], adapter="default")
-    assert classifier.predict(IMAGES, task="pets") == alone("pets", processor, IMAGES)
+    assert classifier.predict(IMAGE_FILES, task="pets") == alone("pets", processor, IMAGE_FILES)
     with raises("Loading a task needs a PeftModel, but the model is a CLIPModel.", TypeError):
         classifier.tasks.load("clothing", "folder", CLASSES["clothing"], 128)
 
@@ -167,7 +168,7 @@ def test_looking_at_tasks(served):
     served.tasks.remove("pets")
     assert list(served.tasks) == ["clothing", "plain"] and "default" in served.model.peft_config
     with raises("There is no task 'pets'; the tasks are ['clothing', 'plain']."):
-        served.predict(IMAGES[0], task="pets")
+        served.predict(IMAGE_FILES[0], task="pets")
     served.add_task("pets", CLASSES["pets"], adapter="default")
 
 
@@ -183,14 +184,14 @@ TOO_LONG = (
     "left (BOS and EOS included). Shorten the text or use fewer prompts (num_text_prompts)."
 )
 ERRORS = [
-    (lambda c: c.predict(IMAGES, task="birds"), NO_BIRDS),
-    (lambda c: c.predict(IMAGES[:2], task=["pets", "birds"]), NO_BIRDS),
+    (lambda c: c.predict(IMAGE_FILES, task="birds"), NO_BIRDS),
+    (lambda c: c.predict(IMAGE_FILES[:2], task=["pets", "birds"]), NO_BIRDS),
     (
-        lambda c: c.predict(IMAGES[:2], task=["pets"]),
+        lambda c: c.predict(IMAGE_FILES[:2], task=["pets"]),
         "task must be one name or one for each of 2 images, but got 1.",
     ),
     (
-        lambda c: c.predict(IMAGES[:2], task=["pets", "clothing"], top_k=4),
+        lambda c: c.predict(IMAGE_FILES[:2], task=["pets", "clothing"], top_k=4),
         "top_k must be between 1 and 3, the number of classes, but got 4.",
     ),
     (lambda c: c.add_task("pets", OWN), "There is a task 'pets' already. Remove it first, or choose another name."),
@@ -203,23 +204,23 @@ ERRORS = [
 
 @pytest.mark.parametrize(("call", "message"), ERRORS, ids=range(len(ERRORS)))
 def test_errors_leave_everything_as_it_was(call, message, served):
-    before = served.predict(IMAGES, task="pets")
+    before = served.predict(IMAGE_FILES, task="pets")
     with raises(message):
         call(served)
     assert list(served.tasks) == ["pets", "clothing", "plain"]
-    assert served.predict(IMAGES, task="pets") == before
+    assert served.predict(IMAGE_FILES, task="pets") == before
 
 
 def test_the_longest_text_is_that_of_the_tasks_adapter(served):
     """Without prompts there is room for more."""
     served.add_task("long", TaskClasses(make_texts([3, 20])), adapter="__base__")
-    assert len(served.predict(IMAGES[0], task="long")) == 2
+    assert len(served.predict(IMAGE_FILES[0], task="long")) == 2
 
 
 def test_a_deleted_adapter(served):
     served.model.delete_adapter("clothing")
     with raises("Trying to infer with non-existing adapter(s): clothing"):
-        served.predict(IMAGES[:2], task=["pets", "clothing"])
+        served.predict(IMAGE_FILES[:2], task=["pets", "clothing"])
 
 
 # loading
@@ -255,9 +256,9 @@ def test_loading_a_task(kind, training, saved, processor):
     assert {module.training for module in classifier.modules()} == {training}
     assert [item for item in snapshot(classifier)[1] if ".worn" not in item[0]] == before[1]
     assert not any(p.requires_grad for name, p in classifier.named_parameters() if ".worn" in name)
-    assert classifier.predict(IMAGES, task="worn") == alone("clothing", processor, IMAGES)
+    assert classifier.predict(IMAGE_FILES, task="worn") == alone("clothing", processor, IMAGE_FILES)
     classifier.load_task(saved.parent, "again", subfolder=saved.name)
-    assert classifier.predict(IMAGES, task="again") == alone("clothing", processor, IMAGES)
+    assert classifier.predict(IMAGE_FILES, task="again") == alone("clothing", processor, IMAGE_FILES)
 
 
 def lose_classes(folder: Path) -> None:
@@ -321,7 +322,7 @@ def test_a_hundred_adapters_and_eight_threads(processor):
     classifier = SEPClassifier(model, OWN, processor=processor).eval()
     for i in range(100):
         classifier.add_task(f"task{i}", make_classes(2 + i % 3, seed=i))
-    expected = {i: classifier.predict(IMAGES, task=f"task{i}") for i in range(0, 100, 7)}
+    expected = {i: classifier.predict(IMAGE_FILES, task=f"task{i}") for i in range(0, 100, 7)}
     classifier.train().eval()  # drops the texts, so that threads encode them at the same time
     wanted = sorted(expected)
     problems: list[str] = []
@@ -332,10 +333,10 @@ def test_a_hundred_adapters_and_eight_threads(processor):
         start.wait(timeout=60)
         for step in range(6):
             tasks = [wanted[(thread * (step + 1) + i) % len(wanted)] for i in range(4)]
-            mixed = classifier.predict(IMAGES, task=[f"task{i}" for i in tasks])
+            mixed = classifier.predict(IMAGE_FILES, task=[f"task{i}" for i in tasks])
             try:
                 assert_close(mixed, [expected[task][row] for row, task in enumerate(tasks)])
-                assert_close(classifier.predict(IMAGES, task=f"task{tasks[0]}"), expected[tasks[0]])
+                assert_close(classifier.predict(IMAGE_FILES, task=f"task{tasks[0]}"), expected[tasks[0]])
             except AssertionError as error:
                 problems.append(str(error))
         done.append(thread)

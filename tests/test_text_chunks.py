@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_classifier import make_model
 from small_clip import EOS, make_texts
-from test_classifier import make_model
 
 from sep_peft.classifier.text_chunks import TextChunks, chunk_sizes
 from sep_peft.tuner.model import find_towers

@@ -10,8 +10,8 @@ from families import CASES
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from small_classifier import CLASSES, TEMPLATES, raises
 from small_clip import make_clip, make_images, perturb
-from test_classifier import CLASSES, TEMPLATES, raises
 
 from sep_peft import SEPClassifier, SEPConfig, TrunkCache
 from sep_peft.classifier.trunk_cache import embeds_from_trunk

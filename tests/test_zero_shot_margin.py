@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_classifier import IMAGES, LABELS, logits_of, make_classifier, make_model, raises
-from test_prototypes import with_prototypes
+from small_classifier import IMAGES, LABELS, logits_of, make_classifier, make_model, raises, with_prototypes
 
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
 from sep_peft.classifier import logits as scoring
