@@ -1,17 +1,14 @@
 """SEP, Self-Enhanced Prompt Tuning (arXiv 2405.15549), as a method of PEFT.
 
 Importing this package registers the method, so that `peft.get_peft_model(model, SEPConfig())`,
-`PeftModel.from_pretrained` and transformers' `load_adapter` know it.
+`PeftModel.from_pretrained` and transformers' `load_adapter` know it. The plugin is imported for that; what classifies
+images is imported when one of its names is used first.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import losses
-from .classifier.card import CardDetails, Score
-from .classifier.classes import TaskClasses
-from .classifier.classifier import SEPClassifier, SEPClassifierOutput
-from .classifier.explain import Explanation, explain
-from .classifier.export import ImageEmbedder, ImageScorer
-from .classifier.pipelines import ImageClassifier
-from .classifier.trunk_cache import TrunkCache
 from .families.spec import Architecture, TowerSpec
 from .method.fusion import TokenFusion
 from .tuner import registration
@@ -21,6 +18,17 @@ from .tuner.files import AdapterMismatchError, cast_adapter
 from .tuner.hotswap import hotswap_adapter
 from .tuner.model import SEPModel, lifted
 from .version import __version__
+
+
+if TYPE_CHECKING:
+    from . import classifier as classifier
+    from .classifier.card import CardDetails, Score
+    from .classifier.classes import TaskClasses
+    from .classifier.classifier import SEPClassifier, SEPClassifierOutput
+    from .classifier.explain import Explanation, explain
+    from .classifier.export import ImageEmbedder, ImageScorer
+    from .classifier.pipelines import ImageClassifier
+    from .classifier.trunk_cache import TrunkCache
 
 
 __all__ = [
@@ -49,4 +57,34 @@ __all__ = [
     "losses",
 ]
 
+#: Name -> file of the room `classifier` that has it.
+_OF_CLASSIFIER = {
+    "CardDetails": "card",
+    "Explanation": "explain",
+    "ImageClassifier": "pipelines",
+    "ImageEmbedder": "export",
+    "ImageScorer": "export",
+    "SEPClassifier": "classifier",
+    "SEPClassifierOutput": "classifier",
+    "Score": "card",
+    "TaskClasses": "classes",
+    "TrunkCache": "trunk_cache",
+    "explain": "explain",
+}
+
 registration.register(SEPConfig, SEPModel)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what classifies images when it is used first."""
+    if name == "classifier":
+        return import_module(f"{__name__}.classifier")
+    if name not in _OF_CLASSIFIER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.classifier.{_OF_CLASSIFIER[name]}"), name)
+    globals()[name] = value  # Python finds it there the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_CLASSIFIER, "classifier"})

@@ -21,7 +21,10 @@ from small_clip import perturb
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig, __version__, convert_reference_checkpoint
+from sep_peft.classifier.classes import TEMPLATE
 from sep_peft.cli.app import main
+from sep_peft.cli.text import json_text, one_line, printable
+from sep_peft.training import Recipe
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
@@ -408,36 +411,231 @@ def test_info_of_an_adapter_without_classes_and_card(run, adapter, tmp_path):
 # the program
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda item: " ".join(item) or "all")
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
-    out, err = capsys.readouterr()
-    assert (stop.value.code, err) == (0, "")
-    assert out.startswith(f"usage: {' '.join(['sep-peft', *command])} ")
-    for name in () if command else COMMANDS:
-        assert re.search(rf"^ +{name}\s+\w", out, re.MULTILINE)
+SHARED = ["--json", "--quiet", "--debug", "--device", "--token", "--help"]
+FROM_HUB = ["ADAPTER", "--revision", "--subfolder"]
+OPTIONS = {
+    "train": [
+        *("FOLDER", "--base-model", "--output", "--overwrite", "--name", "--license", "--template", "--shots"),
+        *("--epochs", "--max-steps", "--batch-size", "--learning-rate", "--cache", "--views", "--seed"),
+        *("--text-prompts", "--vision-prompts", "--start-layer", "--fusion-rank", "--fusion-hidden-size"),
+        *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published"),
+    ],
+    "predict": [
+        *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--batch-size"),
+    ],
+    "evaluate": [
+        *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--batch-size"),
+    ],
+    "import-reference": [
+        *("CHECKPOINT", "--base-model", "--output", "--overwrite", "--text-layers", "--vision-layers", "--classes"),
+        "--template",
+    ],
+    "info": FROM_HUB,
+}
+
+
+def help_of(run, *command) -> str:
+    code, out, err = run(*command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: {' '.join(['sep-peft', *command])} [OPTIONS] ")
+    return out
+
+
+def test_help(run):
+    out = help_of(run)
+    assert re.findall(r"^  ([a-z-]+) {2,}[A-Z]", out.split("Commands:")[1], re.MULTILINE) == COMMANDS
+    assert "..." not in out.split("Commands:")[1], "a summary is cut off"
+    assert "Exit codes: 0 done, 1 an error, 2 a mistake in the arguments." in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(run, command):
+    """It lists every argument and option, each with a word on it, and no other."""
+    out = help_of(run, command)
+    listed = re.findall(r"^  (--[a-z-]+(?: / --[a-z-]+)?|[A-Z]+)(?: \S+)?(?:  |$)", out, re.MULTILINE)
+    assert sorted(listed) == sorted([*OPTIONS[command], *SHARED])
+
+
+def test_defaults_in_help(run):
+    """They are those of the settings, and the template's is the package's."""
+    out = " ".join(help_of(run, "train").split())
+    recipe, published, compact = Recipe(), Recipe.published(), Recipe.compact()
+    assert f"Passes over the images ({recipe.epochs}, published {published.epochs})." in out
+    rates = f"{recipe.learning_rate}, compact {compact.learning_rate}, published {published.learning_rate}"
+    assert f"Of AdamW ({rates})." in out
+    assert f"Rank of the fusion's projections ({SEPConfig().fusion_rank}, published none)." in out
+    assert "One fusion for all layers (no, compact yes)." in out
+    assert f"repeat to average; default: {TEMPLATE}" in out
+
+
+MUST_BE = "must be a whole number of at least 1, but got"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["fly"], "argument COMMAND: invalid choice: 'fly'"),
-        (["train", "x"], "the following arguments are required: --base-model, --output"),
-        (["predict", "x"], "the following arguments are required: IMAGE"),
-        (["train", "x", "--shots", "0"], "argument --shots: must be at least 1, but is 0"),
-        (["train", "x", "--shots", "few"], "argument --shots: invalid whole_number value: 'few'"),
-        (["info", "x", "--what"], "unrecognized arguments: --what"),
+        ([], "Missing command. See `sep-peft --help`."),
+        (["fly"], "No such command 'fly'. See `sep-peft --help`."),
+        (["train", "x"], "Missing option '--base-model'. See `sep-peft train --help`."),
+        (["train", "x", "--base-model", "y"], "Missing option '--output'. See `sep-peft train --help`."),
+        (["predict", "x"], "Missing argument 'IMAGE'. See `sep-peft predict --help`."),
+        (["train", "x", "--shots", "0"], f"Invalid value for '--shots': {MUST_BE} '0'. See `sep-peft train --help`."),
+        (
+            ["train", "x", "--epochs", "few"],
+            f"Invalid value for '--epochs': {MUST_BE} 'few'. See `sep-peft train --help`.",
+        ),
+        (
+            ["train", "x", "--seed", "1.5"],
+            "Invalid value for '--seed': must be a whole number, but got '1.5'. See `sep-peft train --help`.",
+        ),
+        (
+            ["train", "x", "--learning-rate", "high"],
+            "Invalid value for '--learning-rate': must be a number, but got 'high'. See `sep-peft train --help`.",
+        ),
+        (
+            ["train", "x", "--save-dtype", "int8"],
+            "Invalid value for '--save-dtype': must be one of fp32, bf16, fp16, but got 'int8'. "
+            "See `sep-peft train --help`.",
+        ),
+        (
+            ["train", "x", "--base-model", "y", "--output", "z", "--compact", "--published"],
+            "Invalid value: --compact and --published exclude each other, but both were given. Pass one of them. "
+            "See `sep-peft train --help`.",
+        ),
+        (
+            ["import-reference", "x", "--text-layers", "1,two"],
+            "Invalid value for '--text-layers': must be layers counted from 0, such as 1,2,3, but got '1,two'. "
+            "See `sep-peft import-reference --help`.",
+        ),
+        (["info", "x", "--what"], "No such option: --what. See `sep-peft info --help`."),
+        (
+            ["info", "x", "\x1b[2J\n"],
+            r"Got unexpected extra argument(s) (\x1b[2J\x0a). See `sep-peft info --help`.",
+        ),
     ],
-    ids=lambda item: " ".join(item) if isinstance(item, list) else None,
+    ids=lambda item: " ".join(item) if isinstance(item, list) else "",
 )
-def test_mistakes_in_the_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "")
-    assert message in err
+def test_mistakes_in_the_arguments(run, arguments, message):
+    assert run(*arguments) == (2, "", f"sep-peft: error: {message}\n")
+
+
+# what is imported
+
+
+def modules_after(*statements: str) -> set[str]:
+    """Modules that are there after these statements in a fresh interpreter."""
+    code = "\n".join(["import sys", *statements, "print(*sys.modules, file=sys.stderr)"])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return set(result.stderr.splitlines()[-1].split())
+
+
+#: What only some commands, drawings or training need.
+HEAVY = {"transformers.trainer", "accelerate", "datasets", "matplotlib", "rich", "sep_peft.classifier"}
+HEAVY |= {"sep_peft.training", "sep_peft.cli.commands"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train", "x", "--shots", "0"], ["fly"]],
+    ids=" ".join,
+)
+def test_help_and_mistakes_do_not_wait_for_what_commands_need(arguments):
+    modules = modules_after("from sep_peft.cli import main", f"assert main({arguments}) in (0, 2)")
+    assert "sep_peft.cli.app" in modules
+    assert HEAVY & modules - modules_after("import peft") == set()
+
+
+def test_a_command_imports_what_it_needs(adapter):
+    modules = modules_after("from sep_peft.cli import main", f"assert main(['info', {str(adapter)!r}]) == 0")
+    assert {"sep_peft.classifier", "sep_peft.cli.commands"} <= modules
+
+
+# text from outside
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cup", "cup"),
+        ("Ünï ☕ 猫 {}", "Ünï ☕ 猫 {}"),
+        ("a\x1b[2Jb", r"a\x1b[2Jb"),
+        ("a\nb\r\tc\x00", r"a\nb\r\tc\x00"),
+        ("\x7f\x9b31m", r"\x7f\x9b31m"),
+        ("gnp.\u202eexe", r"gnp.\u202eexe"),
+        ("line\u2028end", r"line\u2028end"),
+        ("tag\U000e0041", r"tag\U000e0041"),
+        ("no utf-8 \udcff", r"no utf-8 \udcff"),
+        ("\U0001f469\u200d\U0001f373 می\u200cخواهم", "\U0001f469\u200d\U0001f373 می\u200cخواهم"),
+    ],
+)
+def test_printable(text, shown):
+    assert printable(text) == shown
+    written = json_text({text: [text, 1.5]})
+    assert json.loads(written) == {text: [text, 1.5]}
+    assert printable(written.replace("\n", "")) == written.replace("\n", "")
+
+
+def test_one_line():
+    assert one_line(" a\n  b\x1b[0m\r\nc ") == r"a b\x1b[0m c"
+
+
+EVIL = "cup\x1b[2J\n\u202elamp"
+
+
+@pytest.fixture
+def evil(adapter, tmp_path) -> tuple[Path, Path]:
+    """An adapter with a label that acts on a terminal, and class folders, one of them of that name."""
+    folder = shutil.copytree(adapter, tmp_path / "evil")
+    classes = folder / "sep_classes.json"
+    data = json.loads(classes.read_text())
+    data["names"][0] = EVIL
+    classes.write_text(json.dumps(data))
+    for name, label in zip([EVIL, *NAMES[1:]], NAMES, strict=True):
+        shutil.copytree(ASSETS / "caltech101" / "test" / label, tmp_path / "images" / name)
+    return folder, tmp_path / "images"
+
+
+def assert_tame(text: str) -> None:
+    assert text and all(printable(line) == line for line in text.split("\n"))
+
+
+def test_labels_and_file_names_do_not_act_on_the_terminal(run, evil):
+    folder, images = evil
+    shown = r"cup\x1b[2J\n\u202elamp"
+    for path in (images / "lamp").iterdir():
+        path.rename(path.with_name(f"\x1b[31m{path.name}"))
+    (images / "lamp" / "b\x1b]0;title\x07ad.jpg").write_bytes(b"no image")
+    outputs = [
+        run("info", folder),
+        run("predict", folder, images, "--quiet"),
+        run("evaluate", folder, images, "--quiet"),
+    ]
+    assert [code for code, *_ in outputs] == [0, 1, 0]
+    for _, out, err in outputs:
+        assert shown in out
+        assert_tame(out)
+        if err:
+            assert_tame(err)
+    assert r"/lamp/\x1b[31m" in outputs[1][1] and r"\x1b]0;title\x07ad.jpg" in outputs[1][2]
+    assert len(outputs[2][1].splitlines()) == 4
+
+
+def test_json_of_labels_that_act(run, evil):
+    folder, images = evil
+    printed = run("predict", folder, images, "--json", "--quiet")[1]
+    assert_tame(printed)
+    data = json.loads(printed)
+    assert {entry["image"] for entry in data} >= {str(path) for path in (images / EVIL).iterdir()}
+    assert EVIL in {top["label"] for top in data[0]["prediction"]}
+
+
+def test_errors_that_act(run, adapter):
+    message = error_of(run, "info", "/none/\x1b[2J\nsep-peft: all is well")
+    assert message == r"There is no adapter folder /none/\x1b[2J sep-peft: all is well."
+
+
+# the process
 
 
 def test_debug_shows_the_error(tmp_path):

@@ -2,25 +2,36 @@
 
 Results go to standard output, as text or with ``--json`` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130 interrupted.
+
+`commands` is imported by the command that runs, so that help and mistakes in the arguments do not wait for it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from transformers.utils import logging
 
-from ..classifier.classes import TEMPLATE
-from ..method.recipe import ZERO_SHOT_MARGIN, Recipe
-from ..tuner.config import SEPConfig
+from ..method.recipe import ZERO_SHOT_MARGIN
 from ..version import __version__
-from . import commands
+from . import options
+from .text import json_text, one_line, printable
+
+
+if TYPE_CHECKING:
+    from .commands import Result
+
+
+PROGRAM = "sep-peft"
+
+# Help is plain: Rich cuts long names of options off in a narrow window, and reads brackets as its markup.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,22 +43,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code.
     """
-    args = make_parser().parse_args(arguments)
-    if args.quiet:
+    try:
+        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)  # of the command whose arguments they are
+        path = PROGRAM if context is None else context.command_path
+        _complain(f"error: {error.format_message().rstrip('.')}. See `{path} --help`.")
+        return error.exit_code
+    if code == 130:
+        _complain("interrupted")
+    return code
+
+
+def _report(work: Callable[[], Result], as_json: bool, quiet: bool, debug: bool) -> int:
+    """Do the work of a command and print what it found; returns the exit code."""
+    if quiet:
         logging.disable_progress_bar()
     try:
         with redirect_stdout(sys.stderr):  # what libraries print must not get into the result
-            result = args.command(args)
-    except KeyboardInterrupt:
-        print("sep-peft: interrupted", file=sys.stderr)
-        return 130
+            result = work()
     except Exception as error:  # a user's mistakes come as errors of many libraries
-        if args.debug:
+        if debug:
             raise
-        print(f"sep-peft: error: {_one_line(error)}", file=sys.stderr)
+        _complain(f"error: {str(error).strip() or type(error).__name__}")
         return 1
-    _print(json.dumps(result.data, indent=1, ensure_ascii=False) if args.json else result.text)
+    _print(json_text(result.data) if as_json else "\n".join(map(printable, result.lines)))
     return result.code
+
+
+def _complain(message: str) -> None:
+    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr)
 
 
 def _print(text: str) -> None:
@@ -57,187 +82,253 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _print(f"{PROGRAM} {__version__}")
+        raise typer.Exit
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; the parsed `command` is the function to call."""
-    parser = argparse.ArgumentParser(
-        prog="sep-peft",
-        description="Adapt CLIP to your own images with SEP, Self-Enhanced Prompt Tuning, and use what you trained.",
-        epilog="Exit codes: 0 done, 1 an error, 2 a mistake in the arguments. `sep-peft COMMAND --help` says more.",
+@app.callback(
+    help="Adapt CLIP to your own images with SEP, Self-Enhanced Prompt Tuning, and use what you trained.",
+    epilog=f"Exit codes: 0 done, 1 an error, 2 a mistake in the arguments. `{PROGRAM} COMMAND --help` says more.",
+)
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def train(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Class folders; or train/, and val/ and test/ if any, with class folders in each.",
+        ),
+    ],
+    base_model: options.BaseModel,
+    output: options.Output,
+    overwrite: options.Overwrite = False,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Name of the data for the model card; default: that of FOLDER.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="TEXT", help='Licence of the adapter for the model card: "apache-2.0".')
+    ] = None,
+    template: options.Template = None,
+    shots: Annotated[int, options.count("Training images per class.")] = 16,
+    epochs: options.Epochs = None,
+    max_steps: options.MaxSteps = None,
+    batch_size: options.TrainBatchSize = None,
+    learning_rate: options.LearningRate = None,
+    cache: options.Cache = None,
+    views: options.Views = None,
+    seed: options.Seed = None,
+    text_prompts: options.TextPrompts = None,
+    vision_prompts: options.VisionPrompts = None,
+    start_layer: options.StartLayer = None,
+    fusion_rank: options.FusionRank = None,
+    fusion_hidden_size: options.FusionHiddenSize = None,
+    share_fusion: options.ShareFusion = None,
+    save_dtype: options.SaveDtype = "fp32",
+    compact: options.Compact = False,
+    published: options.Published = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Train an adapter on folders of images, one per class."""
+    make_config, make_recipe = options.SETTINGS[options.setting_of(compact, published)]
+    config_options = options.given(
+        num_text_prompts=text_prompts,
+        num_vision_prompts=vision_prompts,
+        start_layer=start_layer,
+        fusion_rank=fusion_rank,
+        fusion_hidden_size=fusion_hidden_size,
+        share_fusion=share_fusion,
     )
-    parser.add_argument("--version", action="version", version=f"sep-peft {__version__}")
-    parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_predict, _add_evaluate, _add_import_reference, _add_info):
-        add(parsers)
-    return parser
-
-
-# commands
-
-
-def _add_train(parsers) -> None:
-    parser = _add(parsers, "train", commands.train, "train an adapter on folders of images, one per class")
-    parser.add_argument(
-        "folder",
-        metavar="FOLDER",
-        help="class folders; or train/, and val/ and test/ if any, with class folders in each",
+    recipe_options = options.given(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        views=views,
+        seed=seed,
     )
-    _add_base_model(parser, required=True)
-    _add_output(parser)
-    parser.add_argument("--name", help="name of the data for the model card; default: that of FOLDER")
-    parser.add_argument("--license", help='licence of the adapter for the model card, such as "apache-2.0"')
-    _add_template(parser)
-    recipe, published, compact, config = Recipe(), Recipe.published(), Recipe.compact(), SEPConfig()
-    group = parser.add_argument_group("training")
-    group.add_argument("--shots", type=whole_number, default=16, help="training images per class (%(default)s)")
-    group.add_argument("--epochs", type=whole_number, help=f"({recipe.epochs}, published {published.epochs})")
-    group.add_argument("--max-steps", type=whole_number, help="stop earlier, after so many steps")
-    group.add_argument("--batch-size", type=whole_number, default=recipe.batch_size, help="(%(default)s)")
-    rates = f"({recipe.learning_rate}, compact {compact.learning_rate}, published {published.learning_rate})"
-    group.add_argument("--learning-rate", type=float, help=rates)
-    group.add_argument("--cache", help='folder for what is below --start-layer, computed once; or "memory"')
-    group.add_argument("--views", type=whole_number, help=f"augmentations of each image in the cache ({recipe.views})")
-    group.add_argument("--seed", type=int, default=recipe.seed, help="of drawn images and training (%(default)s)")
-    group = parser.add_argument_group("adapter", "see SEPConfig in README")
-    group.add_argument("--text-prompts", type=whole_number, default=config.num_text_prompts, help="(%(default)s)")
-    group.add_argument("--vision-prompts", type=whole_number, default=config.num_vision_prompts, help="(%(default)s)")
-    group.add_argument("--start-layer", type=int, default=config.start_layer, help="where prompts enter (%(default)s)")
-    group.add_argument("--fusion-rank", type=whole_number, help=f"({config.fusion_rank})")
-    group.add_argument("--fusion-hidden-size", type=whole_number, help=f"({config.fusion_hidden_size})")
-    group.add_argument(
-        "--share-fusion", action=argparse.BooleanOptionalAction, help=f"one for all layers ({config.share_fusion})"
-    )
-    group.add_argument(
-        "--save-dtype",
-        choices=list(commands.SAVE_DTYPES),
-        default="fp32",
-        help="of the weights in the file (%(default)s)",
-    )
-    setting = group.add_mutually_exclusive_group()
-    for name, what in (
-        ("compact", "one small fusion for all layers and its recipe, for a small adapter"),
-        ("published", "the paper's full-width fusions and recipe, for a large adapter"),
-    ):
-        setting.add_argument(f"--{name}", dest="setting", action="store_const", const=name, help=what)
-    parser.set_defaults(setting="default")
+    from . import commands
 
-
-def _add_predict(parsers) -> None:
-    parser = _add(parsers, "predict", commands.predict, "classify images")
-    _add_adapter(parser)
-    _add_base_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or addresses of images")
-    parser.add_argument("--top-k", type=whole_number, help="classes to name for each image, best first (at most 5)")
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        metavar="NAME",
-        action="append",
-        help="tell this class in place of the trained; repeat",
-    )
-    _add_zero_shot_margin(parser, "--class")
-    parser.add_argument("--batch-size", type=whole_number, default=32, help="(%(default)s)")
-
-
-def _add_zero_shot_margin(parser: argparse.ArgumentParser, option: str) -> None:
-    parser.add_argument(
-        "--zero-shot-margin",
-        type=float,
-        default=ZERO_SHOT_MARGIN,
-        metavar="TIMES",
-        help=f"with {option} zero-shot decides unless SEP is so many times as confident (%(default)s; 0: never)",
-    )
-
-
-def _add_evaluate(parsers) -> None:
-    parser = _add(parsers, "evaluate", commands.evaluate, "measure the accuracy on folders of images, one per class")
-    _add_adapter(parser)
-    _add_base_model(parser)
-    parser.add_argument(
-        "folder", metavar="FOLDER", help="test/ or val/ below it if there is one, else its class folders"
-    )
-    parser.add_argument(
-        "--new-classes", action="store_true", help="tell apart the classes of FOLDER in place of the trained ones"
-    )
-    _add_zero_shot_margin(parser, "--new-classes")
-    parser.add_argument("--no-zero-shot", action="store_true", help="do not measure the base model as well")
-    parser.add_argument("--batch-size", type=whole_number, default=32, help="(%(default)s)")
-
-
-def _add_import_reference(parsers) -> None:
-    summary = "turn a checkpoint of the authors' code into an adapter"
-    parser = _add(parsers, "import-reference", commands.import_reference, summary)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="their prompt_learner/model.pth.tar-N")
-    _add_base_model(parser, required=True)
-    _add_output(parser)
-    for tower in ("text", "vision"):
-        parser.add_argument(
-            f"--{tower}-layers",
-            type=layer_list,
-            metavar="I,J,...",
-            help="layers before which prompts are fused, counted from 0; default: all but the first",
-        )
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names, one a line, to save with the adapter"
-    )
-    _add_template(parser)
-
-
-def _add_info(parsers) -> None:
-    parser = _add(parsers, "info", commands.info, "say what an adapter is, without loading its base model")
-    _add_adapter(parser)
-
-
-# arguments that commands share
-
-
-def _add(parsers, name: str, command, summary: str) -> argparse.ArgumentParser:
-    parser = parsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.set_defaults(command=command)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--device", help="where to compute; default: a GPU if there is one")
-    parser.add_argument("--token", help="token of the Hub; default: that of `hf auth login`")
-    return parser
-
-
-def _add_base_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    default = "" if required else "; default: the one that the adapter names"
-    parser.add_argument("--base-model", required=required, help=f"the CLIP, a name on the Hub or a folder{default}")
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the adapter goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
-
-
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--subfolder", help="of ADAPTER")
-
-
-def _add_template(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help=f"what the frozen text branch reads, with {{}} for the class; repeat to average ({TEMPLATE!r})",
+    return _report(
+        lambda: commands.train(
+            folder,
+            base_model,
+            output,
+            make_config(**config_options),
+            make_recipe(**recipe_options),
+            commands.Session(device, token, quiet),
+            shots=shots,
+            cache=cache,
+            template=template,
+            save_dtype=options.DTYPES[save_dtype],
+            overwrite=overwrite,
+            name=name,
+            license=license,
+        ),
+        as_json,
+        quiet,
+        debug,
     )
 
 
-def whole_number(text: str) -> int:
-    """Of at least 1; argparse puts the name of this function into its message."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {value}")
-    return value
+@app.command()
+def predict(
+    adapter: options.Adapter,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders or addresses of images.")],
+    base_model: options.OtherBaseModel = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    top_k: Annotated[
+        int | None, options.count("Classes to name for each image, best first; default: all, but at most 5.")
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME", help="Tell this class in place of the trained; repeat."),
+    ] = None,
+    zero_shot_margin: Annotated[float, options.margin("--class")] = ZERO_SHOT_MARGIN,
+    batch_size: options.BatchSize = 32,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Classify images."""
+    from . import commands
+
+    return _report(
+        lambda: commands.predict(
+            commands.AdapterSource(adapter, revision, subfolder),
+            images,
+            commands.Session(device, token, quiet),
+            base_model=base_model,
+            classes=classes,
+            zero_shot_margin=zero_shot_margin,
+            top_k=top_k,
+            batch_size=batch_size,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
 
 
-def layer_list(text: str) -> list[int]:
-    """ "1,2,3" -> [1, 2, 3]."""
-    return [int(part) for part in text.split(",")]
+@app.command()
+def evaluate(
+    adapter: options.Adapter,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="test/ or val/ below it if there is one, else its class folders."),
+    ],
+    base_model: options.OtherBaseModel = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    new_classes: Annotated[
+        bool,
+        typer.Option("--new-classes", help="Tell apart the classes of FOLDER in place of the trained ones."),
+    ] = False,
+    zero_shot_margin: Annotated[float, options.margin("--new-classes")] = ZERO_SHOT_MARGIN,
+    no_zero_shot: Annotated[
+        bool, typer.Option("--no-zero-shot", help="Do not measure the base model as well.")
+    ] = False,
+    batch_size: options.BatchSize = 32,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Measure the accuracy on folders of images."""
+    from . import commands
+
+    return _report(
+        lambda: commands.evaluate(
+            commands.AdapterSource(adapter, revision, subfolder),
+            folder,
+            commands.Session(device, token, quiet),
+            base_model=base_model,
+            new_classes=new_classes,
+            zero_shot_margin=zero_shot_margin,
+            zero_shot=not no_zero_shot,
+            batch_size=batch_size,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
+def import_reference(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Their prompt_learner/model.pth.tar-N.")],
+    base_model: options.BaseModel,
+    output: options.Output,
+    overwrite: options.Overwrite = False,
+    text_layers: options.Layers = None,
+    vision_layers: options.Layers = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Class names, one a line, to save with the adapter."),
+    ] = None,
+    template: options.Template = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Turn a checkpoint of the authors' code into an adapter."""
+    from . import commands
+
+    return _report(
+        lambda: commands.import_reference(
+            checkpoint,
+            base_model,
+            output,
+            commands.Session(device, token, quiet),
+            text_layers=text_layers,
+            vision_layers=vision_layers,
+            classes=classes,
+            template=template,
+            overwrite=overwrite,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
+def info(
+    adapter: options.Adapter,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.IdleDevice = None,
+    token: options.Token = None,
+) -> int:
+    """Say what an adapter is, without loading its base model."""
+    from . import commands
+
+    return _report(
+        lambda: commands.info(
+            commands.AdapterSource(adapter, revision, subfolder), commands.Session(device, token, quiet)
+        ),
+        as_json,
+        quiet,
+        debug,
+    )

@@ -1,11 +1,11 @@
-"""What the commands of ``sep-peft`` do; each takes parsed arguments and returns a `Result`."""
+"""What the commands of ``sep-peft`` do; each returns a `Result`. `app` reads the arguments."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from ..classifier.card import METRIC, CardDetails, Score, read_card
@@ -28,65 +29,141 @@ from ..training.fit import fit
 from ..training.folders import ImageFolder, Samples, read_folder, read_test, without_unreadable
 from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
-
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from .text import one_line
 
 
 @dataclass(frozen=True)
 class Result:
-    """
+    """What a command found.
+
     Args:
         data: for ``--json``.
-        text: for people.
+        lines: for people; they may hold text from outside as it is.
         code: exit code; 1 where something was left out.
     """
 
     data: Any
-    text: str
+    lines: list[str]
     code: int = 0
 
 
-#: Choices of --save-dtype.
-SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: What makes the adapter's configuration and its recipe, for each setting of the command line.
-SETTINGS = {
-    "default": (SEPConfig, Recipe),
-    "compact": (SEPConfig.compact, Recipe.compact),
-    "published": (SEPConfig.published, Recipe.published),
-}
+@dataclass(frozen=True)
+class Session:
+    """How a command works, whatever it does.
+
+    Args:
+        device: where to compute; None: a GPU if there is one.
+        token: of the Hub; None: that of ``hf auth login``.
+        quiet: without progress.
+    """
+
+    device: str | None = None
+    token: str | None = None
+    quiet: bool = False
+
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Move a model to the device; returns it."""
+        return model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def progress(self, title: str):
+        """Wraps what is iterated over, to show progress on standard error."""
+        return partial(tqdm, desc=title, disable=self.quiet, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where an adapter is.
+
+    Args:
+        name: a folder, or a repository on the Hub.
+        revision: branch, tag or commit on the Hub; None: the main branch.
+        subfolder: of the folder or repository; None: none.
+    """
+
+    name: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            FileNotFoundError: the name is that of a folder, and there is none; the Hub would call it no valid name.
+        """
+        name = self.name
+        if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+            raise FileNotFoundError(f"There is no adapter folder {name}.")
+
+    def hub_options(self, session: Session) -> dict[str, Any]:
+        """Those that were given."""
+        options = {"token": session.token, "revision": self.revision}
+        return {key: value for key, value in options.items() if value is not None}
 
 
 # train
 
 
-def train(args: argparse.Namespace) -> Result:
-    """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card."""
-    _check_output(args.output, args.overwrite)
-    if args.cache is not None and args.start_layer == 0:
+def train(
+    folder: Path,
+    base_model: str,
+    output: Path,
+    config: SEPConfig,
+    recipe: Recipe,
+    session: Session,
+    *,
+    shots: int = 16,
+    cache: str | None = None,
+    template: Sequence[str] | None = None,
+    save_dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    name: str | None = None,
+    license: str | None = None,
+) -> Result:
+    """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card.
+
+    Args:
+        folder: of images; see `read_folder`.
+        base_model: name or folder of the model to adapt.
+        output: folder to save into.
+        config, recipe: the adapter and how to train it.
+        session: how to work.
+        shots: training images a class.
+        cache: as for `fit`.
+        template: texts of the frozen text branch, which are averaged; None: `TEMPLATE`.
+        save_dtype: of the weights in the file.
+        overwrite: replace an adapter in `output`.
+        name: of the data in the model card; None: that of `folder`.
+        license: of the adapter in the model card; None: none.
+
+    Raises:
+        NotADirectoryError: there is no `folder`, or `output` is a file.
+        FileExistsError: `output` has an adapter, and `overwrite` was not asked for.
+        ValueError: a cache without a trunk to keep, or images that cannot be trained on.
+    """
+    _check_output(output, overwrite)
+    if cache is not None and config.start_layer == 0:
         raise ValueError("--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache.")
-    make_recipe = SETTINGS[args.setting][1]
-    recipe = make_recipe(**_given(args, "epochs", "batch_size", "learning_rate", "seed", "max_steps", "views"))
-    folder, broken = _readable(read_folder(args.folder, args.shots, args.seed), args)
-    set_seed(args.seed)
-    classifier = _new_classifier(args, folder.names)
+    images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
+    set_seed(recipe.seed)
+    base, processor = _load_base(base_model, session)
+    model = session.place(get_peft_model(base, config))
+    classifier = SEPClassifier.from_class_names(model, processor, images.names, template=template or TEMPLATE)
+    measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
     with classifier.model.disable_adapter():
-        zero_shot = _evaluate_parts(classifier, folder, args, "zero-shot")
-    fit(classifier, folder.train, recipe, quiet=args.quiet, cache=args.cache)
-    adapted = _evaluate_parts(classifier, folder, args, "SEP")
-    name = args.name or Path(args.folder).resolve().name
+        zero_shot = measure("zero-shot")
+    fit(classifier, images.train, recipe, quiet=session.quiet, cache=cache)
+    adapted = measure("SEP")
+    name = name or folder.resolve().name
     scores = [
         Score(name, found.accuracy, zero_shot[part].accuracy, images=found.images, split=part)
         for part, found in adapted.items()
     ]
-    protocol = {"shots": args.shots, "seeds": [args.seed], "protocol": str(recipe)}
-    details = CardDetails(**protocol, scores=scores, license=args.license)
-    classifier.save_pretrained(args.output, details, SAVE_DTYPES[args.save_dtype])
-    return _trained(args.output, folder, scores, broken)
+    details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), scores=scores, license=license)
+    classifier.save_pretrained(output, details, save_dtype)
+    return _trained(output, images, scores, broken)
 
 
 def _trained(output: Path, folder: ImageFolder, scores: list[Score], broken: dict[Path, str]) -> Result:
-    size = (output / WEIGHTS_FILE).stat().st_size
+    size = (output / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     data = {
         "adapter": str(output),
         "bytes": size,
@@ -100,18 +177,16 @@ def _trained(output: Path, folder: ImageFolder, scores: list[Score], broken: dic
         f"{score.split}: {score.accuracy:.1f} % with SEP, {score.zero_shot:.1f} % zero-shot, {score.images} images"
         for score in scores
     ]
-    return Result(data, "\n".join(lines))
+    return Result(data, lines)
 
 
 def _evaluate_parts(
-    classifier: SEPClassifier, folder: ImageFolder, args: argparse.Namespace, title: str
+    classifier: SEPClassifier, folder: ImageFolder, batch_size: int, session: Session, title: str
 ) -> dict[str, evaluation.Evaluation]:
-    return {part: _evaluate(classifier, samples, args, f"{title}, {part}") for part, samples in folder.tests.items()}
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that were given; the others have their defaults elsewhere."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {
+        part: evaluation.evaluate(classifier, samples, batch_size, session.progress(f"{title}, {part}"))
+        for part, samples in folder.tests.items()
+    }
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
@@ -121,52 +196,64 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} has an adapter already. Pass --overwrite to replace it.")
 
 
-def _readable(folder: ImageFolder, args: argparse.Namespace) -> tuple[ImageFolder, dict[Path, str]]:
+def _readable(folder: ImageFolder, session: Session) -> tuple[ImageFolder, dict[Path, str]]:
     """Without images that cannot be read, which are named on standard error."""
-    train, broken = _check_images(folder.train, args)
+    train, broken = _check_images(folder.train, session)
     if lost := sorted(set(folder.names) - {name for _, name in train}):
         raise ValueError(f"No training image can be read of {', '.join(lost)}.")
     tests = {}
     for part, samples in folder.tests.items():
-        samples, more = _check_images(samples, args)
+        samples, more = _check_images(samples, session)
         broken |= more
         if samples:
             tests[part] = samples
     return ImageFolder(folder.names, train, tests), broken
 
 
-def _new_classifier(args: argparse.Namespace, names: list[str]) -> SEPClassifier:
-    make_config = SETTINGS[args.setting][0]
-    config = make_config(
-        num_text_prompts=args.text_prompts,
-        num_vision_prompts=args.vision_prompts,
-        start_layer=args.start_layer,
-        **_given(args, "fusion_rank", "fusion_hidden_size", "share_fusion"),
-    )
-    base, processor = _load_base(args)
-    model = get_peft_model(base, config).to(_device(args))
-    return SEPClassifier.from_class_names(model, processor, names, template=args.template or TEMPLATE)
-
-
 # predict
 
 
-def predict(args: argparse.Namespace) -> Result:
-    """Classify images; those that cannot be read are named, and the others classified all the same."""
-    images = [path for given in args.images for path in _images(given)]
-    if not images:
-        raise ValueError(f"There are no images in {', '.join(args.images)}.")
-    classifier = _load(args)
-    if args.classes:
-        classifier.set_classes(args.classes, zero_shot_margin=args.zero_shot_margin)
-    top_k = args.top_k or min(5, len(classifier.classes))
+def predict(
+    source: AdapterSource,
+    images: Sequence[str],
+    session: Session,
+    *,
+    base_model: str | None = None,
+    classes: Sequence[str] | None = None,
+    zero_shot_margin: float | None = None,
+    top_k: int | None = None,
+    batch_size: int = 32,
+) -> Result:
+    """Classify images; those that cannot be read are named, and the others classified all the same.
+
+    Args:
+        source: of the adapter.
+        images: files, folders or addresses.
+        session: how to work.
+        base_model: name or folder of another base model than the one that the adapter names.
+        classes: names in place of the trained ones.
+        zero_shot_margin: for `classes`; see `SEPClassifier.set_classes`.
+        top_k: classes to name for each image; None: all, but at most 5.
+        batch_size: images at a time.
+
+    Raises:
+        FileNotFoundError: there is no such adapter.
+        ValueError: there are no images, or `top_k` is out of range.
+    """
+    paths = [path for given in images for path in _images(given)]
+    if not paths:
+        raise ValueError(f"There are no images in {', '.join(images)}.")
+    classifier = _load(source, base_model, session)
+    if classes:
+        classifier.set_classes(classes, zero_shot_margin=zero_shot_margin)
+    top_k = top_k or min(5, len(classifier.classes))
     data = []
-    for start in _progress(args, "batches")(range(0, len(images), args.batch_size)):
-        data += _predict_batch(classifier, images[start : start + args.batch_size], top_k)
+    for start in session.progress("batches")(range(0, len(paths), batch_size)):
+        data += _predict_batch(classifier, paths[start : start + batch_size], top_k)
     broken = {entry["image"]: entry["error"] for entry in data if "error" in entry}
     _warn(broken)
-    text = "\n".join(_prediction_line(entry) for entry in data if "error" not in entry)
-    return Result(data, text, code=1 if broken else 0)
+    lines = [_prediction_line(entry) for entry in data if "error" not in entry]
+    return Result(data, lines, code=1 if broken else 0)
 
 
 def _images(given: str) -> list[str]:
@@ -194,76 +281,137 @@ def _prediction_line(entry: dict) -> str:
 # evaluate
 
 
-def evaluate(args: argparse.Namespace) -> Result:
-    """Measure an adapter beside zero-shot."""
-    samples, broken = _check_images(read_test(args.folder), args)
-    classifier = _load(args)
-    if args.new_classes:
-        names = sorted({name for _, name in samples})
-        classifier.set_classes(names, zero_shot_margin=args.zero_shot_margin)
-    adapted, zero_shot = _evaluate(classifier, samples, args, "SEP"), None
-    if not args.no_zero_shot:
+def evaluate(
+    source: AdapterSource,
+    folder: Path,
+    session: Session,
+    *,
+    base_model: str | None = None,
+    new_classes: bool = False,
+    zero_shot_margin: float | None = None,
+    zero_shot: bool = True,
+    batch_size: int = 32,
+) -> Result:
+    """Measure an adapter beside zero-shot.
+
+    Args:
+        source: of the adapter.
+        folder: of images; see `read_test`.
+        session: how to work.
+        base_model: name or folder of another base model than the one that the adapter names.
+        new_classes: tell apart the classes of `folder` in place of the trained ones.
+        zero_shot_margin: for `new_classes`; see `SEPClassifier.set_classes`.
+        zero_shot: measure the base model as well.
+        batch_size: images at a time.
+
+    Raises:
+        FileNotFoundError: there is no such adapter.
+        NotADirectoryError: there is no such folder.
+        ValueError: no images, or a class that the classifier does not have.
+    """
+    samples, broken = _check_images(read_test(folder), session)
+    classifier = _load(source, base_model, session)
+    if new_classes:
+        classifier.set_classes(sorted({name for _, name in samples}), zero_shot_margin=zero_shot_margin)
+    adapted, base = evaluation.evaluate(classifier, samples, batch_size, session.progress("SEP")), None
+    if zero_shot:
         with classifier.model.disable_adapter():
-            zero_shot = _evaluate(classifier, samples, args, "zero-shot")
+            base = evaluation.evaluate(classifier, samples, batch_size, session.progress("zero-shot"))
     data = {
         "images": adapted.images,
         "classes": len(classifier.classes),
         "accuracy": adapted.accuracy,
-        "zero_shot": zero_shot and zero_shot.accuracy,
+        "zero_shot": base and base.accuracy,
         "per_class": adapted.per_class,
         "unreadable": _listed(broken),
     }
-    beside = "" if zero_shot is None else f", {zero_shot.accuracy:.1f} % zero-shot"
+    beside = "" if base is None else f", {base.accuracy:.1f} % zero-shot"
     lines = [f"{adapted.accuracy:.1f} % with SEP{beside}, {adapted.images} images of {len(adapted.count)} classes"]
     lines += [f"{accuracy:6.1f} %  {name}" for name, accuracy in adapted.per_class.items()]
-    return Result(data, "\n".join(lines))
+    return Result(data, lines)
 
 
 # import-reference
 
 
-def import_reference(args: argparse.Namespace) -> Result:
-    """Convert a checkpoint of the authors' code, with the classes that it was trained on if they are given."""
-    _check_output(args.output, args.overwrite)
-    names = args.classes and [line.strip() for line in args.classes.read_text("utf-8").splitlines() if line.strip()]
-    base, processor = _load_base(args) if names else (_load_base_model(args), None)
+def import_reference(
+    checkpoint: Path,
+    base_model: str,
+    output: Path,
+    session: Session,
+    *,
+    text_layers: Sequence[int] | None = None,
+    vision_layers: Sequence[int] | None = None,
+    classes: Path | None = None,
+    template: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Convert a checkpoint of the authors' code, with the classes that it was trained on if they are given.
+
+    Args:
+        checkpoint: their file.
+        base_model: name or folder of the model that it adapts.
+        output: folder to save into.
+        session: how to work.
+        text_layers, vision_layers: layers before which prompts are fused, counted from 0; None: all but the first.
+        classes: file of class names, one a line; None: the adapter is saved without classes.
+        template: texts of the frozen text branch, which are averaged; None: `TEMPLATE`.
+        overwrite: replace an adapter in `output`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint or file of names.
+        FileExistsError: `output` has an adapter, and `overwrite` was not asked for.
+        ValueError: the names do not fit; `output` is left as it is.
+    """
+    _check_output(output, overwrite)
+    names = [] if classes is None else [line.strip() for line in classes.read_text("utf-8").splitlines()]
+    names = [name for name in names if name]
+    base, processor = _load_base(base_model, session) if names else (_load_base_model(base_model, session), None)
     with tempfile.TemporaryDirectory() as temporary:  # names that do not fit are found out before `output` changes
-        folder = temporary if names else args.output
-        report = convert_reference_checkpoint(args.checkpoint, base, folder, args.text_layers, args.vision_layers)
+        folder = temporary if names else output
+        report = convert_reference_checkpoint(checkpoint, base, folder, text_layers, vision_layers)
         if names:
-            model = PeftModel.from_pretrained(base, folder)
-            classifier = SEPClassifier.from_class_names(model, processor, names, template=args.template or TEMPLATE)
-            classifier.save_pretrained(args.output)
+            model = session.place(PeftModel.from_pretrained(base, folder))
+            classifier = SEPClassifier.from_class_names(model, processor, names, template=template or TEMPLATE)
+            classifier.save_pretrained(output)
     data = {
-        "adapter": str(args.output),
+        "adapter": str(output),
         "epoch": report.epoch,
         "text_prompts": report.config.num_text_prompts,
         "vision_prompts": report.config.num_vision_prompts,
-        "classes": names or [],
+        "classes": names,
         "unused": report.unused,
     }
-    classes = f"{len(names)} classes" if names else "no class list"
-    return Result(
-        data, f"saved {args.output}, {classes}; {len(report.unused)} entries of the checkpoint were not needed"
-    )
+    found = f"{len(names)} classes" if names else "no class list"
+    line = f"saved {output}, {found}; {len(report.unused)} entries of the checkpoint were not needed"
+    return Result(data, [line])
 
 
 # info
 
 
-def info(args: argparse.Namespace) -> Result:
-    """Read an adapter's files, but neither its base model nor more of its weights than their header."""
-    options = _hub_options(args)
-    config = SEPConfig.from_pretrained(_adapter(args), subfolder=args.subfolder, **options)
-    weights = find_file(args.adapter, WEIGHTS_FILE, args.subfolder, options)
+def info(source: AdapterSource, session: Session) -> Result:
+    """Read an adapter's files, but neither its base model nor more of its weights than their header.
+
+    Args:
+        source: of the adapter.
+        session: how to work.
+
+    Raises:
+        FileNotFoundError: there is no such adapter.
+    """
+    source.check()
+    options = source.hub_options(session)
+    config = SEPConfig.from_pretrained(source.name, subfolder=source.subfolder, **options)
+    weights = find_file(source.name, SAFETENSORS_WEIGHTS_NAME, source.subfolder, options)
     with safe_open(weights, framework="pt") as file:
         parameters = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())
     try:
-        classes = load_classes(args.adapter, args.subfolder, options)
+        classes = load_classes(source.name, source.subfolder, options)
     except ValueError:  # an adapter of a plain model
         classes = None
     data = {
-        "adapter": args.adapter,
+        "adapter": source.name,
         "base_model": config.base_model_name_or_path,
         "model_type": (config.base_architecture or {}).get("model_type"),
         "text_prompts": config.num_text_prompts,
@@ -275,92 +423,63 @@ def info(args: argparse.Namespace) -> Result:
         "bytes": os.path.getsize(weights),
         "classes": list(classes.names) if classes else [],
         "templates": list(classes.templates) if classes else [],
-        "scores": _scores(args, options),
+        "scores": _scores(source, options),
     }
-    return Result(data, "\n".join(f"{key.replace('_', ' '):<15}{_shown(value)}" for key, value in data.items()))
+    return Result(data, [f"{key.replace('_', ' '):<15}{_shown(value)}" for key, value in data.items()])
 
 
-def _scores(args: argparse.Namespace, options: dict) -> list[dict]:
+def _scores(source: AdapterSource, options: Mapping[str, Any]) -> list[dict]:
     """As the adapter's model card gives them."""
     try:
-        card = read_card(find_file(args.adapter, MODEL_CARD, args.subfolder, options))
+        card = read_card(find_file(source.name, MODEL_CARD, source.subfolder, options))
     except (OSError, ValueError):
         return []
     results = [result for result in card.data.eval_results or () if result.metric_name == METRIC]
     return [{"dataset": r.dataset_name, "split": r.dataset_split, "accuracy": r.metric_value} for r in results]
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return (
-            "; ".join(" ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in value)
-            or "none"
-        )
+        items = [" ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in value]
+        return "; ".join(items) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 # what they share
 
 
-def _hub_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {"token": args.token, "revision": getattr(args, "revision", None)}
-    return {key: value for key, value in options.items() if value is not None}
+def _load_base(name: str, session: Session) -> tuple[torch.nn.Module, Any]:
+    return _load_base_model(name, session), AutoProcessor.from_pretrained(name, token=session.token)
 
 
-def _adapter(args: argparse.Namespace) -> str:
-    """The adapter's folder or repository; a folder that is not there is an error here, not one of the Hub's."""
-    name = args.adapter
-    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-        raise FileNotFoundError(f"There is no adapter folder {name}.")
-    return name
+def _load_base_model(name: str, session: Session) -> torch.nn.Module:
+    return AutoModel.from_pretrained(name, token=session.token)
 
 
-def _load_base(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
-    return _load_base_model(args), AutoProcessor.from_pretrained(args.base_model, token=args.token)
-
-
-def _load_base_model(args: argparse.Namespace) -> torch.nn.Module:
-    return AutoModel.from_pretrained(args.base_model, token=args.token)
-
-
-def _load(args: argparse.Namespace) -> SEPClassifier:
-    options = {"subfolder": args.subfolder, **_hub_options(args)}
-    path = _adapter(args)
-    if args.base_model is None:
-        classifier = SEPClassifier.from_pretrained(path, **options)
+def _load(source: AdapterSource, base_model: str | None, session: Session) -> SEPClassifier:
+    source.check()
+    options = {"subfolder": source.subfolder, **source.hub_options(session)}
+    if base_model is None:
+        classifier = SEPClassifier.from_pretrained(source.name, **options)
     else:
-        base, processor = _load_base(args)
-        classifier = SEPClassifier.from_pretrained(base, path, processor=processor, **options)
-    return classifier.to(_device(args))
+        base, processor = _load_base(base_model, session)
+        classifier = SEPClassifier.from_pretrained(base, source.name, processor=processor, **options)
+    return session.place(classifier)
 
 
-def _device(args: argparse.Namespace) -> str:
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _evaluate(
-    classifier: SEPClassifier, samples: Samples, args: argparse.Namespace, title: str
-) -> evaluation.Evaluation:
-    return evaluation.evaluate(classifier, samples, args.batch_size, _progress(args, title))
-
-
-def _check_images(samples: Samples, args: argparse.Namespace) -> tuple[Samples, dict[Path, str]]:
-    samples, broken = without_unreadable(samples, _progress(args, "reading images"))
+def _check_images(samples: Samples, session: Session) -> tuple[Samples, dict[Path, str]]:
+    samples, broken = without_unreadable(samples, session.progress("reading images"))
     _warn(broken)
     return samples, broken
 
 
-def _progress(args: argparse.Namespace, title: str):
-    return partial(tqdm, desc=title, disable=args.quiet, file=sys.stderr)
-
-
-def _warn(broken: dict) -> None:
+def _warn(broken: Mapping[Any, str]) -> None:
     """Name and count images on standard error."""
     for error in broken.values():
-        print(f"sep-peft: warning: {' '.join(error.split())}", file=sys.stderr)
+        print(f"sep-peft: warning: {one_line(error)}", file=sys.stderr)
     if broken:
         print(f"sep-peft: warning: {len(broken)} images cannot be read and are left out", file=sys.stderr)
 
 
-def _listed(broken: dict[Path, str]) -> list[dict[str, str]]:
+def _listed(broken: Mapping[Path, str]) -> list[dict[str, str]]:
     return [{"image": str(path), "error": error} for path, error in broken.items()]

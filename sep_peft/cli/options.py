@@ -1,0 +1,198 @@
+"""Options of ``sep-peft``: how their values are read, and those that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..method.recipe import Recipe
+from ..tuner.config import SEPConfig
+
+
+#: Setting -> what makes the adapter's configuration and its recipe.
+SETTINGS: dict[str, tuple[Callable[..., SEPConfig], Callable[..., Recipe]]] = {
+    "default": (SEPConfig, Recipe),
+    "compact": (SEPConfig.compact, Recipe.compact),
+    "published": (SEPConfig.published, Recipe.published),
+}
+#: Choices of --save-dtype.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_of(name: str) -> str:
+    """The default of an option of `SEPConfig` or `Recipe`, then the settings that have another, for help."""
+    values = {}
+    for setting, makers in SETTINGS.items():
+        holder = next(made for made in (make() for make in makers) if hasattr(made, name))
+        values[setting] = getattr(holder, name)
+    others = [f"{setting} {_shown(value)}" for setting, value in values.items() if value != values["default"]]
+    return ", ".join([_shown(values["default"]), *others])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+def setting_of(compact: bool, published: bool) -> str:
+    """Name of the setting that the two options ask for.
+
+    Raises:
+        BadParameter: both were given.
+    """
+    if compact and published:
+        raise typer.BadParameter("--compact and --published exclude each other, but both were given. Pass one of them.")
+    return "compact" if compact else "published" if published else "default"
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given; the setting has a default for each of the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# values
+
+
+def reader(convert: Callable[[str], Any], allowed: Callable[[Any], bool], description: str) -> Callable[[Any], Any]:
+    """Makes a parser of an option's text.
+
+    Args:
+        convert: text -> value; raises ValueError where it cannot.
+        allowed: whether a value is.
+        description: what the value must be, for the message.
+    """
+
+    def read(text: Any) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            allowable = False
+        else:
+            allowable = allowed(value)
+        if not allowable:
+            raise typer.BadParameter(f"must be {description}, but got {str(text)!r}.")
+        return value
+
+    return read
+
+
+def _layers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+read_count = reader(int, lambda value: value >= 1, "a whole number of at least 1")
+read_integer = reader(int, _any, "a whole number")
+read_number = reader(float, _any, "a number")
+read_layers = reader(_layers, lambda layers: min(layers) >= 0, "layers counted from 0, such as 1,2,3")
+read_dtype = reader(str, DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
+
+
+def count(help: str, **options) -> Any:
+    """An option that takes a whole number of at least 1."""
+    return typer.Option(parser=read_count, metavar="N", help=help, **options)
+
+
+def integer(help: str, **options) -> Any:
+    """An option that takes a whole number."""
+    return typer.Option(parser=read_integer, metavar="N", help=help, **options)
+
+
+def number(help: str, **options) -> Any:
+    """An option that takes a number."""
+    return typer.Option(parser=read_number, metavar="X", help=help, **options)
+
+
+def margin(option: str) -> Any:
+    """The option --zero-shot-margin of a command that takes other classes with `option`."""
+    return typer.Option(
+        parser=read_number,
+        metavar="TIMES",
+        help=f"With {option} zero-shot decides unless SEP is so many times as confident; 0: never.",
+    )
+
+
+# options that commands share
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="Where to compute; default: a GPU if there is one.")]
+IdleDevice = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="Accepted as by every command; nothing is computed here.")
+]
+Token = Annotated[str | None, typer.Option(metavar="TEXT", help="Token of the Hub; default: that of `hf auth login`.")]
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a name on the Hub.")]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of ADAPTER on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of the adapter in ADAPTER.")]
+
+BaseModel = Annotated[str, typer.Option(metavar="NAME", help="The CLIP, a name on the Hub or a folder.")]
+OtherBaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="NAME",
+        help="The CLIP, a name on the Hub or a folder; default: the one that the adapter names.",
+    ),
+]
+Output = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter goes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What the frozen text branch reads, with {} for the class; repeat to average; default: a photo of a {}.",
+    ),
+]
+Layers = Annotated[
+    list | None,
+    typer.Option(
+        parser=read_layers,
+        metavar="I,J,...",
+        help="Layers before which prompts are fused, counted from 0; default: all but the first.",
+    ),
+]
+BatchSize = Annotated[int, count("Images at a time.")]
+
+# options of train
+
+Epochs = Annotated[int | None, count(f"Passes over the images ({default_of('epochs')}).")]
+MaxSteps = Annotated[int | None, count("Stop earlier, after so many steps.")]
+TrainBatchSize = Annotated[int | None, count(f"Images a step ({default_of('batch_size')}).")]
+LearningRate = Annotated[float | None, number(f"Of AdamW ({default_of('learning_rate')}).")]
+Cache = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help='Folder for what is below --start-layer, computed once; or "memory".'),
+]
+Views = Annotated[int | None, count(f"Augmentations of each image in the cache ({default_of('views')}).")]
+Seed = Annotated[int | None, integer(f"Of drawn images and training ({default_of('seed')}).")]
+
+TextPrompts = Annotated[int | None, count(f"Prompts of the text tower ({default_of('num_text_prompts')}).")]
+VisionPrompts = Annotated[int | None, count(f"Prompts of the vision tower ({default_of('num_vision_prompts')}).")]
+StartLayer = Annotated[int | None, integer(f"Layer where prompts enter ({default_of('start_layer')}).")]
+FusionRank = Annotated[int | None, count(f"Rank of the fusion's projections ({default_of('fusion_rank')}).")]
+FusionHiddenSize = Annotated[int | None, count(f"Width of the fusion's MLP ({default_of('fusion_hidden_size')}).")]
+ShareFusion = Annotated[
+    bool | None,
+    typer.Option("--share-fusion/--no-share-fusion", help=f"One fusion for all layers ({default_of('share_fusion')})."),
+]
+SaveDtype = Annotated[
+    str, typer.Option(parser=read_dtype, metavar="|".join(DTYPES), help="Of the weights in the adapter's file.")
+]
+Compact = Annotated[
+    bool,
+    typer.Option("--compact", help="Setting: one small fusion for all layers and its recipe, for a small adapter."),
+]
+Published = Annotated[
+    bool,
+    typer.Option("--published", help="Setting: the paper's full-width fusions and recipe, for a large adapter."),
+]
