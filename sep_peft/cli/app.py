@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from transformers.utils import logging
 
-from ..method.recipe import ZERO_SHOT_MARGIN
 from ..version import __version__
 from . import options
 from .text import json_text, one_line, printable
@@ -197,7 +196,7 @@ def predict(
         list[str] | None,
         typer.Option("--class", metavar="NAME", help="Tell this class in place of the trained; repeat."),
     ] = None,
-    zero_shot_margin: Annotated[float, options.margin("--class")] = ZERO_SHOT_MARGIN,
+    zero_shot_margin: Annotated[float | None, options.margin("--class")] = None,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -239,7 +238,7 @@ def evaluate(
         bool,
         typer.Option("--new-classes", help="Tell apart the classes of FOLDER in place of the trained ones."),
     ] = False,
-    zero_shot_margin: Annotated[float, options.margin("--new-classes")] = ZERO_SHOT_MARGIN,
+    zero_shot_margin: Annotated[float | None, options.margin("--new-classes")] = None,
     no_zero_shot: Annotated[
         bool, typer.Option("--no-zero-shot", help="Do not measure the base model as well.")
     ] = False,

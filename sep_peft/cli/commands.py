@@ -146,7 +146,9 @@ def train(
     set_seed(recipe.seed)
     base, processor = _load_base(base_model, session)
     model = session.place(get_peft_model(base, config))
-    classifier = SEPClassifier.from_class_names(model, processor, images.names, template=template or TEMPLATE)
+    classifier = SEPClassifier.from_class_names(
+        model, processor, images.names, template=template or TEMPLATE, recipe=recipe
+    )
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
     with classifier.model.disable_adapter():
         zero_shot = measure("zero-shot")

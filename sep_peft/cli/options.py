@@ -116,7 +116,8 @@ def margin(option: str) -> Any:
     return typer.Option(
         parser=read_number,
         metavar="TIMES",
-        help=f"With {option} zero-shot decides unless SEP is so many times as confident; 0: never.",
+        help=f"With {option} zero-shot decides unless SEP is so many times as confident; 0: never; default: of classes "
+        f"that were not trained, that of the adapter's recipe ({default_of('zero_shot_margin')}).",
     )
 
 
