@@ -28,10 +28,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from sep_peft import ImageEmbedder
-from sep_peft.classifier.images import read_image
-
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+from sep_peft.classifier import images as image_files
 
 
 def main() -> None:
@@ -66,10 +63,9 @@ def main() -> None:
 
 def find_images(folder: Path) -> list[str]:
     """Names below the folder, sorted."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
-    names = sorted(path.as_posix() for path in found)
+    names = sorted(path.relative_to(folder).as_posix() for path in image_files.find_images(folder))
     if not names:
-        raise SystemExit(f"{folder} holds no images ({', '.join(sorted(ENDINGS))}).")
+        raise SystemExit(f"{folder} holds no images ({', '.join(sorted(image_files.ENDINGS))}).")
     return names
 
 
@@ -111,7 +107,7 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None]:
         name = self.names[index]
         try:
-            image = read_image(self.folder / name)
+            image = image_files.read_image(self.folder / name)
         except ValueError:
             return name, None
         return name, self.processor(image, return_tensors="pt")["pixel_values"][0]

@@ -18,9 +18,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel, set_seed
 
 from sep_peft import SEPClassifier, SEPConfig, explain
-from sep_peft.method.recipe import Recipe
-from sep_peft.training.evaluation import evaluate
-from sep_peft.training.fit import fit
+from sep_peft.training import Recipe, evaluate, fit
 from sep_peft.training.folders import Samples, read_folder
 
 
@@ -40,17 +38,17 @@ def main() -> None:
     config = SEPConfig(num_text_prompts=args.text_prompts, num_vision_prompts=args.vision_prompts)
     model = get_peft_model(CLIPModel.from_pretrained(args.model), config).to(args.device)
     model.print_trainable_parameters()
-    classifier = SEPClassifier.from_class_names(model, processor, base, template=args.template)
+    recipe = Recipe(args.epochs, args.batch_size, args.learning_rate, seed=args.seed)
+    classifier = SEPClassifier.from_class_names(model, processor, base, template=args.template, recipe=recipe)
 
     with model.disable_adapter():
         zero_shot = measure(classifier, test, base, new, "zero-shot")
-    recipe = Recipe(args.epochs, args.batch_size, args.learning_rate, seed=args.seed)
-    fit(classifier.set_classes(base), train, recipe)
+    fit(classifier.set_classes(base), train)
     adapted = measure(classifier, test, base, new, "SEP")
     print_table({"zero-shot": zero_shot, "SEP": adapted})
 
     saved = args.output / "adapter"
-    classifier.set_classes(names).save_pretrained(saved)
+    classifier.set_classes(base).save_pretrained(saved)
     size = (saved / "adapter_model.safetensors").stat().st_size
     print(f"\nsaved {saved} ({size / 1e6:.1f} MB)")
     fresh = SEPClassifier.from_pretrained(CLIPModel.from_pretrained(args.model), saved, processor=processor)
@@ -58,7 +56,7 @@ def main() -> None:
 
     image = args.image or test[0][0]
     print(f"\n{image}")
-    for result in fresh.predict(image, top_k=min(3, len(names))):
+    for result in fresh.set_classes(names).predict(image, top_k=min(3, len(names))):
         print(f"  {result['score']:6.1%}  {result['label']}")
     patches = args.output / "selected_patches.png"
     explain(fresh.model, processor, image).plot(patches)

@@ -27,7 +27,7 @@ from small_clip import make_clip
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
 from sep_peft.classifier import logits as scoring
 from sep_peft.method.recipe import Recipe
-from sep_peft.training.fit import make_optimizer
+from sep_peft.training import make_optimizer
 
 
 FILE = "sep_prototypes.safetensors"

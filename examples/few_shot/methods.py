@@ -4,26 +4,25 @@
       "description": "SEP with low-rank, shared fusion",
       "learner": "sep",
       "config": {"fusion_rank": 4, "share_fusion": true},
-      "loss": {"text_weight": 8.0},
-      "recipe": {"learning_rate": 0.0025, "epochs": 20}
+      "recipe": {"like": "published", "learning_rate": 0.0025, "epochs": 20}
     }
 
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
-`SEPConfig` or `LoraConfig`, `loss` the loss weights of `SEPClassifier`, or the `prototype_weight` of LoRA's classifier,
-`prototype_logit_weight` what `keep_prototypes` takes after training (0: the texts alone predict, as published),
-`zero_shot_margin` what `set_classes` takes for classes that were not trained. A variant of another method names its
-file: with `"like": "sep"` everything that is not said, also within `config`, `loss` and `recipe`, is as in `sep.json`.
+`SEPConfig` or `LoraConfig`; `recipe` are those of the package's `Recipe` that differ from its defaults, or with "like"
+from `Recipe.compact()` or `Recipe.published()`; its seed is the run's. LoRA's classifier has no consistency losses, so
+their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed once, for the recipe's
+`views` of each image. A variant of another method names its file: with `"like": "sep"` everything that is not said,
+also within `config` and `recipe`, is as in `sep.json`.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from baselines import AdaptedClassifier, LinearProbe, PlainClassifier, TipAdapter
 from peft import LoraConfig, get_peft_model
 from selection import random_selection
@@ -31,40 +30,16 @@ from torch import nn
 from transformers import AutoModel
 
 from sep_peft import SEPClassifier, SEPConfig
+from sep_peft.training import Recipe
 
 
 #: Entries that hold settings by name.
-PARTS = ("config", "loss", "recipe")
+PARTS = ("config", "recipe")
+#: What "like" in a recipe may say, and what it stands for.
+RECIPES = {"default": Recipe, "compact": Recipe.compact, "published": Recipe.published}
 LEARNERS = ("zero-shot", "sep", "lora", "linear-probe", "tip-adapter")
 #: Learners that see the training images once, as frozen features, and take no gradient steps through the towers.
 FEATURE_LEARNERS = {"linear-probe": LinearProbe, "tip-adapter": TipAdapter}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How gradients are used; the defaults are the published ones.
-
-    Args:
-        learning_rate: highest of the cosine schedule.
-        prototype_learning_rate: the same for class prototypes, where the loss has them; None: `learning_rate`.
-        epochs: passes over the training images.
-        batch_size: images a step, over all processes.
-        warmup_epochs: epochs in which the learning rate rises to its highest.
-        adam_epsilon, weight_decay: of AdamW.
-        smallest_crop: least share of an image's area that augmentation keeps.
-        cached_views: augmentations of each image for which what is below SEP's `start_layer` is computed once; 0:
-            every epoch draws and computes anew.
-    """
-
-    learning_rate: float = 2.5e-3
-    prototype_learning_rate: float | None = None
-    epochs: int = 50
-    batch_size: int = 32
-    warmup_epochs: int = 1
-    adam_epsilon: float = 1e-3
-    weight_decay: float = 0.0
-    smallest_crop: float = 0.08
-    cached_views: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,11 +50,9 @@ class Method:
     learner: str
     description: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe | None = None
+    cached: bool = False
     selection: str = "representative"
-    prototype_logit_weight: float = 0.0
-    zero_shot_margin: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,32 +71,54 @@ def read_method(path: Path, **overrides: Any) -> Method:
     """Read a method's file.
 
     Args:
-        overrides: entries of the recipe to replace.
+        overrides: entries of the recipe to replace, of methods that have one.
 
     Raises:
         FileNotFoundError: the method that this one is like is not beside it.
-        ValueError: an entry is unknown, or `learner` or `selection` has a value that is not allowed.
+        ValueError: an entry is unknown, or has a value that is not allowed.
     """
     data = read_entries(path)
     check_names(path, data, {f.name for f in fields(Method)} - {"name"})
-    recipe = {**data.pop("recipe", {}), **overrides}
-    check_names(path, recipe, {f.name for f in fields(Recipe)})
-    method = Method(name=path.stem, recipe=Recipe(**recipe), **data)
+    entries = data.pop("recipe", None)
+    method = Method(name=path.stem, **data)
+    check_method(path, method)
+    if not method.trains:
+        if entries is not None:
+            raise ValueError(f'{path}: recipe is for learners "sep" and "lora", but this is {method.learner!r}.')
+        return method
+    return replace(method, recipe=read_recipe(path, method, {**(entries or {}), **overrides}))
+
+
+def read_recipe(path: Path, method: Method, entries: dict[str, Any]) -> Recipe:
+    """The recipe of a method that trains, from what its file says of it."""
+    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - {"seed"})
+    like = entries.pop("like", "default")
+    if like not in RECIPES:
+        raise ValueError(f'{path}: a recipe may be "like" {", ".join(RECIPES)}, but this is like {like!r}.')
+    try:
+        recipe = RECIPES[like](**entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if entries.get("prototype_learning_rate") is not None and not recipe.prototype_weight:
+        raise ValueError(f"{path}: prototype_learning_rate is for methods whose loss has prototypes.")
+    if method.learner == "lora" and (recipe.text_weight or recipe.vision_weight):
+        raise ValueError(f"{path}: LoRA has no consistency losses; set text_weight and vision_weight to 0.")
+    return recipe
+
+
+def check_method(path: Path, method: Method) -> None:
+    """
+    Raises:
+        ValueError: an entry beside the recipe has a value that is not allowed.
+    """
     if method.learner not in LEARNERS:
         raise ValueError(f"{path}: learner must be one of {', '.join(LEARNERS)}, but is {method.learner!r}.")
     if method.selection not in ("representative", "random"):
         raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
     if method.selection == "random" and method.learner != "sep":
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
-    for entry in ("loss", "prototype_logit_weight", "zero_shot_margin"):
-        if getattr(method, entry) and not method.trains:
-            raise ValueError(f'{path}: {entry} is for learners "sep" and "lora", but this is {method.learner!r}.')
-    has_prototypes = method.loss.get("prototype_weight", 0.5 if method.learner == "sep" else 0.0)
-    if method.recipe.prototype_learning_rate is not None and not has_prototypes:
-        raise ValueError(f"{path}: prototype_learning_rate is for methods whose loss has prototypes.")
-    if method.recipe.cached_views and not (method.learner == "sep" and method.config.get("start_layer")):
-        raise ValueError(f'{path}: cached_views is for learner "sep" with a start_layer above 0.')
-    return method
+    if method.cached and not (method.learner == "sep" and method.config.get("start_layer")):
+        raise ValueError(f'{path}: cached is for learner "sep" with a start_layer above 0.')
 
 
 def read_entries(path: Path) -> dict[str, Any]:
@@ -154,14 +149,9 @@ def build_classifier(
     model.requires_grad_(False)
     if method.learner == "sep":
         model = get_peft_model(model, SEPConfig(**method.config))
-        return SEPClassifier.from_class_names(model, processor, classes, template, **method.loss)
+        return SEPClassifier.from_class_names(model, processor, classes, template, recipe=method.recipe)
     if method.learner == "lora":
         model = get_peft_model(model, LoraConfig(**method.config))
-        return AdaptedClassifier(model, processor, classes, template, **method.loss)
+        return AdaptedClassifier(model, processor, classes, template, method.recipe.prototype_weight)
     kind = FEATURE_LEARNERS.get(method.learner, PlainClassifier)
     return kind(model, processor, classes, template)
-
-
-def trainable(classifier: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter of everything that is trained."""
-    return {name: p for name, p in classifier.named_parameters() if p.requires_grad}

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from sep_peft.classifier.images import read_image
+from sep_peft.training.folders import read_classes
 
-ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
 SPLITS = ("train", "val", "test")
 #: What Pillow raises for images that are cut short, damaged or none at all.
 UNREADABLE = (OSError, SyntaxError, ValueError)
@@ -180,24 +182,13 @@ READERS = {"coop": read_coop, "folder": read_folder, "domains": read_domains, "h
 
 def file_opener(root: Path) -> Callable[[str], Image.Image]:
     """Opens images by their path below `root`."""
-
-    def open_file(key: str) -> Image.Image:
-        with Image.open(root / key) as image:
-            return image.convert("RGB")
-
-    return open_file
+    return lambda key: read_image(root / key)
 
 
 def images_by_class(root: Path, folder: Path) -> dict[str, list[str]]:
     """Name of each folder in `folder` -> paths of its images, relative to `root`, both sorted."""
-    if not folder.is_dir():
-        return {}
-    found = {}
-    for entry in sorted(path for path in folder.iterdir() if path.is_dir()):
-        paths = [path for path in entry.rglob("*") if path.suffix.lower() in ENDINGS]
-        if paths:
-            found[entry.name] = sorted(path.relative_to(root).as_posix() for path in paths)
-    return found
+    classes = read_classes(folder) if folder.is_dir() else {}
+    return {name: sorted(path.relative_to(root).as_posix() for path in paths) for name, paths in classes.items()}
 
 
 def cut(classes: dict[str, list[str]], first: float, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

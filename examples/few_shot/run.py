@@ -103,7 +103,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="implementation; default: the model's own")
     parser.add_argument("--save-adapters", action="store_true", help="keep the trained adapters")
-    parser.add_argument("--cache", type=Path, help="folder for what recipes with cached_views cache; default: memory")
+    parser.add_argument("--cache", type=Path, help="folder for what cached methods cache; default: memory")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
 
@@ -172,13 +172,13 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     log, chosen, start = [], {}, time.perf_counter()
     with method.evaluating():
         if method.trains:
-            log = fit(classifier, method, plan, images, accelerator, folder, cell.seed, args.workers, args.cache)
+            log = fit(classifier, method, plan, processor, accelerator, folder, cell.seed, args.workers, args.cache)
+            if method.recipe.prototype_weight and method.recipe.prototype_logit_weight:
+                classifier.keep_prototypes(method.recipe.prototype_logit_weight)
         elif hasattr(classifier, "fit"):
             classifier.eval()
             parts = (plan.images.train, plan.images.val or plan.images.train)
             chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
-        if method.prototype_logit_weight:
-            classifier.keep_prototypes(method.prototype_logit_weight)
         seconds = time.perf_counter() - start
         if args.save_adapters and method.learner == "sep" and accelerator.is_main_process:
             classifier.save_pretrained(folder / "adapter")
@@ -188,7 +188,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
             if evaluation.data.classes == plan.data.classes:
                 classifier.set_classes(trained)
             else:
-                margin = {"zero_shot_margin": method.zero_shot_margin} if method.trains else {}
+                margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
                 classifier.set_classes(evaluation.data.classes, **margin)
             results[evaluation.name] = evaluate(classifier, evaluation, images, accelerator, args.workers)
     return {

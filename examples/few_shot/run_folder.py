@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
+#: What a run is resumed from, in its folder.
+CHECKPOINT = "checkpoint.pt"
+
+
 class RunFolder:
     """
     Args:
@@ -40,7 +44,7 @@ class RunFolder:
     def finish(self, results: dict[str, Any]) -> None:
         """Write the results; what was needed to resume is removed afterwards."""
         write_json(self.path / "results.json", {**results, "environment": environment()})
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -2,8 +2,8 @@
 
     python examples/few_shot/tune.py --data-root data --dataset caltech101-covered --method sep lora --seeds 1
 
-`tuning/<method>.json` lists candidates as changes of the method's `recipe`, `config`, `loss` and `prediction` (its
-`prototype_logit_weight`). What was tried is written to `tried.json` in the output folder, best first.
+`tuning/<method>.json` lists candidates as changes of the method's `recipe` and `config`. What was tried is written to
+`tried.json` in the output folder, best first.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator
-from methods import Method, Recipe, read_method
+from methods import Method, read_method
 from protocols import base_to_new, on_validation
 from readers import read_dataset
 from run import HERE, Cell, add_common_arguments, find, run_cell
@@ -47,15 +47,13 @@ def main() -> None:
 
 
 def change(method: Method, changes: dict[str, dict[str, Any]]) -> Method:
-    """The method with some entries of its recipe, config, loss and prediction replaced."""
-    if unknown := sorted(set(changes) - {"recipe", "config", "loss", "prediction"}):
-        raise ValueError(f"A candidate may change recipe, config, loss and prediction, but has {unknown}.")
+    """The method with some entries of its recipe and config replaced."""
+    if unknown := sorted(set(changes) - {"recipe", "config"}):
+        raise ValueError(f"A candidate may change recipe and config, but has {unknown}.")
     return replace(
         method,
-        recipe=Recipe(**{**asdict(method.recipe), **changes.get("recipe", {})}),
+        recipe=replace(method.recipe, **changes.get("recipe", {})),
         config={**method.config, **changes.get("config", {})},
-        loss={**method.loss, **changes.get("loss", {})},
-        **changes.get("prediction", {}),
     )
 
 

@@ -1,71 +1,231 @@
-"""Images with labels, augmented, as training reads them."""
+"""Images with labels as training reads them: augmented anew in every epoch, the same in every run and process."""
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Callable, Iterator, Sequence
+from math import exp, log
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
+from transformers import TrainerCallback
+from transformers.image_processing_base import ImageProcessingMixin
 
 from ..classifier.images import read_image
-from .folders import Samples
+from ..classifier.prediction import processor_part
+from ..classifier.trunk_cache import TrunkCache
+from ..method.recipe import Recipe
 
 
-class Images(torch.utils.data.Dataset):
-    """Images with labels as a Trainer wants them.
+class EpochDataset(torch.utils.data.Dataset):
+    """A data set that shows an epoch at a time; data loader workers that run already see the epoch change."""
+
+    def __init__(self):
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is shown, counted from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Show another epoch. An `EpochSampler` calls it, and so does Trainer in one process."""
+        self._epoch.fill_(epoch)
+
+
+class LabelledImages(EpochDataset):
+    """Images with labels, as `SEPClassifier` and Trainer take them.
+
+    With a recipe they are augmented as the field does it: a random part, resized to the model's input and mirrored half
+    of the time. What is drawn depends on the recipe's seed, the epoch and the index alone, so workers, many processes
+    and a resumed run see the same images. An entry is a dict of what the image processor gives for one image, such as
+    `pixel_values` (channels, height, width), and its label as `labels`.
 
     Args:
-        samples: images and names of their classes.
+        samples: N images and names of their classes.
         names: all class names, in the order of the labels.
-        processor: with an image processor of transformers.
-        smallest_crop: crop at random to so much of the area or more, and flip; None: images as they are.
+        processor: an image processor of transformers, or a processor that has one.
+        recipe: gives `smallest_crop` and `seed`; None: images as they are.
+        read: what `samples` have in the place of an image -> an RGB `PIL.Image`; by default paths, URLs and images.
+
+    Raises:
+        KeyError: a sample has a class that is not in `names`.
+        ValueError: there is no image processor.
+
+    Example:
+        >>> images = LabelledImages(samples, classifier.class_names, processor, recipe)
+        >>> loader = DataLoader(images, recipe.batch_size, sampler=EpochSampler(images, recipe.seed))
     """
 
-    def __init__(self, samples: Samples, names: list[str], processor, smallest_crop: float | None = None):
-        self.samples = [(path, names.index(name)) for path, name in samples]
-        self.processor = getattr(processor, "image_processor", processor)
-        self.smallest_crop = smallest_crop
+    def __init__(
+        self,
+        samples: Sequence[tuple[Any, str]],
+        names: Sequence[str],
+        processor,
+        recipe: Recipe | None = None,
+        *,
+        read: Callable[[Any], Image.Image] = read_image,
+    ):
+        super().__init__()
+        labels = {name: label for label, name in enumerate(names)}
+        self.samples = [(image, labels[name]) for image, name in samples]
+        self.recipe = recipe
+        self._read = read
+        self._processor = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
+        self._size = input_size(self._processor)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict:
-        return self.read(index, random)
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        return self.at(index, self.epoch)
 
-    def read(self, index: int, source) -> dict:
-        """An image, augmented by draws from `source`, the module `random` or a `random.Random`."""
-        path, label = self.samples[index]
-        image = read_image(path)
-        if self.smallest_crop is not None:
-            image = random_crop_and_flip(image, self.smallest_crop, source)
-        return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0], "labels": label}
+    def at(self, index: int, epoch: int) -> dict[str, torch.Tensor | int]:
+        """An entry as it is in an epoch, whichever is shown."""
+        image, label = self.samples[index]
+        image, options = self._read(image), {}
+        if self.recipe is not None:
+            source = random.Random(f"{self.recipe.seed}/{epoch}/{index}")
+            image = crop_and_flip(image, self.recipe.smallest_crop, self._size, source)
+            if self._size is not None:  # rescaling and normalizing are left to do
+                steps = ("do_resize", "do_center_crop")
+                options = {step: False for step in steps if getattr(self._processor, step, None)}
+        inputs = self._processor(image, return_tensors="pt", **options)
+        return {**{name: value[0] for name, value in inputs.items()}, "labels": label}
 
 
-class FixedViews(torch.utils.data.Dataset):
-    """`views` augmentations of each image, the same ones every time: entry i + N v is view v of image i.
+class CachedImages(EpochDataset):
+    """Images whose trunk, all below the adapter's `start_layer`, is computed once for some augmentations of each.
+
+    Epoch e shows view ``e mod views``, which is augmented as in epoch ``e mod views``: with as many views as epochs
+    training is what it is without a cache.
 
     Args:
-        images: N of them, augmented.
-        views: augmentations of each.
-        seed: of them.
+        images: N of them.
+        model: with a SEP adapter whose `start_layer` is above 0.
+        views: augmentations of each image.
+        folder: where to keep the trunk between runs; None: in memory.
+
+    Raises:
+        ValueError: the adapter has no trunk to cache; see `TrunkCache`.
     """
 
-    def __init__(self, images: Images, views: int, seed: int):
-        self.images, self.views, self.seed = images, views, seed
+    def __init__(self, images: LabelledImages, model: nn.Module, views: int, folder: str | os.PathLike | None = None):
+        super().__init__()
+        self._count, self._views = len(images), views
+        self._cache = TrunkCache(model, _FirstEpochs(images, views), folder)
 
     def __len__(self) -> int:
-        return len(self.images) * self.views
+        return self._count
 
-    def __getitem__(self, index: int) -> dict:
-        return self.images.read(index % len(self.images), random.Random(f"{self.seed}/{index}"))
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        return self._cache[index + self.epoch % self._views * self._count]
 
 
-def random_crop_and_flip(image: Image.Image, smallest: float, source=random) -> Image.Image:
-    """A square-ish part of `smallest` to all of the area, mirrored half of the time: the field's augmentation."""
-    width, height = image.size
-    area, ratio = width * height * source.uniform(smallest, 1), source.uniform(3 / 4, 4 / 3)
-    part = min(width, round((area * ratio) ** 0.5)), min(height, round((area / ratio) ** 0.5))
-    left, top = source.randint(0, width - part[0]), source.randint(0, height - part[1])
-    side = min(width, height)
-    image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + part[0], top + part[1]))
+class _FirstEpochs(torch.utils.data.Dataset):
+    """N images as they are in the first epochs: entry i + N e is image i in epoch e."""
+
+    def __init__(self, images: LabelledImages, epochs: int):
+        self._images, self._epochs = images, epochs
+
+    def __len__(self) -> int:
+        return len(self._images) * self._epochs
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        epoch, image = divmod(index, len(self._images))
+        return self._images.at(image, epoch)
+
+
+# order
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` images in an epoch, which is the one that Trainer draws for the same seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Shuffles a data set anew in every epoch, and tells it the epoch.
+
+    Every time it is gone through to the end is an epoch; `set_epoch` goes on elsewhere, after a resumed run.
+
+    Args:
+        images: to shuffle.
+        seed: of the order; that of the recipe.
+    """
+
+    def __init__(self, images: EpochDataset, seed: int):
+        self._images, self._seed, self._epoch = images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that comes next, counted from 0."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[int]:
+        self._images.set_epoch(self._epoch)
+        yield from epoch_order(len(self._images), self._seed, self._epoch)
+        self._epoch += 1
+
+
+class EpochCallback(TrainerCallback):
+    """Tells a Trainer's `EpochDataset` the epoch; Trainer does so itself in one process, but not in several."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+# augmentation
+
+
+def crop_and_flip(
+    image: Image.Image, smallest: float, size: tuple[int, int] | None, source: random.Random
+) -> Image.Image:
+    """The field's augmentation: a random part of the image, resized and mirrored half of the time.
+
+    Args:
+        image: as it was read.
+        smallest: least share of its area that is kept.
+        size: (height, width) to resize to; None: a square as high as the image's shorter side.
+        source: of what is drawn.
+    """
+    height, width = size or (min(image.size),) * 2
+    box = random_box(image.size, smallest, source)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if source.random() < 0.5 else image
+
+
+def random_box(size: tuple[int, int], smallest: float, source: random.Random) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a part with at least `smallest` of the area and an aspect between 3/4 and 4/3.
+
+    Args:
+        size: (width, height) of the image.
+        smallest: least share of its area.
+        source: of what is drawn.
+    """
+    width, height = size
+    for _ in range(10):
+        area, ratio = width * height * source.uniform(smallest, 1), exp(source.uniform(log(3 / 4), log(4 / 3)))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = source.randint(0, width - w), source.randint(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)  # an extreme aspect: the middle
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def input_size(image_processor: ImageProcessingMixin) -> tuple[int, int] | None:
+    """(height, width) of what the processor gives; None where it depends on the image."""
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = getattr(image_processor, "crop_size" if crops else "size", None)
+    if size is None or not (crops or getattr(image_processor, "do_resize", False)):
+        return None
+    if "height" in size and "width" in size:
+        return size["height"], size["width"]
+    return (size["shortest_edge"],) * 2 if crops and "shortest_edge" in size else None

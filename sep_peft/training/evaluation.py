@@ -11,7 +11,8 @@ from .folders import Samples
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
+    """How many images of each class were told.
+
     Args:
         right: class -> images of it that were told.
         count: class -> images of it.
@@ -50,13 +51,10 @@ def evaluate(
         progress: wraps the batches, such as tqdm.
 
     Raises:
-        ValueError: no samples, or a class that the classifier does not have.
+        ValueError: no samples, one without the name of its class, or a class that the classifier does not have.
     """
-    if not samples:
-        raise ValueError("There are no images to evaluate on.")
+    check_samples(classifier, samples, "evaluate on")
     names = sorted({name for _, name in samples})
-    if unknown := sorted(set(names) - set(classifier.class_names)):
-        raise ValueError(f"The classifier has no classes {', '.join(unknown)}; it has {_listed(classifier)}.")
     right, count = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for start in progress(range(0, len(samples), batch_size)):
         batch = samples[start : start + batch_size]
@@ -65,6 +63,23 @@ def evaluate(
             right[name] += top[0]["label"] == name
             count[name] += 1
     return Evaluation(right, count)
+
+
+def check_samples(classifier: SEPClassifier, samples: Samples, purpose: str) -> None:
+    """
+    Raises:
+        ValueError: no samples, one without the name of its class, or a class that the classifier does not have.
+    """
+    if not samples:
+        raise ValueError(f"There are no images to {purpose}.")
+    for index, (_, name) in enumerate(samples):
+        if not isinstance(name, str):
+            raise ValueError(
+                f"A sample is an image and the name of its class, but sample {index} has {name!r} in the place of a "
+                "name. Take it from classifier.class_names."
+            )
+    if unknown := sorted({name for _, name in samples} - set(classifier.class_names)):
+        raise ValueError(f"The classifier has no classes {', '.join(unknown)}; it has {_listed(classifier)}.")
 
 
 def _listed(classifier: SEPClassifier, most: int = 10) -> str:

@@ -1,94 +1,80 @@
-"""Recipes: train a classifier on images with transformers' Trainer."""
+"""`fit`: train a classifier on images by a recipe."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainingArguments
+from accelerate import Accelerator
 
 from ..classifier.classifier import SEPClassifier
-from ..classifier.trunk_cache import TrunkCache
 from ..method.recipe import Recipe
-from .data import FixedViews, Images
+from .data import CachedImages, LabelledImages
+from .evaluation import check_samples
 from .folders import Samples
+from .loop import train, trainable
 
 
 def fit(
     classifier: SEPClassifier,
     samples: Samples,
-    recipe: Recipe,
+    recipe: Recipe | None = None,
+    *,
     quiet: bool = False,
     cache: str | os.PathLike | None = None,
-) -> None:
-    """Train the adapter; the prototypes start at the class means, as published.
+    checkpoint: str | os.PathLike | None = None,
+    workers: int = 0,
+    accelerator: Accelerator | None = None,
+) -> list[dict[str, Any]]:
+    """Train the adapter; afterwards the classifier is in evaluation, with the prototypes that predict.
+
+    The prototypes start at the class means of the frozen image embeddings, as published.
 
     Args:
         classifier: with a processor, on the device to train on.
-        samples: images and names of their classes.
-        recipe: how to train.
+        samples: images (paths, URLs or `PIL.Image`) and names of their classes, all of them the classifier's.
+        recipe: how to train; it becomes the classifier's. None: the one that the classifier has.
         quiet: without progress.
         cache: for adapters with `start_layer` above 0: what is below it is computed once, for `recipe.views`
             augmentations of each image. A folder to keep it in, or "memory"; None: no cache.
+        checkpoint, workers, accelerator: as for `train`.
+
+    Returns:
+        for each epoch its "epoch" from 1, "loss", "accuracy" in percent and "lr"; see `train`.
 
     Raises:
-        ValueError: the adapter has no trunk to cache.
+        TypeError: `recipe` is no `Recipe`.
+        ValueError: nothing of the classifier is to be trained, it has no processor, there are no samples, one has no
+            name or one that is not among the classes, or the adapter has no trunk to cache; nothing is changed then.
+            Or the checkpoint is of another training; no parameter but the prototypes is changed then.
+
+    Example:
+        >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
+        >>> fit(classifier, [("a.jpg", "lobster"), ("b.jpg", "butterfly")])
     """
+    recipe = classifier.recipe if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a sep_peft.training.Recipe, but got {recipe!r}.")
+    if not trainable(classifier.model):
+        raise ValueError(
+            "There is nothing to train: every parameter of the model is frozen. A loaded adapter is trained on with "
+            "SEPClassifier.from_pretrained(..., is_trainable=True)."
+        )
+    check_samples(classifier, samples, "train on")
     if cache is not None:
         classifier.vision_tower.check_trunk()
     names, processor = classifier.class_names, classifier.processor
+    plain = LabelledImages(samples, names, processor)
     classifier.recipe = recipe
-    plain = Images(samples, names, processor)
-    classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = _arguments(recipe, len(samples), classifier.device.type == "cpu", quiet, folder)
-        data = Images(samples, names, processor, recipe.smallest_crop)
-        if cache is not None:
-            views = FixedViews(data, recipe.views, recipe.seed)
-            data = TrunkCache(classifier.model, views, None if cache == "memory" else cache, views=recipe.views)
-        parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
-        optimizers = make_optimizer(parameters, recipe), None  # the schedule is Trainer's
-        Trainer(classifier, arguments, train_dataset=data, optimizers=optimizers).train()
+    if recipe.prototype_weight:
+        classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
+    else:
+        classifier.prototypes = None
+    images = LabelledImages(samples, names, processor, recipe)
+    if cache is not None:
+        images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
+    options = {"accelerator": accelerator, "checkpoint": checkpoint, "workers": workers, "quiet": quiet}
+    entries = train(classifier, images, recipe, **options)
     classifier.finish_training()
-
-
-def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW of a recipe; the prototypes are a group of their own, since they may have a learning rate of their own.
-
-    Args:
-        parameters: name -> parameter of all that a classifier trains; its prototypes are called "prototypes".
-        recipe: has `learning_rate`, `prototype_learning_rate` and `adam_epsilon`.
-        weight_decay: of all parameters.
-    """
-    groups = [{"params": [p for name, p in parameters.items() if name != "prototypes"]}]
-    if "prototypes" in parameters:
-        groups.append({"params": [parameters["prototypes"]]})
-        if recipe.prototype_learning_rate is not None:
-            groups[1]["lr"] = recipe.prototype_learning_rate
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=weight_decay)
-
-
-def _arguments(recipe: Recipe, count: int, use_cpu: bool, quiet: bool, folder: str) -> TrainingArguments:
-    steps_per_epoch = -(-count // recipe.batch_size)
-    return TrainingArguments(
-        output_dir=folder,
-        num_train_epochs=recipe.epochs,
-        max_steps=-1 if recipe.max_steps is None else recipe.max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        adam_epsilon=recipe.adam_epsilon,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps_per_epoch,
-        logging_steps=10 * steps_per_epoch,
-        save_strategy="no",
-        report_to="none",
-        seed=recipe.seed,
-        use_cpu=use_cpu,
-        dataloader_pin_memory=not use_cpu,
-        disable_tqdm=quiet,
-    )
+    return entries

@@ -7,8 +7,12 @@ import json
 import pytest
 import torch
 from baselines import LinearProbe, TipAdapter
-from methods import Recipe, build_classifier, read_method, trainable
+from methods import build_classifier, read_method
 from transformers import AutoProcessor
+
+from sep_peft import SEPConfig
+from sep_peft.training import Recipe
+from sep_peft.training.loop import trainable
 
 
 NAMES = ("butterfly", "lamp", "pizza")
@@ -73,16 +77,32 @@ def test_recipe_and_overrides(write):
     file = write(learner="sep", recipe={"epochs": 3, "learning_rate": 0.1})
     assert read_method(file).recipe == Recipe(epochs=3, learning_rate=0.1)
     assert read_method(file, epochs=1).recipe == Recipe(epochs=1, learning_rate=0.1)
+    assert read_method(write(learner="sep")).recipe == Recipe()
+    assert read_method(write(learner="sep", recipe={"like": "compact"})).recipe == Recipe.compact()
+    file = write(learner="sep", recipe={"like": "published", "epochs": 3})
+    assert read_method(file).recipe == Recipe.published(epochs=3)
+    assert read_method(write(learner="zero-shot"), epochs=3).recipe is None
+
+
+def test_sep_is_the_package_with_its_defaults(scripts):
+    """The rows "SEP, default" and "SEP, compact" of the table."""
+    for name, config, recipe in (
+        ("sep", SEPConfig(), Recipe()),
+        ("sep-compact", SEPConfig.compact(), Recipe.compact()),
+    ):
+        method = read_method(scripts / "methods" / f"{name}.json")
+        assert SEPConfig(**method.config).to_dict() == config.to_dict()
+        assert method.recipe == recipe
 
 
 def test_a_variant_says_only_what_differs(write, tmp_path):
-    base = {"learner": "sep", "config": {"start_layer": 1}, "recipe": {"epochs": 3}, "zero_shot_margin": 1.5}
+    base = {"learner": "sep", "config": {"start_layer": 1}, "recipe": {"like": "compact", "epochs": 3}, "cached": True}
     (tmp_path / "base.json").write_text(json.dumps(base))
-    file = write(like="base", description="mine", config={"frozen_weight": 0.0}, recipe={"epochs": 4}, loss={})
+    file = write(like="base", description="mine", config={"frozen_weight": 0.0}, recipe={"views": 4})
     method = read_method(file)
     assert method.name == "mine" and method.learner == "sep" and method.description == "mine"
     assert method.config == {"start_layer": 1, "frozen_weight": 0.0}
-    assert method.recipe == Recipe(epochs=4) and method.zero_shot_margin == 1.5
+    assert method.recipe == Recipe.compact(epochs=3, views=4) and method.cached
 
 
 def test_a_variant_of_nothing(write, tmp_path):
@@ -100,29 +120,26 @@ def test_a_variant_of_nothing(write, tmp_path):
     ("entries", "message"),
     [
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
-         "config, description, learner, loss, prototype_logit_weight, recipe, selection, zero_shot_margin."),
+         "cached, config, description, learner, recipe, selection."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
-         "batch_size, cached_views, epochs, learning_rate, prototype_learning_rate, smallest_crop, warmup_epochs, "
-         "weight_decay."),
+         "batch_size, epochs, learning_rate, like, max_steps, prototype_learning_rate, prototype_logit_weight, "
+         "prototype_weight, smallest_crop, text_weight, views, vision_weight, warmup_epochs, weight_decay, "
+         "zero_shot_margin."),
+        ({"learner": "sep", "recipe": {"like": "mine"}}, "{file}: a recipe may be \"like\" default, compact, "
+         "published, but this is like 'mine'."),
+        ({"learner": "sep", "recipe": {"epochs": 0}}, "{file}: epochs must be an integer of at least 1, but got 0."),
         ({"learner": "svm"}, "{file}: learner must be one of zero-shot, sep, lora, linear-probe, tip-adapter, "
          "but is 'svm'."),
         ({"learner": "sep", "selection": "all"}, '{file}: selection must be "representative" or "random", '
          "but is 'all'."),
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
-        ({"learner": "tip-adapter", "prototype_logit_weight": 1.0}, '{file}: prototype_logit_weight is for learners '
-         '"sep" and "lora", but this is \'tip-adapter\'.'),
-        ({"learner": "zero-shot", "loss": {"prototype_weight": 0.5}}, '{file}: loss is for learners "sep" and "lora", '
-         "but this is 'zero-shot'."),
-        ({"learner": "sep", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
-         "start_layer above 0."),
-        ({"learner": "lora", "recipe": {"cached_views": 2}}, '{file}: cached_views is for learner "sep" with a '
-         "start_layer above 0."),
-        ({"learner": "lora", "recipe": {"prototype_learning_rate": 0.1}}, "{file}: prototype_learning_rate is for "
-         "methods whose loss has prototypes."),
-        ({"learner": "sep", "loss": {"prototype_weight": 0.0}, "recipe": {"prototype_learning_rate": 0.0}},
+        ({"learner": "tip-adapter", "recipe": {}}, '{file}: recipe is for learners "sep" and "lora", but this is '
+         "'tip-adapter'."),
+        ({"learner": "sep", "cached": True}, '{file}: cached is for learner "sep" with a start_layer above 0.'),
+        ({"learner": "lora", "cached": True}, '{file}: cached is for learner "sep" with a start_layer above 0.'),
+        ({"learner": "sep", "recipe": {"prototype_weight": 0.0, "prototype_learning_rate": 0.0}},
          "{file}: prototype_learning_rate is for methods whose loss has prototypes."),
-        ({"learner": "linear-probe", "zero_shot_margin": 0.5}, '{file}: zero_shot_margin is for learners "sep" and '
-         '"lora", but this is \'linear-probe\'.'),
+        ({"learner": "lora"}, "{file}: LoRA has no consistency losses; set text_weight and vision_weight to 0."),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_method(write, entries, message):
@@ -139,10 +156,10 @@ def test_random_selection_changes_sep_and_can_be_repeated(scripts, build):
     with torch.no_grad():
         usual = classifier(pixel_values=pixels).logits
         with method.evaluating():
-            first = classifier.set_classes(NAMES)(pixel_values=pixels).logits
+            first = classifier.set_classes(NAMES, zero_shot_margin=0.0)(pixel_values=pixels).logits
         with method.evaluating():
-            again = classifier.set_classes(NAMES)(pixel_values=pixels).logits
-        after = classifier.set_classes(NAMES)(pixel_values=pixels).logits
+            again = classifier.set_classes(NAMES, zero_shot_margin=0.0)(pixel_values=pixels).logits
+        after = classifier.set_classes(NAMES, zero_shot_margin=0.0)(pixel_values=pixels).logits
     assert torch.equal(first, again) and not torch.allclose(first, usual, atol=1e-4)
     assert torch.equal(after, usual)
 
@@ -196,8 +213,9 @@ def test_linear_probe_learns_and_knows_its_classes(scripts, build):
 def test_lora_with_all_that_sep_has_beside_itself(build, write):
     """Prototypes in the loss and in predictions, and zero-shot beside it, against their equations."""
     config = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
-    classifier = build(read_method(write(learner="lora", config=config, loss={"prototype_weight": 0.5})))
-    plain = build(read_method(write(learner="lora", config=config)))
+    recipe = {"text_weight": 0, "vision_weight": 0}
+    classifier = build(read_method(write(learner="lora", config=config, recipe=recipe)))
+    plain = build(read_method(write(learner="lora", config=config, recipe=recipe | {"prototype_weight": 0})))
     zero_shot = build(read_method(write(learner="zero-shot")))
     pixels, labels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 0, 2])
     cosine = torch.nn.functional.cosine_similarity

@@ -8,14 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from methods import Recipe
-from training import share_out
-
-from sep_peft.training.fit import make_optimizer
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
@@ -26,13 +21,15 @@ def command(assets, scripts, describe, tmp_path):
     """Arguments of a small run; `launcher` stands before the script."""
     data = describe("four", reader="folder", root="caltech101", classes=NAMES)
 
-    def make(output, *options, launcher=(sys.executable,), start_layer=0, **recipe):
+    def make(output, *options, launcher=(sys.executable,), start_layer=0, views=0):
+        cached = {"cached": True} if views else {}
         method = describe(
             "tiny",
             learner="sep",
             config={"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4, "start_layer": start_layer},
-            recipe={"epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8}
-            | {"prototype_learning_rate": 0.02, **recipe},
+            recipe={"like": "published", "epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8}
+            | {"prototype_learning_rate": 0.02, "views": views or 8},
+            **cached,
         )
         arguments = ["--protocol", "base-to-new", "--data-root", assets, "--dataset", data, "--method", method]
         arguments += ["--model", assets / "clip-small", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
@@ -88,7 +85,7 @@ def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, tmp
     for views in (0, 3, 2, 2):
         outputs.append(tmp_path / f"{len(outputs)}")
         cache = ("--cache", tmp_path / "cache") if len(outputs) == 4 else ()
-        run(command(outputs[-1], *cache, start_layer=3, cached_views=views))
+        run(command(outputs[-1], *cache, start_layer=3, views=views))
     found = [[entry["loss"] for entry in results(output)["log"]] for output in outputs]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2][:2] == pytest.approx(found[0][:2], rel=1e-4)
@@ -112,29 +109,3 @@ def test_two_processes_equal_one(command, tmp_path):
     for name in ("base", "new"):
         assert single["results"][name]["total"] == double["results"][name]["total"]
         assert abs(single["results"][name]["right"] - double["results"][name]["right"]) <= 1
-
-
-@pytest.mark.parametrize(("count", "batch", "processes"), [(10, 5, 2), (7, 4, 3), (4, 4, 1), (9, 4, 4)])
-def test_shares_are_the_whole(count, batch, processes):
-    ranks = [SimpleNamespace(process_index=i, num_processes=processes) for i in range(processes)]
-    shared = [share_out(count, batch, rank, seed=3) for rank in ranks]
-    seen = []
-    for step in range(-(-count // batch)):
-        parts = [(indices[step], *sizes[step]) for indices, sizes in shared]
-        assert {whole for _, _, whole in parts} == {sum(own for _, own, _ in parts)}
-        assert all(len(indices) == max(own, 1) for indices, own, _ in parts)
-        seen += [index for indices, own, _ in parts for index in indices[:own]]
-    assert sorted(seen) == list(range(count))
-    assert shared[0] == share_out(count, batch, ranks[0], seed=3) != share_out(count, batch, ranks[0], seed=4)
-
-
-@pytest.mark.parametrize(("own", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
-def test_prototypes_have_their_own_learning_rate(own, expected):
-    weight, prototypes = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    recipe = Recipe(learning_rate=0.1, prototype_learning_rate=own, weight_decay=0.0, adam_epsilon=1e-8)
-    optimizer = make_optimizer({"model.weight": weight, "prototypes": prototypes}, recipe)
-    (weight.sum() + prototypes.sum()).backward()
-    optimizer.step()  # the first step of Adam is as long as the learning rate
-    torch.testing.assert_close(weight.data, torch.full((2,), 0.9))
-    torch.testing.assert_close(prototypes.data, torch.full((2,), 1 - expected))
-    assert len(make_optimizer({"model.weight": weight}, recipe).param_groups) == 1
