@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
+import peft
 import pytest
+import torch
+import transformers
 from bundled import ASSETS
 from huggingface_hub import EvalResult, ModelCard
+from markdown_it import MarkdownIt
 from peft import get_peft_model
 from small_clip import make_clip, make_texts
 from transformers import AutoProcessor, CLIPModel
 
+import sep_peft
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig, TaskClasses
 from sep_peft.classifier.card import END, START, make_card
 
@@ -83,12 +90,6 @@ def test_what_a_full_card_says(line):
 
 
 def test_versions():
-    import peft
-    import torch
-    import transformers
-
-    import sep_peft
-
     line = (
         f"sep_peft {sep_peft.__version__}, peft {peft.__version__}, transformers {transformers.__version__}, torch "
         f"{torch.__version__}"
@@ -113,6 +114,89 @@ def test_many_classes_are_cut_and_counted(count, end):
     classes = TaskClasses(make_texts([3] * count), (), tuple(f"n{i}" for i in range(count)))
     text = make_card(classes, SEPConfig.published(), "CLIPModel", CardDetails()).text
     assert f"{end}\n\nTemplate of the frozen text branch: made from tensors\n" in text
+
+
+# names that Markdown, HTML or the marks could take for theirs
+
+ODD_NAMES = [
+    "a`b",
+    "`",
+    "``two`` ticks",
+    "a|b",
+    "*stars* and _lines_",
+    "<b>bold</b>",
+    "<script>alert(1)</script>",
+    "fish &amp; chips",
+    "[a](https://b.c)",
+    "~~out~~",
+    "back\\slash\\",
+    "$x$ {{ y }} {% z %}",
+    START,
+    END,
+]
+
+
+class Shown(HTMLParser):
+    """What a reader sees of HTML: the text of each table cell, heading and piece of code."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.texts, self.seen = [], {}, set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.tags.append(tag)
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        assert self.tags.pop() == tag
+
+    def handle_data(self, data):
+        for tag in self.tags:
+            self.texts[tag][-1] += data
+
+
+def shown(card: ModelCard) -> Shown:
+    return Shown(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card.text))
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "two\nlines", " spaces  around "])
+def test_odd_names_are_shown_as_they_are(name):
+    classes = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), (name, "cup"), (f"{name} {{}}",))
+    score = Score(name, 50.0, split=name, images=3)
+    card = make_card(classes, SEPConfig(), "CLIPModel", CardDetails(title=name, scores=[score]))
+    page, name = shown(card), " ".join(name.split())
+    assert page.texts["h1"] == [name]
+    assert [text for text in page.texts["code"] if "\n" not in text] == [name, "cup", f"{name} {{}}"]
+    assert page.texts["td"] == [f"{name}, {name}", "3", "50.0", "not measured"]
+    assert page.seen == {"h1", "h2", "p", "pre", "code", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "a"}
+    assert page.texts["a"] == ["arXiv 2405.15549", "SEP: Self-Enhanced Prompt Tuning for Visual-Language Model"]
+
+
+@pytest.mark.parametrize("name", ['my "best"', "a\\b", END, "```"])
+def test_odd_names_of_folders_are_strings_of_python(name):
+    block = re.search(r"^```python\n(.*?)^```$", card_of(subfolder=name).text, re.DOTALL | re.MULTILINE)[1]
+    arguments = re.search(r"from_pretrained\((.*)\)\n", block)[1]
+    assert ast.literal_eval(arguments.removeprefix('"ann/household", subfolder=')) == name
+
+
+@pytest.mark.parametrize("place", ["names", "templates", "title", "description", "protocol", "limits", "dataset"])
+@pytest.mark.parametrize("mark", [START, END, f"{END}\n\n{START}"])
+def test_a_mark_in_a_text_does_not_make_the_card_grow(place, mark):
+    names, templates = ("cup", "lamp"), ("a photo of a {}.",)
+    if place == "names":
+        names = (mark, "lamp")
+    if place == "templates":
+        templates = (f"{mark} {{}}",)
+    own = {place: mark} if place in ("title", "description", "protocol", "limits") else {}
+    scores = [Score(mark if place == "dataset" else "mine", 50.0)]
+    classes = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), names, templates)
+    arguments = classes, SEPConfig(), "CLIPModel", CardDetails(scores=scores, **own)
+    first = make_card(*arguments, old=ModelCard("---\nlicense: mit\n---\nMine.\n"))
+    assert (first.text.count(START), first.text.count(END)) == (1, 1)
+    assert first.text.endswith(f"{END}\n\nMine.\n")
+    assert str(make_card(*arguments, old=ModelCard(str(first)))) == str(first)
 
 
 # metadata

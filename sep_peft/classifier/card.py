@@ -6,10 +6,13 @@ not ours, stays.
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
 import torch
@@ -34,19 +37,7 @@ METRIC = "Accuracy with SEP"
 #: Class names in the card; the others are in the class file.
 SHOWN_CLASSES = 100
 
-CITATION = """\
-```bibtex
-@article{yao2024sep,
-  title   = {SEP: Self-Enhanced Prompt Tuning for Visual-Language Model},
-  author  = {Yao, Hantao and Zhang, Rui and Yu, Lu and Zhang, Yongdong and Xu, Changsheng},
-  journal = {arXiv preprint arXiv:2405.15549},
-  year    = {2024}
-}
-```"""
-LIMITS = """\
-- It answers with one of its classes, whatever the image shows; scores are probabilities among these classes alone.
-- What the base model does not see, or sees with a bias, the adapter inherits.
-- Its prompts are computed from each input, so it cannot be merged into the base model."""
+TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
 
 
 @dataclass(frozen=True)
@@ -156,10 +147,27 @@ def make_card(
     Returns:
         the card, with the metadata and the text of `old` that its owner wrote.
     """
-    text = f"{START}\n\n{_text(classes, config, base_class, details, subfolder)}\n\n{END}"
     before, after = _own_text(old)
-    data = _metadata(details, old.data if old else ModelCardData())
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{before or chr(10)}{text}{after or chr(10)}")
+    return ModelCard.from_template(
+        _metadata(details, old.data if old else ModelCardData()),
+        template_path=str(TEMPLATE_FILE),
+        before=before or "\n",
+        after=after or "\n",
+        start=START,
+        end=END,
+        heading=_title(details),
+        source=_source(details, subfolder),
+        base_class=base_class,
+        classes=classes,
+        shown_classes=SHOWN_CLASSES,
+        config=config,
+        details=details,
+        paper=PAPER,
+        versions=_versions(),
+        plain=plain,
+        code=code,
+        own_words=own_words,
+    )
 
 
 def read_card(path: str | os.PathLike) -> ModelCard:
@@ -237,94 +245,43 @@ def _is_untouched_template(text: str) -> bool:
     return rest != text.strip() and re.fullmatch(r"\s*(### Framework versions\s+- PEFT \S+)?", rest) is not None
 
 
-def _text(classes: TaskClasses, config: SEPConfig, base_class: str, details: CardDetails, subfolder: str | None) -> str:
-    parts = [
-        f"# {_title(details)}",
-        _usage(base_class, details, subfolder),
-        details.description,
-        _about(classes, config, details),
-        _results(details),
-        _training(details),
-        _classes(classes),
-        f"## Limits\n\n{LIMITS}" + (f"\n\n{details.limits}" if details.limits else ""),
-        f"## Versions\n\n{_versions()}",
-        f"## Paper\n\n[SEP: Self-Enhanced Prompt Tuning for Visual-Language Model]({PAPER})\n\n{CITATION}",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
 def _title(details: CardDetails) -> str:
     return details.title or (details.repo_id or "SEP adapter").split("/")[-1]
 
 
-def _usage(base_class: str, details: CardDetails, subfolder: str | None) -> str:
-    source = details.repo_id or "path/to/this/folder"
-    arguments = f'"{source}"' + (f', subfolder="{subfolder}"' if subfolder else "")
-    return f"""\
-```bash
-pip install sep_peft
-```
-
-```python
-import sep_peft  # registers the method; without it loaders only say KeyError: 'SEP'
-
-classifier = sep_peft.SEPClassifier.from_pretrained({arguments})
-print(classifier.predict("image.jpg", top_k=1))  # [{{"label": ..., "score": ...}}]; a path, a URL or a PIL.Image
-```
-
-As a model of PEFT, without the class list:
-
-```python
-import sep_peft
-from peft import PeftModel
-from transformers import {base_class}
-
-base = {base_class}.from_pretrained("{details.base_model or "path/to/the/base/model"}")
-model = PeftModel.from_pretrained(base, {arguments})
-```"""
+def _source(details: CardDetails, subfolder: str | None) -> str:
+    """Where to load from, as arguments in Python."""
+    arguments = _string(details.repo_id or "path/to/this/folder")
+    return arguments + (f", subfolder={_string(subfolder)}" if subfolder else "")
 
 
-def _about(classes: TaskClasses, config: SEPConfig, details: CardDetails) -> str:
-    base = f"[{details.base_model}](https://huggingface.co/{details.base_model})" if details.base_model else "a CLIP"
-    prompts = f"{config.num_text_prompts} text and {config.num_vision_prompts} image prompts"
-    return (
-        f"It tells {len(classes)} classes apart: an adapter of {base}, made with SEP, Self-Enhanced Prompt Tuning "
-        f"([arXiv 2405.15549]({PAPER})), with {prompts}."
-    )
-
-
-def _results(details: CardDetails) -> str | None:
-    if not details.scores:
-        return None
-    lines = ["| accuracy (%) | images | with SEP | zero-shot |", "|---|---|---|---|"]
-    for score in details.scores:
-        accuracy = f"{score.accuracy:.1f}" + (f" ± {score.spread:.1f}" if score.spread is not None else "")
-        zero_shot = "not measured" if score.zero_shot is None else f"{score.zero_shot:.1f}"
-        images = "" if score.images is None else score.images
-        lines.append(f"| {score.dataset}, {score.split} | {images} | {accuracy} | {zero_shot} |")
-    table = "\n".join(lines)
-    return f"## Results\n\n{table}\n\nZero-shot is the base model alone, on the same images, classes and template."
-
-
-def _training(details: CardDetails) -> str | None:
-    seeds = ", ".join(map(str, details.seeds))
-    rows = [("Shots", details.shots), ("Seeds", seeds), ("Protocol", details.protocol)]
-    lines = [f"- {name}: {value}" for name, value in rows if value not in (None, "")]
-    if details.datasets:
-        lines.append(
-            "- Data: " + ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in details.datasets)
-        )
-    return "## Training\n\n" + "\n".join(lines) if lines else None
-
-
-def _classes(classes: TaskClasses) -> str:
-    shown = ", ".join(f"`{name}`" for name in classes.names[:SHOWN_CLASSES])
-    if more := len(classes) - SHOWN_CLASSES:
-        shown += f" and {more} more, see sep_classes.json" if more > 0 else ""
-    templates = ", ".join(f"`{text}`" for text in classes.templates) or "made from tensors"
-    return f"## Classes\n\n{shown}\n\nTemplate of the frozen text branch: {templates}"
+def _string(text: str) -> str:
+    """A literal of Python on one line, without what could be read as one of our marks."""
+    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _versions() -> str:
     versions = {module.__name__: module.__version__ for module in (peft, transformers, torch)}
     return ", ".join(f"{name} {version}" for name, version in ({"sep_peft": __version__} | versions).items())
+
+
+# escapes
+
+
+def plain(text: str) -> str:
+    """A name as Markdown that shows it as it is, on one line, in a cell of a table as well."""
+    text = html.escape(" ".join(text.split()), quote=False)  # no tag, comment or entity is left
+    text = re.sub(r"[\\`*\[\]|~]", r"\\\g<0>", text)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word an underscore stands for itself
+
+
+def code(text: str) -> str:
+    """A name as code; with what a code span cannot hold, as HTML."""
+    if re.search("[`<]|^$", text) or text != " ".join(text.split()):
+        return f"<code>{plain(text)}</code>"
+    return f"`{text}`"
+
+
+def own_words(text: str) -> str:
+    """Markdown of the owner, in which our marks are no marks."""
+    return text.replace(START, html.escape(START)).replace(END, html.escape(END))
