@@ -148,8 +148,9 @@ def make_card(
         the card, with the metadata and the text of `old` that its owner wrote.
     """
     before, after = _own_text(old)
+    data = ModelCardData(**old.data.to_dict()) if old else ModelCardData()
     return ModelCard.from_template(
-        _metadata(details, old.data if old else ModelCardData()),
+        _metadata(details, data),
         template_path=str(TEMPLATE_FILE),
         before=before or "\n",
         after=after or "\n",
@@ -177,7 +178,7 @@ def read_card(path: str | os.PathLike) -> ModelCard:
         ValueError: its metadata cannot be read; the message names the file.
     """
     try:
-        return ModelCard.load(path)
+        return ModelCard.load(Path(path))
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(
             f"The metadata of the model card {os.fspath(path)} cannot be read ({error}). Mend or delete it."
