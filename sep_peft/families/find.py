@@ -1,4 +1,4 @@
-"""Which towers a model has: its row, by configuration, model type and class."""
+"""Which towers a model has: its architecture, by configuration, model type and class."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .table import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
 DUAL_ENCODER = "vision-text-dual-encoder"
 
 
-def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture:
-    """The row of a model.
+def find_architecture(model: nn.Module, spec: dict | None = None) -> Architecture:
+    """The architecture of a model.
 
     Args:
         model: of transformers, or one's own.
-        row: a row handed in by the configuration; it is taken as it is.
+        spec: one handed in by the configuration; it is taken as it is.
 
     Raises:
-        ValueError: there is no row for the model's type, or its class keeps its towers elsewhere.
+        ValueError: the model's type is not known, or its class keeps its towers elsewhere.
     """
-    if row is not None:
-        return Architecture.from_dict(row)
+    if spec is not None:
+        return Architecture.from_dict(spec)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type == DUAL_ENCODER:
@@ -39,34 +39,34 @@ def find_architecture(model: nn.Module, row: dict | None = None) -> Architecture
             f"{', '.join(sorted([*ARCHITECTURES, DUAL_ENCODER]))}. Describe your own with "
             "SEPConfig(architecture=sep_peft.Architecture(...))."
         )
-    row = ARCHITECTURES[model_type]
-    row = row.variants.get(type(model).__name__, row)
-    for spec in row.towers.values():
+    found = ARCHITECTURES[model_type]
+    found = found.variants.get(type(model).__name__, found)
+    for spec in found.towers.values():
         if spec.path and not hasattr(model, spec.path.split(".")[0]):
             raise ValueError(
                 f"SEP knows models of type {model_type!r} with a {spec.path!r}, but {type(model).__name__} has none."
             )
     towers = {
         name: spec if spec.refused else _check_options(spec, model.get_submodule(spec.path).config)
-        for name, spec in row.towers.items()
+        for name, spec in found.towers.items()
     }
-    return replace(row, **towers)
+    return replace(found, **towers)
 
 
-def _find_tower(config, rows: dict[str, TowerSpec]) -> TowerSpec:
-    """The row of a tower that is a model of its own, by its configuration."""
-    if config.model_type not in rows:
-        known = sorted(name for name, row in rows.items() if row.refused is None)
+def _find_tower(config, specs: dict[str, TowerSpec]) -> TowerSpec:
+    """The spec of a tower that is a model of its own, by its configuration."""
+    if config.model_type not in specs:
+        known = sorted(name for name, spec in specs.items() if spec.refused is None)
         raise ValueError(
             f"SEP does not know a tower of model type {config.model_type!r} inside a VisionTextDualEncoderModel; it "
             f"knows {', '.join(known)}."
         )
-    row = _check_options(rows[config.model_type], config)
-    return replace(row, leading_tokens=row.leading_tokens + getattr(config, "num_register_tokens", 0))
+    spec = _check_options(specs[config.model_type], config)
+    return replace(spec, leading_tokens=spec.leading_tokens + getattr(config, "num_register_tokens", 0))
 
 
 def _check_options(spec: TowerSpec, config) -> TowerSpec:
-    """The row of a tower, refused where options of its configuration leave no place for prompts."""
+    """The spec of a tower, refused where options of its configuration leave no place for prompts."""
     for option, reason in spec.refused_options.items():
         if getattr(config, option):
             return replace(spec, refused=reason)

@@ -1,4 +1,4 @@
-"""What is known of an architecture: where its towers are and how they behave. The rows are in `families`.
+"""What is known of an architecture: where its towers are and how they behave. The specs are in `table`.
 
 Paths are dotted and relative to what the field says.
 """
@@ -22,14 +22,14 @@ class TowerSpec:
             to last, whichever tower it is.
         projection: what maps the pooled output into the joint space, below the model; None where the tower does, or
             where there is no joint space. It must be affine, because the mix happens before it
-            (`functional.frozen_share`), unless `mixes_after_projection`.
-        pooled: what the model pools from the tower's output: its "pooler_output", the "first_token" of
+            (`frozen_share`), unless `mixes_after_projection`.
+        pooling: what the model pools from the tower's output: its "pooler_output", the "first_token" of
             `last_hidden_state`, or the mean over its tokens after `leading_tokens`, padding left out ("mean_tokens").
         insert_at: index before which prompts stand; None appends them.
         causal: whether the masks that reach the layers contain causality.
         positions: the position-embedding module whose indices move up after the prompts, below the tower; None where
             prompts carry no position because there is no room for more.
-        entry_embedding: a further embedding whose row 0 is added to entering prompts, below the tower.
+        entry_embedding: a further embedding whose first vector is added to entering prompts, below the tower.
         entry_norm: the norm between embeddings and the first layer that prompts pass as well, below the tower.
         leading_tokens: tokens before the first patch, such as CLS.
         text_end: how the end of a text is found beside its attention mask: the first "eos" of the configuration, where
@@ -41,19 +41,19 @@ class TowerSpec:
         refused: why this tower takes no prompts; None where it does.
         refused_options: option of the tower's configuration that may not be set -> why it takes no prompts then.
         needed_options: option of the tower's configuration that must be set -> why it takes no prompts otherwise.
-        mixes_after_projection: the projection is not affine, so the mix happens after it (`layer.SEPProjection`).
-        pooler_repeats: with pooled="first_token", `pooler_output` is that token as well, so it takes the same mix.
+        mixes_after_projection: the projection is not affine, so the mix happens after it (`SEPProjection`).
+        pooler_repeats: with pooling="first_token", `pooler_output` is that token as well, so it takes the same mix.
         mask_input: name of the input that tells tokens (1) from padding (0).
         rotary: the module that makes the layers' `rotary_pos_emb` from hidden states, below the tower; prompts and
             tokens take positions in it. None where positions are not rotary.
         projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
         unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
         reader: the module that stands between the tower and its projection and reads all tokens of the tower by cross
-            attention, below the model. It makes one embedding per query, and each is mixed (`layer.SEPReader`);
-            `pooled` says nothing then.
+            attention, below the model. It makes one embedding per query, and each is mixed (`SEPReader`);
+            `pooling` says nothing then.
         queries: the queries by which `reader` makes the embeddings, (1, Q, D), a parameter below the model.
         layer_tokens: tokens that each layer adds after all others by itself and takes out again.
-        mlp_norm: the norm in front of the MLP, below an encoder layer, of a tower that pools one token: the first of a
+        mlp_norm: the norm in front of the MLP, below an encoder layer, of a tower that pools one token: the first of an
             image, the end of a text as `text_end` says (where there is none, the first). Of the last layer's MLP that
             token alone is then computed where nothing else is asked for, so the MLP's result must be added to what the
             norm has read. None: all tokens are.
@@ -63,7 +63,7 @@ class TowerSpec:
     layers: str
     inputs: Literal["input_ids", "pixel_values"]
     projection: str | None = None
-    pooled: Literal["pooler_output", "first_token", "mean_tokens"] = "pooler_output"
+    pooling: Literal["pooler_output", "first_token", "mean_tokens"] = "pooler_output"
     insert_at: int | None = None
     causal: bool = False
     positions: str | None = None
@@ -103,7 +103,7 @@ class Architecture:
         logit_scale: the scale's parameter, below the model; None without joint space.
         scale: "exp": logits are ``exp(scale) * cosine``; "divide": ``cosine / scale``; "multiply": ``scale * cosine``.
         logit_bias: what is added to the logits, below the model; None for nothing.
-        variants: name of a model class -> its row, where classes of one model type differ.
+        variants: name of a model class -> its architecture, where classes of one model type differ.
         max_scale: attribute of the model; the scale's parameter counts between 0 and it. None where it counts as it is.
     """
 
@@ -120,16 +120,19 @@ class Architecture:
         return {key: value for key, value in asdict(self).items() if key != "variants"}
 
     @classmethod
-    def from_dict(cls, row: Architecture | Mapping[str, Any]) -> Architecture:
+    def from_dict(cls, spec: Architecture | Mapping[str, Any]) -> Architecture:
         """The inverse of `to_dict`; takes an `Architecture` as it is.
 
         Raises:
-            ValueError: the row names something that does not exist, or lacks something; the message says what is known.
+            ValueError: the spec names something that does not exist, or lacks something; the message says what is
+                known.
         """
-        if isinstance(row, cls):
-            return row
-        towers = {name: _build(TowerSpec, name, row[name]) for name in ("text", "vision") if row.get(name) is not None}
-        return _build(cls, "architecture", dict(row) | towers)
+        if isinstance(spec, cls):
+            return spec
+        towers = {
+            name: _build(TowerSpec, name, spec[name]) for name in ("text", "vision") if spec.get(name) is not None
+        }
+        return _build(cls, "architecture", dict(spec) | towers)
 
     @property
     def towers(self) -> dict[str, TowerSpec]:
@@ -137,8 +140,13 @@ class Architecture:
         return {name: spec for name, spec in (("text", self.text), ("vision", self.vision)) if spec is not None}
 
 
+#: Field of a spec as adapter files of version 0.1 may have it -> its name.
+RENAMED_FIELDS = {"pooled": "pooling", "mixes_behind_projection": "mixes_after_projection"}
+
+
 def _build(cls: type, name: str, values: Mapping[str, Any]):
     """An instance from a dict, or an error that says what the dict may hold."""
+    values = {RENAMED_FIELDS.get(field, field): value for field, value in values.items()}
     known = [f.name for f in fields(cls)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{name} has no field {', '.join(unknown)}; it knows {', '.join(known)}.")

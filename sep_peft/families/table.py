@@ -1,6 +1,6 @@
-"""The model families of transformers: data, one row per `config.model_type`, no logic.
+"""The model families of transformers: data, one spec per `config.model_type`, no logic.
 
-Measured against transformers 5.23.0. A family is a row here and a case in tests/families.py.
+Measured against transformers 5.23.0. A family is a spec here and a case in tests/families.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLIP_TEXT_ALONE = replace(CLIP_TEXT, path="", projection=None)
 CLIP_VISION_ALONE = replace(CLIP_VISION, path="", projection=None)
 #: A classification head over the mean of all patches.
 CLIP_CLASSIFICATION = Architecture(
-    vision=replace(CLIP_VISION, projection=None, pooled="mean_tokens", mlp_norm=None), logit_scale=None
+    vision=replace(CLIP_VISION, projection=None, pooling="mean_tokens", mlp_norm=None), logit_scale=None
 )
 
 SIGLIP_TEXT = TowerSpec(
@@ -56,13 +56,13 @@ SIGLIP_VISION = TowerSpec(
 
 #: A classification head over the mean of all patches; the tower's own pooling is not used.
 SIGLIP_CLASSIFICATION = Architecture(
-    vision=replace(SIGLIP_VISION, pooled="mean_tokens", needed_options={}), logit_scale=None
+    vision=replace(SIGLIP_VISION, pooling="mean_tokens", needed_options={}), logit_scale=None
 )
 
 #: Images of any shape, padded to one number of patches.
 SIGLIP_2_VISION = replace(SIGLIP_VISION, mask_input="pixel_attention_mask")
 SIGLIP_2_CLASSIFICATION = Architecture(
-    vision=replace(SIGLIP_2_VISION, pooled="mean_tokens", needed_options={}), logit_scale=None
+    vision=replace(SIGLIP_2_VISION, pooling="mean_tokens", needed_options={}), logit_scale=None
 )
 
 #: It pools at the first EOS, also where that is 2 as in the released weights.
@@ -79,7 +79,7 @@ BERT_TEXT = TowerSpec(
     entry_norm="embeddings.LayerNorm",
 )
 #: BERT as a tower; its own pooler is not used, and not trained where the tower stands alone.
-ALIGN_TEXT = CHINESE_CLIP_TEXT = FLAVA_TEXT = replace(BERT_TEXT, pooled="first_token")
+ALIGN_TEXT = CHINESE_CLIP_TEXT = FLAVA_TEXT = replace(BERT_TEXT, pooling="first_token")
 
 VIT_VISION = TowerSpec(
     path="vision_model",
@@ -95,8 +95,8 @@ BLIP_TEXT = replace(BERT_TEXT, entry_embedding=None)
 BLIP_VISION = replace(CLIP_VISION, entry_norm=None)
 #: Its features come from the first token through biased projections.
 BLIP_RETRIEVAL = Architecture(
-    text=replace(BLIP_TEXT, path="text_encoder", projection="text_proj", pooled="first_token"),
-    vision=replace(BLIP_VISION, projection="vision_proj", pooled="first_token"),
+    text=replace(BLIP_TEXT, path="text_encoder", projection="text_proj", pooling="first_token"),
+    vision=replace(BLIP_VISION, projection="vision_proj", pooling="first_token"),
     logit_scale=None,
 )
 
@@ -105,7 +105,7 @@ FLAVA_VISION = TowerSpec(
     layers="encoder.layer",
     inputs="pixel_values",
     projection="image_projection",
-    pooled="first_token",
+    pooling="first_token",
     leading_tokens=1,
 )
 FLAVA_PRETRAINING = Architecture(
@@ -128,7 +128,7 @@ ALTCLIP_TEXT = TowerSpec(
     layers="roberta.encoder.layers",
     inputs="input_ids",
     projection="text_projection",
-    pooled="first_token",  # by get_text_features, while forward takes the pooler_output
+    pooling="first_token",  # by get_text_features, while forward takes the pooler_output
     pooler_repeats=True,
     insert_at=1,
     positions="roberta.embeddings.position_embeddings",
@@ -226,7 +226,7 @@ VIDEOPRISM_VIDEO = TowerSpec(
     unit_option="apply_l2norm",
 )
 
-#: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its row.
+#: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its spec.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
     "bert": BERT_TEXT,
     "roberta": BERT_TEXT,
@@ -252,7 +252,7 @@ DUAL_ENCODER_VISION: dict[str, TowerSpec] = {
     **dict.fromkeys(("pvt", "swin", "swinv2"), WINDOWED_VISION),
 }
 
-#: model_type -> row
+#: model_type -> architecture
 ARCHITECTURES: dict[str, Architecture] = {
     "clip": Architecture(CLIP_TEXT, CLIP_VISION, variants={"CLIPForImageClassification": CLIP_CLASSIFICATION}),
     "clip_text_model": Architecture(

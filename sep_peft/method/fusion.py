@@ -31,8 +31,6 @@ class TokenFusion(nn.Module):
         hidden_size: D, width of the tower.
         mlp_size: width of the MLP between its two layers. Default 32, as `SEPConfig` has it.
         rank: r for projections factored to r, None for full-width ones. Default 4, as `SEPConfig` has it.
-        batch_coupled: attend across the *inputs of the batch* for each prompt, as the released code does, instead of
-            across the K tokens of each input. Results then depend on which inputs share a batch.
     """
 
     def __init__(
@@ -40,13 +38,11 @@ class TokenFusion(nn.Module):
         hidden_size: int,
         mlp_size: int = 32,
         rank: int | None = 4,
-        batch_coupled: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         kwargs = {"device": device, "dtype": dtype}
-        self.batch_coupled = batch_coupled
         self.norm1 = nn.LayerNorm(hidden_size, **kwargs)
         self.attention = FusionAttention(hidden_size, rank, **kwargs)
         self.norm2 = nn.LayerNorm(hidden_size, **kwargs)
@@ -82,15 +78,14 @@ class TokenFusion(nn.Module):
         """
         prompts, tokens = prompts.to(self.scale1.dtype), tokens.to(self.scale1.dtype)
         query, keys = self.norm1(prompts), self.norm1(tokens)
-        if self.batch_coupled:
-            # The released code hands (B, n, D) to an attention that reads (sequence, batch, D): for each of the n
-            # prompts the sequence is the batch. (B, n, D) -> (n, B, D) -> (B, n, D)
-            attended = self.attention(query.transpose(0, 1), keys.transpose(0, 1)).transpose(0, 1)
-        else:
-            attended = self.attention(query, keys)
+        attended = self.attend(query, keys)
         mixed = torch.lerp(attended.to(tokens.dtype), tokens, self.scale1)
         hidden = self.fc2(quick_gelu(self.fc1(self.norm2(mixed))))
         return torch.lerp(hidden.to(mixed.dtype), mixed, self.scale2)
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """What the prompts read of the tokens of their input: query (B, n, D) and keys (B, K, D) -> (B, n, D)."""
+        return self.attention(query, keys)
 
     def attention_weights(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """How strongly each prompt attends to each token, (B, heads, n, K), for the same inputs as `forward`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..tracing import is_traced
+
 
 #: a of quick-GELU ``x sigmoid(a x)``.
 QUICK_GELU_SLOPE = 1.702
@@ -38,6 +40,6 @@ class _QuickGELU(torch.autograd.Function):
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """``x sigmoid(1.702 x)``, of any shape; with half of the usual memory where gradients are wanted."""
-    if torch.compiler.is_compiling() or not x.requires_grad:  # compilers fuse it, and choose what to keep, themselves
+    if is_traced() or not x.requires_grad:  # compilers fuse it, and choose what to keep, themselves
         return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
     return _QuickGELU.apply(x)

@@ -1,4 +1,8 @@
-"""Which tokens represent one input, and how they are taken out of its hidden states."""
+"""Which tokens represent one input, and how they are taken out of its hidden states.
+
+Shapes: B inputs, L tokens, K chosen tokens (K = n, the number of prompts), D width of a tower.
+Source: arXiv 2405.15549 and its released code, https://github.com/htyao89/SEP.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,46 @@ import torch
 from .mix import wide_dtype
 
 
-def largest_tokens(
-    hidden: torch.Tensor, count: int, batch_coupled: bool = False, visible: torch.Tensor | None = None
-) -> torch.Tensor:
+class Selection:
+    """Chooses the tokens that a fusion reads, by the rule of the paper and for each input by itself.
+
+    A subclass is another rule; see `TowerPass.selection` of the tuner, which takes one.
+    """
+
+    def of_images(self, tokens: torch.Tensor, count: int, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """The `count` tokens of each image with the largest mean square over channels; see `largest_tokens`.
+
+        Args:
+            tokens: (B, L, D), hidden states before a layer, without prompts.
+            count: K.
+            visible: (B, L), False for padding; None where every token is real.
+
+        Returns:
+            (B, K) int64.
+        """
+        return largest_tokens(tokens, count, visible)
+
+    def of_texts(self, first: torch.Tensor, last: torch.Tensor, length: int, count: int) -> torch.Tensor:
+        """The `count` tokens after the prompts, never past the end of the text; see `following_tokens`.
+
+        Args:
+            first: (B,) position of the first token after the prompts' place.
+            last: (B,) position of the last token of each text.
+            length: L, with padding.
+            count: K.
+
+        Returns:
+            (B, K) int64.
+        """
+        return following_tokens(first, last, count)
+
+
+def largest_tokens(hidden: torch.Tensor, count: int, visible: torch.Tensor | None = None) -> torch.Tensor:
     """Positions of the `count` tokens with the largest mean square over channels, strongest first.
 
     Args:
         hidden: (B, L, D).
         count: K, at most L.
-        batch_coupled: average the score over the batch and take the same positions for every input.
         visible: (B, L), False for padding, which is never chosen: an input of fewer tokens repeats its strongest one;
             None where every token is real.
 
@@ -25,46 +60,51 @@ def largest_tokens(
     Raises:
         ValueError: `count` is larger than L.
     """
+    strongest = token_energies(hidden, count, visible).topk(count, dim=1)
+    positions = strongest.indices
+    if visible is not None:
+        positions = torch.where(strongest.values < 0, positions[:, :1], positions)
+    return positions
+
+
+def token_energies(hidden: torch.Tensor, count: int, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """What `largest_tokens` ranks by: D times the mean square of each token, -1 for padding, (B, L) in fp32 or wider.
+
+    Raises:
+        ValueError: there are fewer than `count` tokens.
+    """
     if count > hidden.shape[1]:
         raise ValueError(
             f"{count} prompts need {count} tokens to select from, but the input has only {hidden.shape[1]}. "
             "Use fewer prompts (num_vision_prompts) or a larger image."
         )
-    # (B, L), the mean square but for a factor, read in one go and summed in fp32: fp16 squares would overflow
+    # (B, L), read in one go and summed in fp32: fp16 squares would overflow
     energy = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide_dtype(hidden)).pow(2)
-    if visible is not None:
-        energy = energy.masked_fill(~visible, -1.0)  # below every energy
-    if batch_coupled:
-        energy = energy.mean(dim=0, keepdim=True)  # (1, L)
-    strongest = energy.topk(count, dim=1)
-    positions = strongest.indices
-    if visible is not None:
-        positions = torch.where(strongest.values < 0, positions[:, :1], positions)
-    return positions.expand(hidden.shape[0], -1)
+    return energy if visible is None else energy.masked_fill(~visible, -1.0)  # below every energy
 
 
-def following_tokens(start: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of `count` tokens from `start` on, never past `end`: a shorter text repeats its last token.
+def following_tokens(first: torch.Tensor, last: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of `count` tokens from `first` on, never past `last`: a shorter text repeats its last token.
 
     Args:
-        start: (B,) first position of each text after BOS.
-        end: (B,) last position of each text, inclusive.
+        first: (B,) first position of each text after BOS.
+        last: (B,) last position of each text, inclusive.
         count: K.
 
     Returns:
         (B, K) int64.
     """
-    steps = torch.arange(count, device=start.device)
-    return torch.minimum(start[:, None] + steps, end[:, None])  # (B, K)
+    steps = torch.arange(count, device=first.device)
+    return torch.minimum(first[:, None] + steps, last[:, None])  # (B, K)
 
 
-def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """hidden (B, L, D) at positions (B, K) -> (B, K, D)."""
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+def gather_tokens(hidden: torch.Tensor, token_positions: torch.Tensor) -> torch.Tensor:
+    """hidden (B, L, D) at token_positions (B, K) -> (B, K, D)."""
+    return hidden.gather(1, token_positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def take_token(hidden: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
-    """hidden (B, L, D) -> (B, 1, D), the token at `position`: one index for all inputs, or (B,)."""
-    if isinstance(position, int):
-        return hidden[:, position : position + 1]
-    return gather_tokens(hidden, position[:, None])
+def take_token(hidden: torch.Tensor, token_position: torch.Tensor | int) -> torch.Tensor:
+    """hidden (B, L, D) -> (B, 1, D), the token at `token_position`: one index for all inputs, or (B,)."""
+    if isinstance(token_position, int):
+        return hidden[:, token_position : token_position + 1]
+    return gather_tokens(hidden, token_position[:, None])

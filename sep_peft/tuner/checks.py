@@ -13,11 +13,11 @@ from .wrappers import SEPLayer, count_positions, layer_lists
 
 
 def target_towers(config: SEPConfig, architecture: Architecture) -> dict[str, str]:
-    """Path of each tower to adapt -> "text" or "vision"; a model that is a tower itself has it at `ROOT_CHILD`."""
-    towers = {spec.path: tower for tower, spec in architecture.towers.items()}
+    """Path of each tower to adapt -> its modality; a model that is a tower itself has it at `ROOT_CHILD`."""
+    modalities = {spec.path: modality for modality, spec in architecture.towers.items()}
     if config.target_modules is not None:
-        towers = {path: tower for path, tower in towers.items() if path in config.target_modules}
-    return {path or ROOT_CHILD: tower for path, tower in towers.items()}
+        modalities = {path: modality for path, modality in modalities.items() if path in config.target_modules}
+    return {path or ROOT_CHILD: modality for path, modality in modalities.items()}
 
 
 def base_tower(model: nn.Module, spec: TowerSpec) -> nn.Module:
@@ -70,7 +70,7 @@ FUSION_PARTS = frozenset(
 )
 
 
-def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -> dict:
+def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module) -> dict:
     """Check a configuration against a model, without touching it.
 
     Returns:
@@ -84,23 +84,23 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
         if path not in known:
             raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
     found = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
-    for tower in target_towers(config, architecture).values():
-        spec = architecture.towers[tower]
+    for modality in target_towers(config, architecture).values():
+        spec = architecture.towers[modality]
         if spec.refused is not None:
-            _check_refused(config, tower, spec)
+            _check_refused(config, modality, spec)
             continue
-        _check_paths(model, tower, spec)
+        _check_paths(model, modality, spec)
         module = base_tower(model, spec)
         num_layers = sum(map(len, layer_lists(module, spec.layers)))
-        found[tower] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
-        if config.prompts_of(tower):
-            _check_tower(config, tower, spec, module, num_layers)
+        found[modality] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
+        if config.prompts_of(modality):
+            _check_tower(config, modality, spec, module, num_layers)
     wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
             f"This adapter was made for another architecture: it needs {wanted}, but the model has {found}."
         )
-    if not any(config.prompts_of(tower) for tower in found if tower != "model_type"):
+    if not any(config.prompts_of(modality) for modality in found if modality != "model_type"):
         raise ValueError(
             f"No prompts are left for target_modules={config.target_modules}: num_text_prompts="
             f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
@@ -108,17 +108,17 @@ def check_fit(config: SEPConfig, architecture: Architecture, model: nn.Module) -
     return found
 
 
-def _check_paths(model: nn.Module, tower: str, spec: TowerSpec) -> None:
-    """Every path of a row must lead somewhere."""
+def _check_paths(model: nn.Module, modality: str, spec: TowerSpec) -> None:
+    """Every path of a spec must lead somewhere."""
     for field in ("path", "projection", "reader", "queries"):
-        _check_path(tower, field, getattr(spec, field), model)
+        _check_path(modality, field, getattr(spec, field), model)
     inside = base_tower(model, spec)
     for field in ("layers", "positions", "entry_embedding", "entry_norm"):
         path = getattr(spec, field)
-        _check_path(tower, field, path if path is None else path.split(".*")[0], inside)
+        _check_path(modality, field, path if path is None else path.split(".*")[0], inside)
 
 
-def _check_path(tower: str, field: str, path: str | None, module: nn.Module) -> None:
+def _check_path(modality: str, field: str, path: str | None, module: nn.Module) -> None:
     if path is None:
         return
     kind = "parameter" if field == "queries" else "module"
@@ -126,42 +126,42 @@ def _check_path(tower: str, field: str, path: str | None, module: nn.Module) -> 
         module.get_parameter(path) if kind == "parameter" else module.get_submodule(path)
     except AttributeError:
         raise ValueError(
-            f"The row of the {tower} tower names {path} as {field}, but {type(module).__name__} has no such {kind}."
+            f"The spec of the {modality} tower names {path} as {field}, but {type(module).__name__} has no such {kind}."
         ) from None
 
 
-def _check_refused(config: SEPConfig, tower: str, spec: TowerSpec) -> None:
-    if config.prompts_of(tower):
-        raise ValueError(f"num_{tower}_prompts must be 0 for this model, because {spec.refused}.")
+def _check_refused(config: SEPConfig, modality: str, spec: TowerSpec) -> None:
+    if config.prompts_of(modality):
+        raise ValueError(f"num_{modality}_prompts must be 0 for this model, because {spec.refused}.")
 
 
-def _check_tower(config: SEPConfig, tower: str, spec: TowerSpec, module: nn.Module, num_layers: int) -> None:
+def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.Module, num_layers: int) -> None:
     if config.start_layer >= num_layers:
         raise ValueError(
-            f"start_layer must be below {num_layers}, the number of layers of the {tower} tower, but got "
+            f"start_layer must be below {num_layers}, the number of layers of the {modality} tower, but got "
             f"{config.start_layer}."
         )
-    for index in config.layers_of(tower) or ():
+    for index in config.layers_of(modality) or ():
         if index >= num_layers:
             raise ValueError(
-                f"{tower}_layers must be below {num_layers}, the number of layers of the {tower} tower, but got "
+                f"{modality}_layers must be below {num_layers}, the number of layers of the {modality} tower, but got "
                 f"{index}."
             )
-    count = config.prompts_of(tower)
+    count = config.prompts_of(modality)
     if spec.positions is not None and config.start_layer == 0:
         positions = count_positions(module.get_submodule(spec.positions))
         room = positions - 2  # BOS and EOS stay
         if count > room:
             raise ValueError(
-                f"num_{tower}_prompts must be at most {room}, because the {tower} tower has {positions} positions and "
-                f"needs two for BOS and EOS, but got {count}."
+                f"num_{modality}_prompts must be at most {room}, because the {modality} tower has {positions} "
+                f"positions and needs two for BOS and EOS, but got {count}."
             )
     elif spec.inputs == "pixel_values" and config.fusion == "attention":
         tokens = _num_image_tokens(module)
         if tokens is not None and count > tokens:
             raise ValueError(
-                f"num_{tower}_prompts must be at most {tokens}, the number of tokens of an image to select from, but "
-                f"got {count}."
+                f"num_{modality}_prompts must be at most {tokens}, the number of tokens of an image to select from, "
+                f"but got {count}."
             )
 
 

@@ -58,7 +58,7 @@ class SEPConfig(PeftConfig):
             across the tokens of one input, and selects one set of image tokens for the batch. The price: an embedding
             then depends on what else is in its batch, a single image gets no fusion, and the text tower must be given
             all classes at once. Default False.
-        architecture (`Architecture` or `dict`, *optional*): the row of a model that the package does not know; see
+        architecture (`Architecture` or `dict`, *optional*): the spec of a model that the package does not know; see
             `sep_peft.Architecture`. None: found by the model's type.
         target_modules (`list[str]`, *optional*): paths of the towers to adapt; None for all towers of the model type.
         modules_to_save (`list[str]`, *optional*): further modules to train in full and to save with the adapter.
@@ -93,7 +93,7 @@ class SEPConfig(PeftConfig):
         default=False, metadata={"help": "Couple the inputs of a batch as the released code does."}
     )
     architecture: dict | None = field(
-        default=None, metadata={"help": "Row of a model that the package does not know; None: by model type."}
+        default=None, metadata={"help": "Spec of a model that the package does not know; None: by model type."}
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Paths of the towers to adapt; None for all towers of the model type."}
@@ -135,7 +135,7 @@ class SEPConfig(PeftConfig):
         for name in ("target_modules", "modules_to_save"):
             self._check_names(name)
         if self.architecture is not None:
-            # read and written back: a row with a mistake is found here, and what is saved is plain JSON
+            # read and written back: a spec with a mistake is found here, and what is saved is plain JSON
             self.architecture = Architecture.from_dict(self.architecture).to_dict()
         if self.fusion == "none":
             self._settle_unused_fusion_options()
@@ -175,13 +175,13 @@ class SEPConfig(PeftConfig):
         check_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         return config
 
-    def layers_of(self, tower: str) -> list[int] | None:
+    def layers_of(self, modality: str) -> list[int] | None:
         """`text_layers` or `vision_layers`."""
-        return {"text": self.text_layers, "vision": self.vision_layers}[tower]
+        return {"text": self.text_layers, "vision": self.vision_layers}[modality]
 
-    def prompts_of(self, tower: str) -> int:
+    def prompts_of(self, modality: str) -> int:
         """`num_text_prompts` or `num_vision_prompts`."""
-        return {"text": self.num_text_prompts, "vision": self.num_vision_prompts}[tower]
+        return {"text": self.num_text_prompts, "vision": self.num_vision_prompts}[modality]
 
     def _require(self, name: str, allowed, description: str) -> None:
         value = getattr(self, name)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-
-
-if TYPE_CHECKING:
-    pass
 
 
 class Current:
     """A value that belongs to the running call of this thread; None outside of one.
 
-    torch.compile cannot trace `ContextVar.get`; while it traces, under its own lock, a plain attribute serves.
+    `torch.compile` cannot trace `ContextVar.get`. What it traces reads and writes an attribute instead: a trace changes
+    no object before it ends, and by then the attribute is as it was, so no other thread ever sees a value in it. Asking
+    by `torch.compiler.is_dynamo_compiling` matters: code that `torch.export` runs by itself is no trace of dynamo.
+
+    Args:
+        name: for messages of Python.
     """
 
     def __init__(self, name: str):
-        self._context = ContextVar(name, default=None)
-        self._traced = None
+        self._context: ContextVar[Any] = ContextVar(name, default=None)
+        self._traced: Any = None
 
-    def get(self):
-        return self._traced if torch.compiler.is_compiling() else self._context.get()
+    def get(self) -> Any:
+        """The value of the running call."""
+        return self._traced if torch.compiler.is_dynamo_compiling() else self._context.get()
 
     @contextmanager
-    def set(self, value):
-        if torch.compiler.is_compiling():
+    def set(self, value: Any) -> Iterator[None]:
+        """Make `value` the current one inside the block."""
+        if torch.compiler.is_dynamo_compiling():
             before, self._traced = self._traced, value
             try:
                 yield
@@ -44,3 +48,5 @@ class Current:
 
 #: The pass through a tower that runs in this thread; what the wrappers inside the towers ask.
 current_pass = Current("sep_peft_current_pass")
+#: What this call wants in place of the active adapter: one name for all samples, a tuple of one name a sample, or None.
+chosen_adapters = Current("sep_peft_chosen_adapters")

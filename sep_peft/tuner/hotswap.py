@@ -54,7 +54,7 @@ def hotswap_adapter(
     config = SEPConfig.from_pretrained(model_name_or_path, **hub_options)
     _check_config(current, config, adapter_name, model_name_or_path)
     state = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
-    state = SEPModel._remap_adapter_state_dict_for_load(model, current, adapter_name, state)
+    state = SEPModel.model_keys(model, adapter_name, state)
     parameters = dict(model.named_parameters())
     if any(parameters[key].is_inference() for key in state):
         raise ValueError("The adapter was made in inference mode, where its weights cannot be swapped in place.")

@@ -19,12 +19,14 @@ class LayerFusions(nn.ModuleDict):
     def __init__(self, fusions: Mapping[str, TokenFusion]):
         super().__init__(fusions)
         # Adapters are switched, and cached class texts are compared, by way of all parameters. A search through some 20
-        # modules a layer takes longer than either, so these dictionaries are found once. Modules keep their dictionary
-        # when parameters in it are replaced, as loading and moving do.
-        self._owned = tuple(module._parameters for module in self.modules() if module._parameters)
+        # modules a layer takes longer than either, so the modules that own parameters are found once. Their
+        # dictionaries of parameters are not remembered: `torch.export` puts others in their place.
+        self._owners = tuple(module for module in self.modules() if module._parameters)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """All parameters, in the order of `nn.Module.parameters`."""
         if not recurse:
             return iter(())  # a dictionary of modules has none of its own
-        return (parameter for owned in self._owned for parameter in owned.values() if parameter is not None)
+        return (
+            parameter for owner in self._owners for parameter in owner._parameters.values() if parameter is not None
+        )

@@ -17,10 +17,11 @@ from torch import nn
 
 from ..families.find import find_architecture
 from ..families.spec import Architecture
-from .checks import check_adapter_name, check_fit, target_towers
+from .checks import check_adapter_name, check_config, target_towers
 from .config import SEPConfig
+from .current import chosen_adapters
 from .files import check_keys
-from .mixed_batch import check_names, check_rows, chosen_adapters
+from .mixed_batch import check_adapter_names, check_samples
 from .registration import PREFIX
 from .soup import check_combination, weighted_sum
 from .tower import ROOT_CHILD, SEPTower
@@ -85,7 +86,7 @@ class SEPModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             check_adapter_name(adapter_name, model)
-            found = check_fit(config, find_architecture(model, config.architecture), model)
+            found = check_config(config, find_architecture(model, config.architecture), model)
         except ValueError:
             del self.peft_config[adapter_name]
             raise
@@ -101,17 +102,17 @@ class SEPModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SEPConfig, model: nn.Module) -> None:
         """PEFT cannot replace the model itself, so one that is a tower gets a child for PEFT to replace."""
-        is_tower = any(spec.path == "" for spec in self._row(peft_config).towers.values())
+        is_tower = any(spec.path == "" for spec in self._architecture(peft_config).towers.values())
         if is_tower and not hasattr(model, ROOT_CHILD):
             setattr(model, ROOT_CHILD, nn.Identity())
 
-    def _row(self, config: SEPConfig) -> Architecture:
+    def _architecture(self, config: SEPConfig) -> Architecture:
         return find_architecture(self.model, config.architecture)
 
     def _check_target_module_exists(self, peft_config: SEPConfig, key: str) -> bool:
-        architecture = self._row(peft_config)
-        tower = target_towers(peft_config, architecture).get(key)
-        return tower is not None and architecture.towers[tower].refused is None
+        architecture = self._architecture(peft_config)
+        modality = target_towers(peft_config, architecture).get(key)
+        return modality is not None and architecture.towers[modality].refused is None
 
     def _create_and_replace(
         self,
@@ -124,10 +125,10 @@ class SEPModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, SEPTower):
-            architecture = self._row(peft_config)
-            tower = target_towers(peft_config, architecture)[current_key]
+            architecture = self._architecture(peft_config)
+            modality = target_towers(peft_config, architecture)[current_key]
             base = self.model if current_key == ROOT_CHILD else target
-            target = SEPTower(base, tower, architecture, self.model)
+            target = SEPTower(base, modality, architecture, self.model)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
@@ -236,17 +237,17 @@ class SEPModel(BaseTuner):
 
     @contextmanager
     def _choosing(self, names: list[str], call: Callable, args: tuple, kwargs: dict) -> Iterator[None]:
-        """Let each row of a call's inputs use the adapter of its name.
+        """Let each sample of a call's inputs use the adapter of its name.
 
         Raises:
             TypeError: `names` is no list.
-            ValueError: the model is in training mode, a name is unknown, or their number is not that of the rows.
+            ValueError: the model is in training mode, a name is unknown, or their number is not that of the samples.
         """
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         inputs = dict(zip(inspect.signature(call).parameters, args, strict=False)) | kwargs
-        check_rows(names, inputs, (tower.spec.inputs for tower in self.towers.values()))
-        check_names(names, self.peft_config)
+        check_samples(names, inputs, (tower.spec.inputs for tower in self.towers.values()))
+        check_adapter_names(names, self.peft_config)
         with chosen_adapters.set(tuple(names)):
             yield
 
@@ -255,11 +256,11 @@ class SEPModel(BaseTuner):
         return self._with_adapter_names(found) if name in FEATURE_METHODS else found
 
     def _with_adapter_names(self, method: Callable) -> Callable:
-        """A method of the model that takes `adapter_names` too; ignored where the adapters are disabled."""
+        """A method of the model that takes `adapter_names` too; ignored where this thread has disabled the adapters."""
 
         @wraps(method)
         def call(*args, adapter_names: list[str] | None = None, **kwargs):
-            if adapter_names is None or any(tower.disable_adapters for tower in self.towers.values()):
+            if adapter_names is None or any(tower.disabled_here for tower in self.towers.values()):
                 return method(*args, **kwargs)
             with self._choosing(adapter_names, method, args, kwargs):
                 return method(*args, **kwargs)
@@ -303,26 +304,36 @@ class SEPModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Checkpoint keys -> model keys.
+        """PEFT's hook for `model_keys`."""
+        return cls.model_keys(model, adapter_name, state_dict)
+
+    @classmethod
+    def model_keys(
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The weights of an adapter file under the keys that the model has for them.
+
+        Args:
+            model: with an adapter of this name.
+            adapter_name: of the adapter.
+            state_dict: entries of the file.
 
         Raises:
             AdapterMismatchError: a key is missing, unexpected or of another shape.
         """
         parameters = cls._adapter_parameters(model, adapter_name)
-        model_keys = {
+        key_of = {
             "base_model.model."
             + cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model."): key
             for key in parameters
         }
         full_keys = {key: "base_model.model." + key.removeprefix("base_model.model.") for key in state_dict}
-        others = [key for key, full in full_keys.items() if full not in model_keys]
+        others = [key for key, full in full_keys.items() if full not in key_of]
         # what modules_to_save brought has been renamed by PEFT already
         known = model.state_dict().keys() if others else ()
-        remapped = {model_keys.get(full_keys[key], key): value for key, value in state_dict.items()}
-        found = {
-            full: state_dict[key].shape for key, full in full_keys.items() if full in model_keys or key not in known
-        }
-        expected = {full: parameters[key].shape for full, key in model_keys.items()}
+        remapped = {key_of.get(full_keys[key], key): value for key, value in state_dict.items()}
+        found = {full: state_dict[key].shape for key, full in full_keys.items() if full in key_of or key not in known}
+        expected = {full: parameters[key].shape for full, key in key_of.items()}
         check_keys(found, expected, f"the file of adapter {adapter_name!r}")
         return remapped
 
@@ -341,7 +352,7 @@ def named_towers(model: nn.Module, path: str = "") -> Iterator[tuple[str, SEPTow
 
 def find_towers(model: nn.Module) -> dict[str, SEPTower]:
     """ "text" and "vision" -> the tower with SEP's prompts; empty without an adapter."""
-    return {tower.tower: tower for _, tower in named_towers(model)}
+    return {tower.modality: tower for _, tower in named_towers(model)}
 
 
 @contextmanager

@@ -20,26 +20,26 @@ def strip(output, spec: TowerSpec, count: int, prompted: tuple[int, int]) -> Non
 
     Args:
         output: of the tower, changed in place.
-        spec: row of the tower.
+        spec: of the tower.
         count: n.
         prompted: (B, L + n) of hidden states with prompts.
     """
     if spec.in_stages:
         return
     batch, length = prompted
-    position = length - count if spec.insert_at is None else spec.insert_at
+    prompt_index = length - count if spec.insert_at is None else spec.insert_at
 
     def state(record: torch.Tensor | None) -> torch.Tensor | None:
         if record is None or tuple(record.shape[:2]) != prompted:
             return record
-        return split_prompts(record, count, position)[0]
+        return split_prompts(record, count, prompt_index)[0]
 
     side = length + spec.layer_tokens
 
     def attention(record: torch.Tensor | None) -> torch.Tensor | None:
         if record is None or (record.shape[0], *record.shape[-2:]) != (batch, side, side):
             return record
-        kept = [i for i in range(side) if not position <= i < position + count]
+        kept = [i for i in range(side) if not prompt_index <= i < prompt_index + count]
         return record[..., kept, :][..., kept]
 
     for name, without_prompts in (("hidden_states", state), ("attentions", attention)):
@@ -53,7 +53,7 @@ def prepend_shared(prompted, frozen, spec: TowerSpec, start_layer: int, last_lay
     Args:
         prompted: output of the prompted pass, changed in place.
         frozen: output of the frozen pass.
-        spec: row of the tower.
+        spec: of the tower.
         start_layer: index of the first prompted layer.
         last_layers: index of the last layer of the tower, or of each of its stages.
     """

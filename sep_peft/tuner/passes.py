@@ -1,24 +1,30 @@
-"""The two passes through a tower, and which of them runs in this thread.
+"""The two passes through a tower: as it is, and with prompts.
 
-Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
+Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP. `sep_peft.method.reference` says the same in
+plain words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from ..families.spec import TowerSpec
 from ..method.fusion import TokenFusion
-from ..method.select import following_tokens, gather_tokens, largest_tokens
+from ..method.select import Selection, gather_tokens
 from ..method.sequence import beside_prompts, extend_mask, insert_prompts, replace_prompts, split_prompts
 
 
-if TYPE_CHECKING:
-    from .wrappers import SEPEncoderLayer
+class EncoderLayer(Protocol):
+    """What a pass needs of the layer it runs: its index, the layer itself, and its arguments by name."""
+
+    index: int
+    base_layer: nn.Module
+
+    def bind(self, args: tuple, kwargs: dict) -> dict: ...
 
 
 class FrozenPass:
@@ -26,21 +32,22 @@ class FrozenPass:
 
     Args:
         start_layer: index of the first prompted layer.
-        pooled: index of the one token that is read after the last layer, for all inputs or (B,); None where all are.
+        read_token: index of the one token that is read after the last layer, for all inputs or (B,); None where all
+            are.
     """
 
     position_shift = 0
 
-    def __init__(self, start_layer: int, pooled: torch.Tensor | int | None = None):
+    def __init__(self, start_layer: int, read_token: torch.Tensor | int | None = None):
         self.start_layer = start_layer
-        self.pooled = pooled
-        self.trunk: torch.Tensor | None = None
+        self.read_token = read_token
+        self.trunk: Any = None  # (B, L, D)
         self.num_outputs: int | None = None  # of layers that return tuples
 
-    def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
-        if wrapper.index == self.start_layer:
+    def run_layer(self, layer: EncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        if layer.index == self.start_layer:
             self.trunk = hidden
-        output = wrapper.base_layer(hidden, *args, **kwargs)
+        output = layer.base_layer(hidden, *args, **kwargs)
         self.num_outputs = len(output) if isinstance(output, tuple) else None
         return output
 
@@ -76,7 +83,7 @@ class PromptedPass:
     Where the layers come in stages, prompts are taken out after each stage and carried into the next one.
 
     Attributes:
-        spec: row of the tower.
+        spec: of the tower.
         prompts: (n, D), as they enter the first prompted layer.
         fusions: layer index -> its fusion module.
         start_layer: index of the first prompted layer.
@@ -85,11 +92,11 @@ class PromptedPass:
         visible: (B, L), False for tokens of an image that are padding; None where all are real.
         frozen: the frozen pass, where it has computed everything below `start_layer` already.
         position_shift: how far positions after `spec.insert_at` move up.
-        batch_coupled: select as the released code does.
+        selection: chooses the tokens that fusions read.
         trace: collects what every fusion saw where somebody wants to look at it.
         rotary: makes the rotary embedding of as many positions as there are hidden states; None without one.
-        pooled: index beside the prompts of the one token that is read after the last layer, for all inputs or (B,);
-            None where all are.
+        read_token: index beside the prompts of the one token that is read after the last layer, for all inputs or
+            (B,); None where all are.
         prompted_shape: (B, L + n) of hidden states with prompts, known once the pass has run.
     """
 
@@ -102,33 +109,33 @@ class PromptedPass:
     visible: torch.Tensor | None = None
     frozen: FrozenPass | None = None
     position_shift: int = 0
-    batch_coupled: bool = False
+    selection: Selection = field(default_factory=Selection)
     trace: dict[int, FusionTrace] | None = None
     rotary: nn.Module | None = None
-    pooled: torch.Tensor | int | None = None
+    read_token: torch.Tensor | int | None = None
     prompted_shape: tuple[int, int] | None = field(default=None, init=False)
     _carried: torch.Tensor | None = field(default=None, init=False)
 
-    def run_layer(self, wrapper: SEPEncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict):
-        if wrapper.index < self.start_layer:
+    def run_layer(self, layer: EncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        if layer.index < self.start_layer:
             if self.frozen is not None:  # the result is never read: the trunk replaces it at start_layer
                 return self.frozen.stand_in(hidden)
             with torch.no_grad():
-                return wrapper.base_layer(hidden, *args, **kwargs)
-        hidden, position = self._with_prompts(wrapper.index, hidden)
-        kwargs = wrapper.bind(args, kwargs)
+                return layer.base_layer(hidden, *args, **kwargs)
+        hidden, prompt_index = self._with_prompts(layer.index, hidden)
+        kwargs = layer.bind(args, kwargs)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = extend_mask(
-                kwargs["attention_mask"], self.prompts.shape[0], position, self.spec.causal
+                kwargs["attention_mask"], self.prompts.shape[0], prompt_index, self.spec.causal
             )
         if self.rotary is not None:
             kwargs["rotary_pos_emb"] = self.rotary(hidden)
             kwargs["position_ids"] = self._rotary_positions(kwargs["position_ids"])
-        output = wrapper.base_layer(hidden, **kwargs)
-        if wrapper.index not in self.last_layers:
+        output = layer.base_layer(hidden, **kwargs)
+        if layer.index not in self.last_layers:
             return output
         states = output[0] if isinstance(output, tuple) else output
-        tokens, self._carried = split_prompts(states, self.prompts.shape[0], position)
+        tokens, self._carried = split_prompts(states, self.prompts.shape[0], prompt_index)
         tokens = tokens.contiguous()  # as families expect what their layers return
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
@@ -150,49 +157,49 @@ class PromptedPass:
         count = self.prompts.shape[0]
         if index == self.start_layer:
             tokens = hidden if self.frozen is None else self.frozen.trunk
-            position = self._position(tokens.shape[1])
+            prompt_index = self._prompt_index(tokens.shape[1])
             prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
-            hidden = insert_prompts(tokens, prompts, position)
+            hidden = insert_prompts(tokens, prompts, prompt_index)
             self.prompted_shape = (hidden.shape[0], hidden.shape[1])
-            return hidden, position
+            return hidden, prompt_index
         if not self.has_prompts_before(index):
-            position = self._position(hidden.shape[1])
-            hidden = insert_prompts(hidden, self._carried, position)
+            prompt_index = self._prompt_index(hidden.shape[1])
+            hidden = insert_prompts(hidden, self._carried, prompt_index)
         else:
-            position = self._position(hidden.shape[1] - count)
+            prompt_index = self._prompt_index(hidden.shape[1] - count)
         if index in self.fusions:
-            hidden = replace_prompts(hidden, self._fuse(index, hidden, position), position)
-        return hidden, position
+            hidden = replace_prompts(hidden, self._fuse(index, hidden, prompt_index), prompt_index)
+        return hidden, prompt_index
 
-    def _position(self, length: int) -> int:
+    def _prompt_index(self, length: int) -> int:
         return length if self.spec.insert_at is None else self.spec.insert_at
 
-    def _fuse(self, index: int, hidden: torch.Tensor, position: int) -> torch.Tensor:
+    def _fuse(self, index: int, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
         """Hidden states with prompts (B, L + n, D) before this layer -> new prompts (B, n, D)."""
         fusion, count = self.fusions[index], self.prompts.shape[0]
-        positions = self._select(hidden.detach(), position)  # (B, K)
-        own = torch.arange(position, position + count, device=hidden.device).expand(hidden.shape[0], -1)  # (B, n)
-        taken = torch.cat([beside_prompts(positions, count, position), own], dim=1)
+        positions = self._select(hidden.detach(), prompt_index)  # (B, K)
+        own = torch.arange(prompt_index, prompt_index + count, device=hidden.device)  # (n,)
+        own = own.expand(hidden.shape[0], -1)  # (n,) -> (B, n)
+        taken = torch.cat([beside_prompts(positions, count, prompt_index), own], dim=1)  # (B, K + n)
         # one gather for both, because the backward pass of each fills a tensor of the size of `hidden`
         chosen, prompts = gather_tokens(hidden, taken).split([positions.shape[1], count], dim=1)
         if self.trace is not None:
             self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen))
         return fusion(prompts, chosen)
 
-    def _select(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+    def _select(self, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
         """Positions (B, K), counted without prompts, of the tokens that represent each input (B, L + n, D)."""
         count = self.prompts.shape[0]
         if self.span is None:
-            tokens, _ = split_prompts(hidden, count, position)
-            return largest_tokens(tokens, count, self.batch_coupled, self.visible)
+            tokens, _ = split_prompts(hidden, count, prompt_index)
+            return self.selection.of_images(tokens, count, self.visible)
         first, last = self.span
-        if self.batch_coupled:  # the released code runs on into the padding
-            last = torch.full_like(last, hidden.shape[1] - count - 1)
-        return following_tokens(torch.minimum(first + self.spec.insert_at, last), last, count)
+        first = torch.minimum(first + prompt_index, last)  # after BOS
+        return self.selection.of_texts(first, last, hidden.shape[1] - count, count)
 
 
 class FusionTrace(NamedTuple):
-    """What one fusion saw: positions (B, K) of the chosen tokens, attention weights (B, heads, n, K)."""
+    """What one fusion saw: token_positions (B, K) of the chosen tokens, attention weights (B, heads, n, K)."""
 
-    positions: torch.Tensor
+    token_positions: torch.Tensor
     weights: torch.Tensor

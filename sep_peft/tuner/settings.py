@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..families.spec import TowerSpec
 from .config import SEPConfig
 
 
@@ -19,17 +20,23 @@ class TowerSettings:
     batch_coupled: bool
 
     @classmethod
-    def from_config(cls, config: SEPConfig, tower: str, num_layers: int) -> TowerSettings:
-        layers = config.layers_of(tower)
+    def from_config(cls, config: SEPConfig, modality: str, num_layers: int) -> TowerSettings:
+        """The settings of the "text" or "vision" tower, which has `num_layers` layers."""
+        layers = config.layers_of(modality)
         if config.fusion == "none":
             layers = ()
         elif layers is None:
             layers = range(config.start_layer + 1, num_layers)
         return cls(
-            num_prompts=config.prompts_of(tower),
+            num_prompts=config.prompts_of(modality),
             start_layer=config.start_layer,
             fusion_layers=tuple(layers),
             share_fusion=config.share_fusion,
             frozen_weight=config.frozen_weight,
             batch_coupled=config.batch_coupled,
         )
+
+    def position_shift(self, spec: TowerSpec) -> int:
+        """How far tokens after the prompts move up in the positions of a tower with this spec."""
+        has_room = spec.positions is not None or spec.rotary is not None
+        return self.num_prompts if self.start_layer == 0 and has_room else 0

@@ -2,103 +2,106 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
+from ..families.spec import TowerSpec
+from ..tracing import is_traced
+from .settings import TowerSettings
 from .wrappers import count_positions
 
 
-if TYPE_CHECKING:
-    from .tower import SEPTower
-
+#: Tokenized texts: `input_ids` and perhaps `attention_mask`, tensors (B, L).
 TextInputs = dict[str, torch.Tensor]
+#: The "EOS" of configurations whose text tower pools at the highest id of a text; old CLIP configurations say so by 2.
+HIGHEST_ID = 2
 
 
-def span(tower: SEPTower, inputs: TextInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last position of every text, inclusive, two (B,) int64 tensors; inputs are tensors (..., L)."""
-    input_ids = inputs["input_ids"].flatten(0, -2)  # (..., L) -> (B, L)
-    found = eos(tower, inputs)
-    return text_span(input_ids.shape, inputs.get("attention_mask"), found, input_ids.device)
+class TextRules:
+    """What a text tower does with tokenized texts.
 
-
-def eos(tower: SEPTower, inputs: TextInputs) -> torch.Tensor | None:
-    """Where each text has its EOS by the rule of its family, (B,) int64, -1: nowhere; None without a rule."""
-    if tower.spec.text_end is None:
-        return None
-    input_ids, config = inputs["input_ids"].flatten(0, -2), tower.base_layer.config  # (..., L) -> (B, L)
-    if tower.spec.text_end == "first_eos":
-        return first_positions(input_ids, config.eos_token_id)
-    token = config.eos_token_id if tower.spec.text_end == "eos" else HIGHEST_ID
-    return eos_positions(input_ids, token)
-
-
-def trim(tower: SEPTower, inputs: TextInputs) -> TextInputs:
-    """Texts (C, L) without the columns after the longest one, where no result depends on these."""
-    if tower.spec.max_length_padding:
-        return inputs
-    length = int(span(tower, inputs)[1].max()) + 1
-    return {key: value[:, :length] for key, value in inputs.items()}
-
-
-def pad_with_zeros(tower: SEPTower, inputs: TextInputs, length: int) -> torch.Tensor:
-    """input_ids (C, L) with 0 after every text, and at least `length` columns."""
-    input_ids, last = inputs["input_ids"], span(tower, inputs)[1]
-    input_ids = F.pad(input_ids, (0, max(0, length - input_ids.shape[1])))
-    after = torch.arange(input_ids.shape[1], device=input_ids.device) > last[:, None]  # (C, L)
-    return input_ids.masked_fill(after, 0)
-
-
-def check_fit(tower: SEPTower, inputs: TextInputs) -> None:
-    """Make sure that texts (..., L) fit into the tower's positions beside the prompts of the active adapter.
-
-    Raises:
-        ValueError: says how many tokens are left.
+    Args:
+        spec: of the tower.
+        base: the tower.
     """
-    settings = tower.active_settings
-    if settings is None or tower.spec.positions is None or not tower.position_shift(settings):
-        return
-    positions = _num_positions(tower)
-    left = positions - settings.num_prompts
-    if inputs["input_ids"].shape[-1] <= left:
-        return
-    length = span(tower, inputs)[1].max() + 1
-    if torch.compiler.is_compiling():
-        # A branch on data would break the graph; the assertion is checked where the graph runs.
-        torch._assert_async(length <= left, f"a text has more than the {left} tokens left beside the prompts")
-    elif length > left:
-        raise ValueError(
-            f"A text of {int(length)} tokens does not fit: the text tower has {positions} positions and "
-            f"{settings.num_prompts} are taken by prompts, so {left} tokens are left (BOS and EOS included). Shorten "
-            "the text or use fewer prompts (num_text_prompts)."
-        )
 
+    def __init__(self, spec: TowerSpec, base: nn.Module):
+        self.spec = spec
+        self.base = base
 
-def check_length(tower: SEPTower, inputs: TextInputs) -> None:
-    """Make sure that texts (C, L), trimmed, are not too long for the tower itself.
+    def span(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last position of every text, inclusive, two (B,) int64 tensors; inputs are tensors (..., L)."""
+        input_ids = inputs["input_ids"].flatten(0, -2)  # (..., L) -> (B, L)
+        return text_span(input_ids.shape, inputs.get("attention_mask"), self.eos(inputs), input_ids.device)
 
-    Raises:
-        ValueError: says how long a text may be.
-    """
-    length = inputs["input_ids"].shape[-1]
-    positions = None if tower.spec.positions is None else _num_positions(tower)
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"A text of {length} tokens does not fit: the text tower has {positions} positions (BOS and EOS included). "
-            "Shorten the text."
-        )
+    def eos(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Where each text has its EOS by the rule of its family, (B,) int64, -1: nowhere; None without a rule."""
+        if self.spec.text_end is None:
+            return None
+        input_ids, config = inputs["input_ids"].flatten(0, -2), self.base.config  # (..., L) -> (B, L)
+        if self.spec.text_end == "first_eos":
+            return first_positions(input_ids, config.eos_token_id)
+        return eos_positions(input_ids, config.eos_token_id if self.spec.text_end == "eos" else HIGHEST_ID)
 
+    def trim(self, inputs: Mapping[str, torch.Tensor]) -> TextInputs:
+        """Texts (C, L) without the columns after the longest one, where no result depends on these."""
+        if self.spec.max_length_padding:
+            return dict(inputs)
+        length = int(self.span(inputs)[1].max()) + 1
+        return {key: value[:, :length] for key, value in inputs.items()}
 
-def _num_positions(tower: SEPTower) -> int:
-    embedding = tower.base_layer.get_submodule(tower.spec.positions)
-    return count_positions(getattr(embedding, "base_layer", embedding))
+    def check_room(self, inputs: Mapping[str, torch.Tensor], settings: TowerSettings | None) -> None:
+        """Make sure that texts (..., L) have room in the tower's positions beside the prompts.
+
+        Args:
+            inputs: the texts.
+            settings: of the adapter whose prompts join them; None: no prompts do.
+
+        Raises:
+            ValueError: says how many tokens are left.
+        """
+        if settings is None or self.spec.positions is None or not settings.position_shift(self.spec):
+            return
+        positions = self.num_positions()
+        left = positions - settings.num_prompts
+        if inputs["input_ids"].shape[-1] <= left:
+            return
+        length = self.span(inputs)[1].max() + 1
+        if is_traced():
+            # A branch on data would break the graph; the assertion is checked where the graph runs.
+            torch._assert_async(length <= left, f"a text has more than the {left} tokens left beside the prompts")
+        elif length > left:
+            raise ValueError(
+                f"A text of {int(length)} tokens does not fit: the text tower has {positions} positions and "
+                f"{settings.num_prompts} are taken by prompts, so {left} tokens are left (BOS and EOS included). "
+                "Shorten the text or use fewer prompts (num_text_prompts)."
+            )
+
+    def check_length(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Make sure that texts (C, L), trimmed, are not too long for the tower itself.
+
+        Raises:
+            ValueError: says how long a text may be.
+        """
+        length = inputs["input_ids"].shape[-1]
+        if self.spec.positions is not None and length > self.num_positions():
+            raise ValueError(
+                f"A text of {length} tokens does not fit: the text tower has {self.num_positions()} positions (BOS and "
+                "EOS included). Shorten the text."
+            )
+
+    def num_positions(self) -> int:
+        """Positions that tokens can have in the tower."""
+        embedding = self.base.get_submodule(self.spec.positions)
+        return count_positions(getattr(embedding, "base_layer", embedding))
 
 
 def text_span(
     shape: torch.Size | tuple[int, int],
     attention_mask: torch.Tensor | None,
-    eos_positions: torch.Tensor | None,
+    eos: torch.Tensor | None,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last position of every text of a batch.
@@ -108,7 +111,7 @@ def text_span(
     Args:
         shape: (B, L).
         attention_mask: (B, L), 1 for text and 0 for padding on either side, or None.
-        eos_positions: (B,) position of EOS, -1 where a text has none, or None.
+        eos: (B,) position of EOS, -1 where a text has none, or None.
         device: of the result.
 
     Returns:
@@ -121,13 +124,9 @@ def text_span(
         visible = attention_mask.to(device).ne(0).long()  # (B, L)
         first = visible.argmax(dim=1)  # argmax returns the first of equal values
         last = length - 1 - visible.flip(1).argmax(dim=1)
-    if eos_positions is not None:
-        last = torch.minimum(last, torch.where(eos_positions < 0, last, eos_positions))
+    if eos is not None:
+        last = torch.minimum(last, torch.where(eos < 0, last, eos))
     return first, last
-
-
-#: The "EOS" of configurations whose text tower pools at the highest id of a text; old CLIP configurations say so by 2.
-HIGHEST_ID = 2
 
 
 def eos_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:

@@ -9,27 +9,33 @@ Source of the method: arXiv 2405.15549 and https://github.com/htyao89/SEP.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
+from ..method.coupled import CoupledSelection, CoupledTokenFusion
 from ..method.fusion import TokenFusion
+from ..method.select import Selection
 from ..method.sequence import beside_prompts
-from . import head as mixing
-from . import mixed_batch, texts, wrapping
-from . import outputs as records
+from ..tracing import is_traced
+from . import outputs
 from .config import SEPConfig
-from .current import current_pass
+from .current import chosen_adapters, current_pass
+from .head import Head
 from .layer_fusions import LayerFusions
-from .mixed_batch import by_rows, chosen_adapters
+from .mixed_batch import join, run_groups, run_samples, weights_of_samples
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures
 from .settings import TowerSettings
+from .texts import TextRules
 from .wrappers import SEPLayer, layer_lists
+from .wrapping import unwrap_tower, wrap_after, wrap_tower
 
 
 #: Standard deviation of fresh prompts.
@@ -51,25 +57,29 @@ class SEPTower(SEPLayer):
     """A tower with prompts and fusions per adapter.
 
     Called like the tower it wraps, and returns what the tower returns: `last_hidden_state`, `hidden_states` and
-    `attentions` are those of the prompted pass without the prompts (see `records`), `pooler_output` is the mix of both
+    `attentions` are those of the prompted pass without the prompts (see `outputs`), `pooler_output` is the mix of both
     passes that comes out of the model's projection as SEP's embedding (see `frozen_share`), so the model
     around it needs no change. Where a reader follows (`TowerSpec.reader`), `last_hidden_state` holds the tokens of both
     passes side by side.
 
     Args:
         base_layer: the tower.
-        tower: "text" or "vision".
-        architecture: row of the model.
+        modality: "text" or "vision".
+        architecture: of the model.
         model: the model that owns the tower and its projection. Where it is the tower itself, this module becomes its
             child `ROOT_CHILD` and takes over its forward.
+
+    Attributes:
+        selection: chooses the tokens that fusions read; None: by the rule of the paper. Another one serves all adapters
+            that are not `batch_coupled`; it is not saved.
     """
 
     adapter_layer_names = ("sep_prompts", "sep_fusion")
     other_param_names = ("sep_settings",)
 
-    def __init__(self, base_layer: nn.Module, tower: str, architecture: Architecture, model: nn.Module):
+    def __init__(self, base_layer: nn.Module, modality: str, architecture: Architecture, model: nn.Module):
         super().__init__(base_layer)
-        self.tower = tower
+        self.modality = modality
         self.architecture = architecture
         self.is_root = base_layer is model
         if self.is_root:  # a child cannot own its parent; the attribute stays, out of the registry of modules
@@ -79,6 +89,8 @@ class SEPTower(SEPLayer):
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)
         self._inner: tuple[SEPLayer, ...] = ()  # wrappers inside the tower, for bookkeeping
         self._layer_outputs: tuple = ()  # see `layer_outputs`
+        self._disabled_by: int | None = None  # the thread that disabled the adapters
+        self.selection: Selection | None = None
         self.sep_prompts = nn.ParameterDict()
         self.sep_fusion = nn.ModuleDict()
         self.sep_settings: dict[str, TowerSettings] = {}
@@ -87,17 +99,36 @@ class SEPTower(SEPLayer):
 
     @property
     def spec(self) -> TowerSpec:
-        """Row of the tower."""
-        return self.architecture.towers[self.tower]
+        """What is known of the tower."""
+        return self.architecture.towers[self.modality]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The model that owns the tower."""
+        return self._owner[0]
+
+    # made when they are asked for: whatever stands in the place of the tower or of the projection meanwhile is found
+
+    @property
+    def head(self) -> Head:
+        """Pooling, projection and mix of the tower."""
+        return Head(self.spec, self.base_layer, self.owner)
+
+    @property
+    def texts(self) -> TextRules:
+        """What the tower does with tokenized texts."""
+        return TextRules(self.spec, self.base_layer)
 
     # adapters
 
     @property
     def hidden_size(self) -> int:
-        return getattr(self.base_layer.config, self.spec.hidden_size)
+        """D, width of the tower."""
+        return self.head.width
 
     @property
     def num_layers(self) -> int:
+        """Encoder layers of the tower, those of all its stages."""
         return sum(map(len, self._layer_lists()))
 
     def _layer_lists(self) -> list[nn.ModuleList]:
@@ -109,26 +140,19 @@ class SEPTower(SEPLayer):
 
     def update_layer(self, adapter_name: str, config: SEPConfig) -> None:
         """Add an adapter, with fp32 parameters on the tower's device."""
-        settings = TowerSettings.from_config(config, self.tower, self.num_layers)
+        settings = TowerSettings.from_config(config, self.modality, self.num_layers)
         self.sep_settings[adapter_name] = settings
         if settings.num_prompts:
-            self._inner = self._inner or wrapping.wrap(self)
+            if not self._inner:
+                self._inner = wrap_tower(self.base_layer, self.spec)
+                wrap_after(self.owner, self.spec, self.hidden_size, self.mix_read)
             prompts = torch.empty(settings.num_prompts, self.hidden_size, dtype=torch.float32)
             self.sep_prompts[adapter_name] = nn.Parameter(nn.init.normal_(prompts, std=PROMPT_STD))
             keys = [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
             if settings.fusion_layers:
-                self.sep_fusion[adapter_name] = LayerFusions(
-                    {
-                        key: TokenFusion(
-                            self.hidden_size,
-                            config.fusion_hidden_size,
-                            config.fusion_rank,
-                            config.batch_coupled,
-                            dtype=torch.float32,
-                        )
-                        for key in keys
-                    }
-                )
+                kind = CoupledTokenFusion if config.batch_coupled else TokenFusion
+                sizes = self.hidden_size, config.fusion_hidden_size, config.fusion_rank
+                self.sep_fusion[adapter_name] = LayerFusions({key: kind(*sizes, dtype=torch.float32) for key in keys})
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -164,12 +188,27 @@ class SEPTower(SEPLayer):
 
     def _tell_inner(self) -> None:
         for layer in self._inner:
-            layer._active_adapter = self._active_adapter
+            layer.follow(self._active_adapter)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn all adapters of the tower on or off, for every thread that asks for the active one.
+
+        An adapter that a call asks for by name is off only in the thread that turned them off.
+        """
+        super().enable_adapters(enabled)
+        self._disabled_by = None if enabled else threading.get_ident()
+
+    @property
+    def disabled_here(self) -> bool:
+        """Whether this thread has turned the adapters off."""
+        if not self.disable_adapters or torch.compiler.is_dynamo_compiling():  # which cannot trace what follows
+            return self.disable_adapters
+        return self._disabled_by in (None, threading.get_ident())
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
         """The tower as it was, without any wrapper; what wraps the projection or a reader is the model's to remove."""
         if self._inner:
-            wrapping.unwrap(self)
+            unwrap_tower(self.base_layer, self.spec)
             self._inner = ()
         if self.is_root:
             del self.base_layer.forward
@@ -178,19 +217,34 @@ class SEPTower(SEPLayer):
     # forward
 
     def forward(self, *args, **kwargs):
-        if isinstance(chosen_adapters.get(), tuple):
-            return mixed_batch.forward(self, self._bind(args, kwargs))
+        """What the tower gives out, with the mix in the place of what the model pools."""
+        names = chosen_adapters.get()
+        if isinstance(names, tuple):
+            return self._forward_mixed(names, self._bind(args, kwargs))
         adapter = self.prompting_adapter()
         if adapter is None:
             return self._call_base(*args, **kwargs)
         inputs = self._bind(args, kwargs)
-        return_dict = self.pop_return_dict(inputs)
+        return_dict = self._pop_return_dict(inputs)
         prompted, frozen = self._run(adapter, inputs)
         if frozen is not None:
-            mixing.mix_outputs(self, prompted, frozen, inputs)
+            self.head.mix(prompted, frozen, inputs, self.frozen_weight)
         return prompted if return_dict else prompted.to_tuple()
 
-    def pop_return_dict(self, inputs: dict) -> bool:
+    def _forward_mixed(self, names: tuple[str, ...], inputs: dict):
+        """`forward` for a batch whose samples use different adapters."""
+        return_dict = self._pop_return_dict(inputs)
+        parts, order = run_groups(names, inputs, partial(self.forward, return_dict=True))
+        self.head.align(parts)
+        output = join(parts, order)
+        return output if return_dict else output.to_tuple()
+
+    def _by_samples(self, call: Callable, inputs: dict) -> Any:
+        """Call something that takes what the tower takes; in a mixed batch once for each adapter."""
+        names = chosen_adapters.get()
+        return run_samples(names, inputs, call) if isinstance(names, tuple) else call(**inputs)
+
+    def _pop_return_dict(self, inputs: dict) -> bool:
         """Take `return_dict` out of the tower's inputs; None is what the tower's configuration says."""
         return_dict = inputs.pop("return_dict", None)
         return getattr(self.base_layer.config, "return_dict", True) if return_dict is None else return_dict
@@ -201,42 +255,47 @@ class SEPTower(SEPLayer):
             return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
-    @by_rows
     def embed(self, *args, trace: dict[int, FusionTrace] | None = None, **kwargs) -> Branches:
         """Both branches of the active adapter, projected, not normalized, not mixed.
 
         Takes what the tower takes. Without an active adapter, or one that leaves this tower alone, both are the frozen
         one. The frozen branch is always computed, also with ``frozen_weight=0``.
+
+        Args:
+            trace: collects what every fusion saw, by layer.
         """
-        inputs = self._bind(args, kwargs)
-        adapter = self.prompting_adapter()
+        return self._by_samples(partial(self._embed_both, trace), self._bind(args, kwargs))
+
+    def _embed_both(self, trace: dict[int, FusionTrace] | None, /, **inputs) -> Branches:
+        adapter, head = self.prompting_adapter(), self.head
         if adapter is None:
-            frozen = self.embed_frozen(**inputs)
-            return Branches(frozen, frozen)
+            frozen_embeds = self.embed_frozen(**inputs)
+            return Branches(frozen_embeds, frozen_embeds)
         prompted, frozen = self._run(adapter, inputs, trace, embedding_only=True)
-        return Branches(*(self.project(mixing.pooled(self, output, inputs)) for output in (prompted, frozen)))
+        return Branches(head.embed(prompted, inputs), head.embed(frozen, inputs))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
         inputs = self._bind(args, kwargs)
-        with torch.no_grad(), current_pass.set(FrozenPass(0, self._pooled_token(inputs))):
+        with torch.no_grad(), current_pass.set(FrozenPass(0, self._read_token(inputs))):
             output = self._call_base(**inputs, return_dict=True)
-            return self.project(mixing.pooled(self, output, inputs))
+            return self.head.embed(output, inputs)
 
-    @by_rows
     def embed_prompted(self, *args, trunk: TrunkFeatures | None = None, **kwargs) -> torch.Tensor:
         """The prompted branch alone, (B, E), projected and not normalized.
 
         Args:
             trunk: of these inputs; layers below `start_layer` are then not run.
         """
-        inputs = self._bind(args, kwargs)
+        return self._by_samples(partial(self._embed_prompted, trunk), self._bind(args, kwargs))
+
+    def _embed_prompted(self, trunk: TrunkFeatures | None, /, **inputs) -> torch.Tensor:
         adapter = self.prompting_adapter()
         if adapter is None:
             return self.embed_frozen(**inputs)
         known = None if trunk is None else trunk.as_pass(self.sep_settings[adapter].start_layer)
-        output = self._run_prompted(adapter, inputs, known, None, self._pooled_token(inputs))
-        return self.project(mixing.pooled(self, output, inputs))
+        output = self._run_prompted(adapter, inputs, known, None, self._read_token(inputs))
+        return self.head.embed(output, inputs)
 
     @torch.no_grad()
     def trunk(self, *args, **kwargs) -> TrunkFeatures:
@@ -247,62 +306,47 @@ class SEPTower(SEPLayer):
         Raises:
             ValueError: see `check_trunk`.
         """
-        self.check_trunk()
-        settings = self.active_settings
+        settings = self.check_trunk()
         inputs = self._bind(args, kwargs)
-        known = FrozenPass(settings.start_layer, self._pooled_token(inputs))
+        known = FrozenPass(settings.start_layer, self._read_token(inputs))
         with current_pass.set(known), without_dropout(self.base_layer):
             output = self._call_base(**inputs, return_dict=True)
-        self._layer_outputs = (known.num_outputs,)
-        return TrunkFeatures(known.trunk, self.project(mixing.pooled(self, output, inputs)), known.num_outputs)
+        if not is_traced():
+            self._layer_outputs = (known.num_outputs,)
+        return TrunkFeatures(known.trunk, self.head.embed(output, inputs), known.num_outputs)
 
-    def check_trunk(self) -> None:
-        """
+    def check_trunk(self) -> TowerSettings:
+        """Make sure that there is something below the first prompts; returns the settings of the active adapter.
+
         Raises:
             ValueError: no adapter prompts this tower, it starts at layer 0, or the tower's layers come in stages.
         """
         settings = self.active_settings
         if settings is None or settings.start_layer == 0:
             raise ValueError(
-                f"The {self.tower} tower has no trunk to keep: its prompts enter at start_layer=0, or it has none. "
+                f"The {self.modality} tower has no trunk to keep: its prompts enter at start_layer=0, or it has none. "
                 "Take SEPConfig(start_layer=...) above 0."
             )
         if self.spec.in_stages:
             raise ValueError(
-                f"The {self.tower} tower of {type(self.owner).__name__} has layers in stages, whose trunk is more than "
-                "hidden states. Train it without a cache."
+                f"The {self.modality} tower of {type(self.owner).__name__} has layers in stages, whose trunk is more "
+                "than hidden states. Train it without a cache."
             )
+        return settings
 
     def layer_outputs(self, inputs: dict) -> int | None:
         """`TrunkFeatures.num_outputs`, which belongs to the layers' code: found out by one run of `inputs`."""
         return (self._layer_outputs or (self.trunk(**inputs).num_outputs,))[0]
 
-    def project(self, pooled: torch.Tensor) -> torch.Tensor:
-        """The model's own projection into the joint space, (B, D) -> (B, E)."""
-        return pooled if self.model_projection is None else self.model_projection(pooled)
-
     def mix_read(self, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """What a reader has made of both branches, each (B, Q, D) -> its mix (B, Q, D), for the projection to map."""
-        return mixing.mix_read(self, prompted, frozen)
-
-    def projection_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the model's own projection."""
-        return [] if self.model_projection is None else list(self.model_projection.parameters())
-
-    @property
-    def model_projection(self) -> nn.Module | None:
-        """The model's own projection, or what wraps it; None where the tower projects."""
-        if self.spec.projection is None:
-            return None
-        module = self.owner
-        for name in self.spec.projection.split("."):
-            module = getattr(module, name)
-        return module
-
-    @property
-    def owner(self) -> nn.Module:
-        """The model that owns the tower."""
-        return self._owner[0]
+        names = chosen_adapters.get()
+        weight: float | torch.Tensor = (
+            self.frozen_weight
+            if not isinstance(names, tuple)
+            else weights_of_samples(names, lambda: self.frozen_weight, prompted)
+        )
+        return self.head.mix_read(prompted, frozen, weight)
 
     @property
     def frozen_weight(self) -> float:
@@ -316,15 +360,11 @@ class SEPTower(SEPLayer):
         adapter = self.prompting_adapter()
         return None if adapter is None else self.sep_settings[adapter]
 
-    def position_shift(self, settings: TowerSettings) -> int:
-        """How far tokens after the prompts move up."""
-        has_room = self.spec.positions is not None or self.spec.rotary is not None
-        return settings.num_prompts if settings.start_layer == 0 and has_room else 0
-
     def prompting_adapter(self) -> str | None:
-        if self.disable_adapters:
-            return None
+        """Name of the adapter that this call uses, where it puts prompts into this tower."""
         chosen = chosen_adapters.get()
+        if self.disable_adapters and (chosen is None or self.disabled_here):
+            return None
         for name in self.active_adapters if chosen is None else (chosen,):
             if name in self.sep_prompts:
                 return name
@@ -340,25 +380,25 @@ class SEPTower(SEPLayer):
         With `embedding_only` both outputs are there, and what they hold beside that which is pooled means nothing.
         """
         settings = self.sep_settings[adapter]
-        pooled = self._pooled_token(inputs) if embedding_only else None
+        read_token = self._read_token(inputs) if embedding_only else None
         frozen, shared = None, None
         if settings.frozen_weight > 0 or embedding_only:
-            frozen_pass = FrozenPass(settings.start_layer, pooled)
+            frozen_pass = FrozenPass(settings.start_layer, read_token)
             with torch.no_grad(), current_pass.set(frozen_pass):
                 frozen = self._call_base(**inputs, return_dict=True)
             shared = frozen_pass if settings.start_layer else None
-        prompted = self._run_prompted(adapter, inputs, shared, trace, pooled)
+        prompted = self._run_prompted(adapter, inputs, shared, trace, read_token)
         if shared is not None:
-            records.prepend_shared(prompted, frozen, self.spec, settings.start_layer, self._last_layers())
+            outputs.prepend_shared(prompted, frozen, self.spec, settings.start_layer, self._last_layers())
         return prompted, frozen
 
-    def _pooled_token(self, inputs: dict) -> torch.Tensor | int | None:
-        """Index of the one token that the tower pools, for all inputs or (B,); None where it is to compute all."""
+    def _read_token(self, inputs: dict) -> torch.Tensor | int | None:
+        """Index of the one token that the model reads, for all inputs or (B,); None where the tower computes all."""
         last = self._layer_lists()[-1][-1]
         if self.spec.mlp_norm is None or (last.training and getattr(last, "gradient_checkpointing", False)):
             return None  # a checkpointed layer runs again in the backward pass, where no pass is current
         if self.spec.inputs == "input_ids":
-            return texts.eos(self, inputs).clamp(min=0)
+            return self.texts.eos(inputs).clamp(min=0)
         return 0
 
     def _run_prompted(
@@ -367,31 +407,31 @@ class SEPTower(SEPLayer):
         inputs: dict,
         frozen: FrozenPass | None,
         trace: dict | None,
-        pooled: torch.Tensor | int | None = None,
+        read_token: torch.Tensor | int | None = None,
     ):
         settings = self.sep_settings[adapter]
         count, start = settings.num_prompts, settings.start_layer
         is_text, mask = self.spec.inputs == "input_ids", inputs.get(self.spec.mask_input)
         if is_text:
-            texts.check_fit(self, inputs)
+            self.texts.check_room(inputs, settings)
         prompted_pass = PromptedPass(
             spec=self.spec,
             prompts=self._entering_prompts(adapter),
             fusions=self._fusions(adapter),
             start_layer=start,
             last_layers=self._last_layers(),
-            span=texts.span(self, inputs) if is_text else None,
+            span=self.texts.span(inputs) if is_text else None,
             visible=None if is_text or mask is None else mask.bool(),
             frozen=frozen,
-            position_shift=self.position_shift(settings),
-            batch_coupled=settings.batch_coupled,
+            position_shift=settings.position_shift(self.spec),
+            selection=CoupledSelection() if settings.batch_coupled else self.selection or Selection(),
             trace=trace,
             rotary=None if self.spec.rotary is None else getattr(self.base_layer, self.spec.rotary),
-            pooled=None if pooled is None else beside_prompts(pooled, count, self.spec.insert_at),
+            read_token=None if read_token is None else beside_prompts(read_token, count, self.spec.insert_at),
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
-        records.strip(output, self.spec, count, prompted_pass.prompted_shape)
+        outputs.strip(output, self.spec, count, prompted_pass.prompted_shape)
         return output
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
@@ -420,7 +460,7 @@ class SEPTower(SEPLayer):
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, and after it each module's own mode again."""
-    training = [] if torch.compiler.is_compiling() else [part for part in module.modules() if part.training]
+    training = [] if is_traced() else [part for part in module.modules() if part.training]
     try:
         for part in training:
             part.training = False

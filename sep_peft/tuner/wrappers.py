@@ -34,6 +34,10 @@ class Wrapper(nn.Module):
 class SEPLayer(Wrapper, BaseTunerLayer):
     """What PEFT treats as a layer of SEP."""
 
+    def follow(self, active_adapter: str | list[str]) -> None:
+        """Take over what the tower says is active; the wrappers inside it have no adapters of their own."""
+        self._active_adapter = active_adapter
+
 
 class SEPEncoderLayer(SEPLayer):
     """An encoder layer that takes prompts along while a prompted pass runs. It has no parameters of its own."""
@@ -106,15 +110,16 @@ class SEPLastNorm(SEPLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         current = current_pass.get()
-        if current is not None and current.pooled is not None:
-            hidden_states = take_token(hidden_states, current.pooled)
+        if current is not None and current.read_token is not None:
+            hidden_states = take_token(hidden_states, current.read_token)
         return self.base_layer(hidden_states)
 
 
 class SEPActivation(Wrapper):
     """A quick-GELU of the same values that keeps half as much for the backward pass. To PEFT it is no layer of SEP.
 
-    It asks for no pass: where a layer is checkpointed, what the backward pass runs again must keep the same tensors.
+    It does not ask for a pass: where a layer is checkpointed, what the backward pass runs again must keep the same
+    tensors.
     """
 
     def get_base_layer(self) -> nn.Module:

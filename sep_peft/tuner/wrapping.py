@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+import torch
 from torch import nn
 from transformers.activations import QuickGELUActivation
 
+from ..families.spec import TowerSpec
 from .wrappers import (
     SEPActivation,
     SEPEncoderLayer,
@@ -20,23 +22,19 @@ from .wrappers import (
 )
 
 
-if TYPE_CHECKING:
-    from .tower import SEPTower
-
-
-def wrap(tower: SEPTower) -> tuple[SEPLayer, ...]:
-    """Wrap encoder layers, their activations, the norm before the last MLP, positions, and what the mix is after.
+def wrap_tower(base: nn.Module, spec: TowerSpec) -> tuple[SEPLayer, ...]:
+    """Wrap encoder layers, their activations, the norm before the last MLP, and position embeddings of a tower.
 
     Returns:
-        the wrappers inside the tower, those of its encoder layers first.
+        the wrappers that are layers of SEP, those of encoder layers first.
     """
-    spec, base, inner = tower.spec, tower.base_layer, []
+    inner: list[SEPLayer] = []
     for layers in layer_lists(base, spec.layers):
-        for position, layer in enumerate(layers):
+        for place, layer in enumerate(layers):
             for path in _paths_of(QuickGELUActivation, layer):
                 put(layer, path, SEPActivation(layer.get_submodule(path)))
-            layers[position] = SEPEncoderLayer(layer, len(inner))
-            inner.append(layers[position])
+            layers[place] = SEPEncoderLayer(layer, len(inner))
+            inner.append(layers[place])
     if spec.mlp_norm is not None:
         last = inner[-1].base_layer
         inner.append(SEPLastNorm(last.get_submodule(spec.mlp_norm)))
@@ -44,28 +42,39 @@ def wrap(tower: SEPTower) -> tuple[SEPLayer, ...]:
     if spec.positions is not None:
         inner.append(SEPPositionEmbedding(base.get_submodule(spec.positions), spec.insert_at))
         put(base, spec.positions, inner[-1])
-    if spec.mixes_after_projection:
-        put(tower.owner, spec.projection, SEPProjection(tower.model_projection, tower.hidden_size))
-    if spec.reader is not None:
-        reader = SEPReader(tower.owner.get_submodule(spec.reader), tower.hidden_size, tower.mix_read)
-        put(tower.owner, spec.reader, reader)
     return tuple(inner)
 
 
-def unwrap(tower: SEPTower) -> None:
-    """Undo `wrap` inside the tower; what wraps the projection or a reader is the model's to remove."""
-    spec, base = tower.spec, tower.base_layer
+def unwrap_tower(base: nn.Module, spec: TowerSpec) -> None:
+    """Undo `wrap_tower`."""
     lists = layer_lists(base, spec.layers)
     for layers in lists:
-        for position, layer in enumerate(layers):
+        for place, layer in enumerate(layers):
             for path in _paths_of(SEPActivation, layer):
                 _take_off(layer, path)
             if isinstance(layer, SEPEncoderLayer):  # in a model that is the tower PEFT gets to them first
-                layers[position] = layer.base_layer
+                layers[place] = layer.base_layer
     if spec.mlp_norm is not None:
         _take_off(lists[-1][-1], spec.mlp_norm)
     if spec.positions is not None:
         _take_off(base, spec.positions)
+
+
+def wrap_after(
+    owner: nn.Module, spec: TowerSpec, width: int, mix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    """Wrap what the mix happens after: a projection that is not affine, and a reader. The tuner takes these off.
+
+    Args:
+        owner: the model that owns them.
+        spec: of the tower.
+        width: D of the tower.
+        mix: see `SEPReader`.
+    """
+    if spec.mixes_after_projection:
+        put(owner, spec.projection, SEPProjection(owner.get_submodule(spec.projection), width))
+    if spec.reader is not None:
+        put(owner, spec.reader, SEPReader(owner.get_submodule(spec.reader), width, mix))
 
 
 def put(root: nn.Module, path: str, module: nn.Module) -> None:
