@@ -17,7 +17,7 @@ from sep_peft import SEPConfig
 from sep_peft.classifier.logits import ClassWeights, logits_of
 from sep_peft.method.mix import mix_embeddings
 from sep_peft.method.sequence import extend_mask
-from sep_peft.tuner import passes, texts
+from sep_peft.tuner import passes
 from sep_peft.tuner.current import current_pass
 
 
@@ -102,7 +102,7 @@ def test_the_last_mlp_runs_for_what_is_pooled(name, tower, attention):
         for pooled in (True, False):
             lengths.clear()
             if not pooled:
-                layer._pooled_token = lambda inputs: None
+                layer._read_token = lambda inputs: None
             branches = layer.embed(**inputs)
             assert (lengths == [1, 1]) is pooled
             alone = layer.embed_prompted(**inputs), layer.embed_frozen(**inputs)
@@ -110,7 +110,7 @@ def test_the_last_mlp_runs_for_what_is_pooled(name, tower, attention):
             branches.prompted.square().mean().backward()
             gradients = [p.grad for p in layer.adapter_parameters("default") if p.grad is not None]
             results.append((*branches, *alone, *gradients))
-            vars(layer).pop("_pooled_token", None)
+            vars(layer).pop("_read_token", None)
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
         lengths.clear()
         layer(**layer._bind((), inputs))
@@ -259,8 +259,8 @@ def test_texts_end_where_the_family_says(name, tower):
     case = CASES[name]
     layer, words = tower_of(adapt(case), tower), case.words(tower)
     expected = [8, 8, 8] if layer.spec.text_end is None else [4, 3, 6]
-    assert texts.span(layer, words([5, 4, 7], total=9, mask=False))[1].tolist() == expected
-    assert texts.span(layer, words([5, 4, 7], total=9))[1].tolist() == [4, 3, 6]
+    assert layer.texts.span(words([5, 4, 7], total=9, mask=False))[1].tolist() == expected
+    assert layer.texts.span(words([5, 4, 7], total=9))[1].tolist() == [4, 3, 6]
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -392,8 +392,8 @@ def test_padded_patches_are_never_selected():
     for first, second in zip(found, layer.embed(**inputs), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=2e-5)
     for seen in trace.values():
-        assert not padding.gather(1, seen.positions).any()
-        assert seen.positions[1].tolist() == [0, 0]
+        assert not padding.gather(1, seen.token_positions).any()
+        assert seen.token_positions[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("name", "tower", "attention"), TOWERS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sep_peft.method.coupled import CoupledSelection
 from sep_peft.method.mix import frozen_share, mix_embeddings
 from sep_peft.method.select import following_tokens, gather_tokens, largest_tokens, take_token
 from sep_peft.method.sequence import beside_prompts, extend_mask, insert_prompts, replace_prompts, split_prompts
@@ -19,7 +20,7 @@ def test_largest_tokens(batch, length, count, width):
     for row in range(batch):
         energy = [float((token**2).mean()) for token in hidden[row]]
         assert found[row].tolist() == sorted(range(length), key=lambda i: -energy[i])[:count]
-    coupled = largest_tokens(hidden, count, batch_coupled=True)
+    coupled = CoupledSelection().of_images(hidden, count)
     mean = [float((hidden[:, i] ** 2).mean()) for i in range(length)]
     assert coupled.tolist() == [sorted(range(length), key=lambda i: -mean[i])[:count]] * batch
 

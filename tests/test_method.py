@@ -126,7 +126,7 @@ def test_trunk_below_start_layer_runs_once(name, images, texts):
     calls = []
     for tower in model.base_model.towers.values():
         for layer in tower.base_layer.encoder.layers:
-            layer.base_layer.register_forward_hook(lambda *_, key=(tower.tower, layer.index): calls.append(key))
+            layer.base_layer.register_forward_hook(lambda *_, key=(tower.modality, layer.index): calls.append(key))
     model(**texts, pixel_values=images)
     twice = 1 if SETTINGS[name].get("frozen_weight") == 0 else 2
     assert calls.count(("text", 0)) == calls.count(("vision", 0)) == 1

@@ -15,7 +15,7 @@ from small_sep import SETTINGS
 
 from sep_peft import SEPConfig
 from sep_peft.tuner import mixed_batch
-from sep_peft.tuner.mixed_batch import chosen_adapters
+from sep_peft.tuner.current import chosen_adapters
 from sep_peft.tuner.model import find_towers
 
 
@@ -138,7 +138,7 @@ def test_records_are_joined(model):
 
 
 def test_rows_of_other_shapes():
-    with raises("Rows of a mixed batch cannot be joined, because they have the shapes (3,), (4,)."):
+    with raises("Samples of a mixed batch cannot be joined, because they have the shapes (3,), (4,)."):
         mixed_batch.join([torch.zeros(1, 4), torch.zeros(2, 3)], [0, 1, 2])
 
 
@@ -161,7 +161,7 @@ class TestErrors:
     @pytest.mark.parametrize("count", [0, 4, 10])
     def test_another_number_of_rows(self, call, count, model):
         name = "pixel_values" if call == "get_image_features" else "input_ids"
-        with raises(f"adapter_names must hold a name for each row of {name}, which has 5, but it holds {count}."):
+        with raises(f"adapter_names must hold a name for each sample of {name}, which has 5, but it holds {count}."):
             self.run(model, call, ["one"] * count)
 
     def test_unknown_names(self, call, model):
@@ -169,7 +169,7 @@ class TestErrors:
             self.run(model, call, ["six", "one", "five", "six", "__base__"])
 
     def test_a_single_name(self, call, model):
-        with raises("adapter_names must be a list with a name for each row, but got 'one'.", TypeError):
+        with raises("adapter_names must be a list with a name for each sample, but got 'one'.", TypeError):
             self.run(model, call, "one")
 
     def test_training_mode(self, call):
@@ -189,7 +189,7 @@ class TestErrors:
 def test_adapters_of_other_methods_are_unknown():
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_clip(), adapter_name="lora")
     with raises("Trying to infer with non-existing adapter(s): lora"):
-        mixed_batch.check_names(["lora"], {"lora": LoraConfig()})
+        mixed_batch.check_adapter_names(["lora"], {"lora": LoraConfig()})
     assert find_towers(model) == {}
 
 

@@ -105,7 +105,7 @@ def test_paths_that_do_not_exist_are_named_before_the_model_changes():
     row["text"]["layers"] = "encoder.blocks"
     duo = Duo()
     keys = list(duo.state_dict())
-    message = "The row of the text tower names encoder.blocks as layers, but BertModel has no such module."
+    message = "The spec of the text tower names encoder.blocks as layers, but BertModel has no such module."
     with pytest.raises(ValueError, match=re.escape(message)):
         get_peft_model(duo, SEPConfig.published(architecture=row))
     assert list(duo.state_dict()) == keys

@@ -117,11 +117,11 @@ def test_the_reader_may_be_trained(tmp_path):
     [
         (
             "reader",
-            "The row of the vision tower names {} as reader, but Blip2ForImageTextRetrieval has no such module.",
+            "The spec of the vision tower names {} as reader, but Blip2ForImageTextRetrieval has no such module.",
         ),
         (
             "queries",
-            "The row of the vision tower names {} as queries, but Blip2ForImageTextRetrieval has no such parameter.",
+            "The spec of the vision tower names {} as queries, but Blip2ForImageTextRetrieval has no such parameter.",
         ),
     ],
 )

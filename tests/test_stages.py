@@ -37,10 +37,10 @@ def test_prompts_are_carried_from_stage_to_stage(monkeypatch):
     entered, lengths, left = [], [], []
     insert, split = passes.insert_prompts, passes.split_prompts
 
-    def spy_insert(hidden, prompts, position):
+    def spy_insert(hidden, prompts, prompt_index):
         entered.append(prompts)
         lengths.append(hidden.shape[1])
-        return insert(hidden, prompts, position)
+        return insert(hidden, prompts, prompt_index)
 
     def spy_split(*args):
         left.append(split(*args))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..method.coupled import pad_with_zeros
 from ..method.losses import PROTOTYPE_SCALE
 from ..method.mix import mix_embeddings, unit, wide
-from ..tuner import texts
 from ..tuner.model import find_towers
 from ..tuner.passes import TrunkFeatures
 from ..tuner.texts import TextInputs
@@ -58,10 +58,10 @@ class ClassEncoder(nn.Module):
         self.kept_tokens = kept_tokens
         self._cache: dict[str, tuple] = {}
         device = next(model.parameters()).device
-        tokenized = [texts.trim(self.tower, inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
-        texts.check_fit(self.tower, tokenized[0])
+        tokenized = [self.tower.texts.trim(inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
+        self.tower.texts.check_room(tokenized[0], self.tower.active_settings)
         for inputs in tokenized:
-            texts.check_length(self.tower, inputs)
+            self.tower.texts.check_length(inputs)
         prototypes = None if classes.prototypes is None else unit(wide(classes.prototypes)).to(device)
         self.register_buffer("prototypes", prototypes, persistent=False)  # so that they follow the model to its device
         chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
@@ -156,7 +156,8 @@ class ClassEncoder(nn.Module):
 
         def pad():
             inputs = {key: value.to(device) for key, value in self.classes.class_inputs.items()}
-            return {"input_ids": texts.pad_with_zeros(tower, texts.trim(tower, inputs), length)}
+            trimmed = tower.texts.trim(inputs)
+            return {"input_ids": pad_with_zeros(trimmed["input_ids"], tower.texts.span(trimmed)[1], length)}
 
         return self._cached("coupled", (length, device), pad)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..method.recipe import ZERO_SHOT_MARGIN
+from ..tracing import is_traced
 
 
 #: What the prompted branch reads: the bare class name, as published.
@@ -159,7 +160,7 @@ def check_labels(labels: torch.Tensor, count: int) -> None:
     Raises:
         ValueError: one of `labels` (B,) is no index of `count` classes.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return  # a branch on data would break the graph; cross entropy checks the range as well
     wrong = labels[(labels < 0) | (labels >= count)]
     if len(wrong):

@@ -141,7 +141,9 @@ def explain(model: nn.Module, processor, image: Any) -> Explanation:
         layers=[
             LayerExplanation(
                 layer=index,
-                patches=[_patch(position, grid, tower.spec.leading_tokens) for position in seen.positions[0].tolist()],
+                patches=[
+                    _patch(position, grid, tower.spec.leading_tokens) for position in seen.token_positions[0].tolist()
+                ],
                 weights=seen.weights[0].float().cpu(),
             )
             for index, seen in sorted(trace.items())

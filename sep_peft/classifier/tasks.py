@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..tuner.mixed_batch import check_names, chosen_adapters, run_rows
+from ..tuner.current import chosen_adapters
+from ..tuner.mixed_batch import check_adapter_names, run_samples
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
 
@@ -71,7 +72,7 @@ class Tasks(nn.Module):
             ValueError: the name is taken, there is no such adapter, or a class text does not fit.
         """
         self.check_new(name)
-        check_names([adapter], self._model[0].peft_config)
+        check_adapter_names([adapter], self._model[0].peft_config)
         with chosen_adapters.set(adapter):
             encoder = ClassEncoder(self._model[0], classes, chunk_size).train(self.training)
         self._tasks[name] = Task(adapter, encoder)
@@ -143,7 +144,7 @@ class Tasks(nn.Module):
         if len(names) != count:
             raise ValueError(f"task must be one name or one for each of {count} images, but got {len(names)}.")
         used = {task, *names} if isinstance(task, str) else set(names)
-        check_names([self[name].adapter for name in used], self._model[0].peft_config)
+        check_adapter_names([self[name].adapter for name in used], self._model[0].peft_config)
         return names
 
     def logits(
@@ -160,7 +161,7 @@ class Tasks(nn.Module):
         Yields:
             for each task its rows, their logits and its classes.
         """
-        images = run_rows([self[name].adapter for name in names], inputs, embed)
+        images = run_samples([self[name].adapter for name in names], inputs, embed)
         for name in dict.fromkeys(names):
             task, rows = self[name], [row for row, other in enumerate(names) if other == name]
             with chosen_adapters.set(task.adapter):

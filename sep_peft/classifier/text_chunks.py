@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..tuner import texts
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 
@@ -25,11 +24,11 @@ class TextChunks(nn.Module):
 
     def __init__(self, tower: SEPTower, inputs: TextInputs, size: int):
         super().__init__()
-        ends, order = texts.span(tower, inputs)[1].sort(stable=True)  # both (C,)
+        ends, order = tower.texts.span(inputs)[1].sort(stable=True)  # both (C,)
         self.register_buffer("places", order.argsort(), persistent=False)
         self._names: list[dict[str, str]] = []  # for each chunk, input -> buffer
         for number, rows in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
-            chunk = texts.trim(tower, {key: value[rows] for key, value in inputs.items()})
+            chunk = tower.texts.trim({key: value[rows] for key, value in inputs.items()})
             self._names.append({key: f"{key}_{number}" for key in chunk})
             for key, value in chunk.items():
                 self.register_buffer(f"{key}_{number}", value, persistent=False)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..method.mix import mix_embeddings, unit, wide
+from ..tracing import is_traced
 from ..tuner.files import check_save_dtype
 from ..tuner.model import find_towers
 from ..tuner.passes import TrunkFeatures
@@ -77,7 +78,7 @@ class TrunkCache(torch.utils.data.Dataset):
         self._layer = start_layer_of(self._tower)
         if trained := [name for name, parameter in base_parameters(self._tower) if parameter.requires_grad]:
             raise ValueError(
-                f"The {self._tower.tower} tower below SEP is trained as well ({trained[0]} and {len(trained) - 1} "
+                f"The {self._tower.modality} tower below SEP is trained as well ({trained[0]} and {len(trained) - 1} "
                 "more), so its trunk does not stay the same. Freeze it, or train without a cache."
             )
         self._model_key = model_key(self._tower, dtype)
@@ -219,7 +220,7 @@ def embeds_from_trunk(
         ValueError: the active adapter has another `start_layer`.
     """
     start = start_layer_of(tower)
-    if layers is not None and not torch.compiler.is_compiling() and bool((layers != start).any()):
+    if layers is not None and not is_traced() and bool((layers != start).any()):
         raise ValueError(
             f"The cached trunk ends at layer {layers[layers != start][0].item()}, but the active adapter starts at "
             f"layer {start}. Make a TrunkCache for this adapter."

@@ -338,6 +338,10 @@ class SEPTower(SEPLayer):
         """`TrunkFeatures.num_outputs`, which belongs to the layers' code: found out by one run of `inputs`."""
         return (self._layer_outputs or (self.trunk(**inputs).num_outputs,))[0]
 
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the model's own projection."""
+        return self.head.parameters()
+
     def mix_read(self, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """What a reader has made of both branches, each (B, Q, D) -> its mix (B, Q, D), for the projection to map."""
         names = chosen_adapters.get()
