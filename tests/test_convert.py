@@ -12,6 +12,7 @@ from reference_files import CHECKPOINT, EXPECTED, LAYERS, REFERENCE
 from transformers import CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, convert_reference_checkpoint
+from sep_peft.training import Recipe
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
@@ -29,7 +30,12 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def classifier(folder) -> SEPClassifier:
     model = PeftModel.from_pretrained(reference_clip(), folder, is_trainable=True)
-    return SEPClassifier(model, {"input_ids": EXPECTED["in.class_ids"]}, {"input_ids": EXPECTED["in.template_ids"]})
+    return SEPClassifier(
+        model,
+        {"input_ids": EXPECTED["in.class_ids"]},
+        {"input_ids": EXPECTED["in.template_ids"]},
+        recipe=Recipe.published(),
+    )
 
 
 def close(found: torch.Tensor, name: str, relative: float = 1e-4) -> None:
