@@ -1,4 +1,4 @@
-"""One compiled graph serves every batch size once the batch is marked dynamic; inductor computes what eager mode does."""
+"""One compiled graph serves every batch size that is marked dynamic; inductor computes what eager mode does."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from bundled import ASSETS
 from peft import PeftModel, get_peft_model
 from PIL import Image
@@ -73,6 +75,24 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment())
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs a command in this process, which need not import everything anew: what ended it, and what it printed."""
+
+    def main(arguments: list[str]) -> tuple[int | str | None, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", arguments[1:])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as error:
+            return error.code, capsys.readouterr().out
+        finally:
+            PartialState._reset_state()
+        return None, capsys.readouterr().out
+
+    return main
+
+
 def shards(output: Path) -> list[Path]:
     return sorted(output.glob("shard-*.safetensors"))
 
@@ -130,24 +150,21 @@ def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
     torch.testing.assert_close(embeddings[list(some)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_made_from_something_else_is_left_alone(images, adapter, tmp_path):
+def test_a_folder_made_from_something_else_is_left_alone(images, adapter, run_here, tmp_path):
     output, few = tmp_path / "embeds", tmp_path / "few"
     shutil.copytree(images / "2", few)
-    result = run(command(few, adapter, output, "--shard-size", "200"))
-    assert result.returncode == 0, result.stderr
+    assert run_here(command(few, adapter, output, "--shard-size", "200"))[0] is None
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     assert sorted(before) == ["settings.json", "shard-000000.safetensors", "summary.json"]
     (few / "new.png").write_bytes((few / "ünder" / "002.PNG").read_bytes())
-    result = run(command(few, adapter, output, "--shard-size", "100"))
-    assert result.returncode == 1
     message = f"{output} was made from other shard_size, images. Choose another --output, or empty it.\n"
-    assert result.stdout == message
+    assert run_here(command(few, adapter, output, "--shard-size", "100")) == (1, message)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_a_folder_without_images(adapter, tmp_path):
-    (tmp_path / "empty").mkdir()
-    result = run(command(tmp_path / "empty", adapter, tmp_path / "embeds"))
-    assert result.returncode == 1
-    assert "holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)." in result.stderr
+def test_a_folder_without_images(adapter, run_here, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    message = f"{folder} holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)."
+    assert run_here(command(folder, adapter, tmp_path / "embeds")) == (message, "")
     assert not (tmp_path / "embeds").exists()

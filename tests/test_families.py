@@ -78,7 +78,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
     first_layer = tower_of(model, tower)._inner[0]
     if "attention_mask" not in first_layer.argument_names:
         assert name in MASKLESS
-        return
+        pytest.skip("its layers take no mask; copies of all tokens test it")
     monkeypatch.setattr(passes.PromptedPass, "run_layer", with_mask)
     monkeypatch.setattr(passes, "extend_mask", hide)
     for inputs in variants_of_inputs(case, tower):
@@ -93,7 +93,7 @@ def test_the_last_mlp_runs_for_what_is_pooled(name, tower, attention):
     model = adapt(case, attention)
     layer = tower_of(model, tower)
     if layer.spec.mlp_norm is None:
-        return
+        pytest.skip("no MLP of its layers can run for some tokens alone")
     lengths = []
     norm = layer._layer_lists()[-1][-1].get_submodule(layer.spec.mlp_norm)
     norm.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
@@ -138,9 +138,9 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     model = adapt(case, attention, start_layer=start, fusion="none", frozen_weight=0.0, **{other: 0})
     layer = tower_of(model, tower)
     if layer.spec.causal:
-        return  # tested against longer native texts
+        pytest.skip("causal; longer native texts test it")
     if tower == "vision" and (name in ROTATED or case.messages):
-        return  # a message is not among the tokens that are copied
+        pytest.skip("rotated patches, or a message that is not among the tokens that are copied")
     inputs = one_input(case, tower)
     frozen_pass = passes.FrozenPass(start)
     with current_pass.set(frozen_pass):
@@ -180,10 +180,10 @@ def test_image_prompts_enter_as_patches_do(name):
     case = CASES[name]
     model = adapt(case, fusion="none", frozen_weight=0.0)
     if name in ROTATED or case.messages:
-        return  # copies differ, see test_copies_of_all_tokens_change_nothing
+        pytest.skip("copies differ, see test_copies_of_all_tokens_change_nothing")
     layer = tower_of(model, "vision")
     if layer.spec.in_stages:
-        return  # group tokens join after the embeddings, and copies of these would be missing
+        pytest.skip("group tokens join after the embeddings, and copies of these would be missing")
     inputs, seen = one_input(case, "vision"), []
     embeddings = layer.base_layer.get_submodule(case.embeddings)
     with embeddings.register_forward_hook(lambda module, args, output: seen.append(output)):
@@ -203,7 +203,7 @@ def test_masked_padding_changes_nothing(name, tower):
     case = CASES[name]
     layer, words = tower_of(adapt(case), tower), case.words(tower)
     if layer.spec.max_length_padding:
-        return  # padding counts
+        pytest.skip("padding counts in its texts")
     positions = layer.spec.positions
     total = 16 if positions is None else layer.base_layer.get_submodule(positions).num_positions
     for found, expected in zip(layer.embed(**words([5, 5], total=total)), layer.embed(**words([5, 5])), strict=True):
