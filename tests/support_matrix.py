@@ -1,6 +1,6 @@
-"""README's support matrix, made from the rows of `sep_peft.families` and the cases of `families`.
+"""The support matrix of docs/models.md, made from the specs of `sep_peft.families` and the cases of `families`.
 
-python tests/support_matrix.py     # writes it into README.md
+python tests/support_matrix.py     # writes it there
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sep_peft.families.spec import TowerSpec
 from sep_peft.families.table import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
 
 
-README = Path(__file__).parents[1] / "README.md"
+DOC = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->"
 
 
@@ -85,11 +85,11 @@ def render() -> str:
 
 
 def replace_in(text: str) -> str:
-    """README with the present matrix."""
+    """The document with the present matrix."""
     head, rest = text.split(START)
     return head + START + render() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(replace_in(README.read_text()))
+    DOC.write_text(replace_in(DOC.read_text()))
     sys.exit(0)
