@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import losses
 from .families.spec import Architecture, TowerSpec
 from .method.fusion import TokenFusion
+from .method.recipe import Recipe
 from .tuner import registration
 from .tuner.config import SEPConfig
 from .tuner.convert import convert_reference_checkpoint
@@ -39,6 +40,7 @@ __all__ = [
     "ImageClassifier",
     "ImageEmbedder",
     "ImageScorer",
+    "Recipe",
     "SEPClassifier",
     "SEPClassifierOutput",
     "SEPConfig",

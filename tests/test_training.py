@@ -89,7 +89,7 @@ def state(classifier: SEPClassifier) -> dict[str, torch.Tensor]:
 
 
 def by_hand(classifier, samples, recipe, processor, folder) -> None:
-    """As docs/training.md has it."""
+    """As the head of `sep_peft.training` has it."""
     plain = LabelledImages(samples, classifier.class_names, processor)
     classifier.reset_prototypes(DataLoader(plain, recipe.batch_size))
     images = LabelledImages(samples, classifier.class_names, processor, recipe)

@@ -178,8 +178,9 @@ def test_images_are_read_as_told(processor):
 
 
 def test_what_is_not_allowed(processor):
-    with pytest.raises(KeyError, match="'ant'"):
-        LabelledImages([(make_image(), "ant")], NAMES, processor)
+    message = "The samples have classes that are not among the names: 'ant', 1."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        LabelledImages([*SAMPLES, (make_image(), "ant"), (make_image(), 1)], NAMES, processor)
     message = "This classifier has no processor to read images. Pass processor=AutoProcessor.from_pretrained(...)."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         LabelledImages(SAMPLES, NAMES, None)

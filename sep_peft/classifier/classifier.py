@@ -112,7 +112,7 @@ class SEPClassifier(nn.Module):
         self.model = model
         self.processor = processor
         self.recipe = recipe
-        self.trained: TaskClasses | None = None
+        self.trained: TaskClasses | None = None  # as `keep_prototypes` left or `from_pretrained` found them
         self.prototypes: nn.Parameter | None = None
         if not isinstance(class_inputs, TaskClasses):
             if template_inputs is None:

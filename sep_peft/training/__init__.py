@@ -1,4 +1,25 @@
-"""Training and measuring: data, recipes and the loop."""
+"""Training and measuring: data, recipes and the loop.
+
+`fit` does all of it. A loop of one's own has the same images, in the same order, and the same losses::
+
+    plain = LabelledImages(samples, classifier.class_names, processor)
+    classifier.reset_prototypes(DataLoader(plain, recipe.batch_size))
+    images = LabelledImages(samples, classifier.class_names, processor, recipe)
+    loader = DataLoader(images, recipe.batch_size, sampler=EpochSampler(images, recipe.seed))
+    optimizer = make_optimizer(classifier, recipe)
+    schedule = make_schedule(optimizer, recipe, len(loader))
+    classifier.train()
+    for _ in range(recipe.epochs):
+        for batch in loader:
+            classifier(**batch).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    classifier.finish_training()
+
+So has transformers' Trainer with ``train_dataset=images``, ``optimizers=(optimizer, schedule)``, ``max_grad_norm=0`` and
+``seed=recipe.seed``; on several processes it needs ``callbacks=[EpochCallback()]`` to tell the images the epoch.
+"""
 
 from ..method.recipe import Recipe
 from .data import CachedImages, EpochCallback, EpochDataset, EpochSampler, LabelledImages

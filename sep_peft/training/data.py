@@ -52,8 +52,7 @@ class LabelledImages(EpochDataset):
         read: what `samples` have in the place of an image -> an RGB `PIL.Image`; by default paths, URLs and images.
 
     Raises:
-        KeyError: a sample has a class that is not in `names`.
-        ValueError: there is no image processor.
+        ValueError: a sample has a class that is not in `names`, or there is no image processor.
 
     Example:
         >>> images = LabelledImages(samples, classifier.class_names, processor, recipe)
@@ -71,6 +70,8 @@ class LabelledImages(EpochDataset):
     ):
         super().__init__()
         labels = {name: label for label, name in enumerate(names)}
+        if unknown := sorted({repr(name) for _, name in samples if name not in labels}):
+            raise ValueError(f"The samples have classes that are not among the names: {', '.join(unknown)}.")
         self.samples = [(image, labels[name]) for image, name in samples]
         self.recipe = recipe
         self._read = read
