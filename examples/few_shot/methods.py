@@ -18,14 +18,13 @@ also within `config` and `recipe`, is as in `sep.json`.
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from baselines import AdaptedClassifier, LinearProbe, PlainClassifier, TipAdapter
 from peft import LoraConfig, get_peft_model
-from selection import random_selection
+from selection import select_at_random
 from torch import nn
 from transformers import AutoModel
 
@@ -61,10 +60,6 @@ class Method:
     def trains(self) -> bool:
         """Whether it takes gradient steps."""
         return self.learner in ("sep", "lora")
-
-    def evaluating(self) -> AbstractContextManager:
-        """Surrounds everything that runs the model: the ablation of the token selection lives there."""
-        return random_selection() if self.selection == "random" else nullcontext()
 
 
 def read_method(path: Path, **overrides: Any) -> Method:
@@ -149,6 +144,8 @@ def build_classifier(
     model.requires_grad_(False)
     if method.learner == "sep":
         model = get_peft_model(model, SEPConfig(**method.config))
+        if method.selection == "random":
+            select_at_random(model)
         return SEPClassifier.from_class_names(model, processor, classes, template, recipe=method.recipe)
     if method.learner == "lora":
         model = get_peft_model(model, LoraConfig(**method.config))

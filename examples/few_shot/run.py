@@ -170,27 +170,26 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     classifier = build_classifier(method, args.model, processor, plan.data.classes, plan.data.template, **options)
     classifier.to(accelerator.device)
     log, chosen, start = [], {}, time.perf_counter()
-    with method.evaluating():
-        if method.trains:
-            log = fit(classifier, method, plan, processor, accelerator, folder, cell.seed, args.workers, args.cache)
-            if method.recipe.prototype_weight and method.recipe.prototype_logit_weight:
-                classifier.keep_prototypes(method.recipe.prototype_logit_weight)
-        elif hasattr(classifier, "fit"):
-            classifier.eval()
-            parts = (plan.images.train, plan.images.val or plan.images.train)
-            chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
-        seconds = time.perf_counter() - start
-        if args.save_adapters and method.learner == "sep" and accelerator.is_main_process:
-            classifier.save_pretrained(folder / "adapter")
-        results, trained = {}, classifier.classes
-        for evaluation in plan.evaluations:
-            # kept prototypes belong to the classes of the training images
-            if evaluation.data.classes == plan.data.classes:
-                classifier.set_classes(trained)
-            else:
-                margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
-                classifier.set_classes(evaluation.data.classes, **margin)
-            results[evaluation.name] = evaluate(classifier, evaluation, images, accelerator, args.workers)
+    if method.trains:
+        log = fit(classifier, method, plan, processor, accelerator, folder, cell.seed, args.workers, args.cache)
+        if method.recipe.prototype_weight and method.recipe.prototype_logit_weight:
+            classifier.keep_prototypes(method.recipe.prototype_logit_weight)
+    elif hasattr(classifier, "fit"):
+        classifier.eval()
+        parts = (plan.images.train, plan.images.val or plan.images.train)
+        chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
+    seconds = time.perf_counter() - start
+    if args.save_adapters and method.learner == "sep" and accelerator.is_main_process:
+        classifier.save_pretrained(folder / "adapter")
+    results, trained = {}, classifier.classes
+    for evaluation in plan.evaluations:
+        # kept prototypes belong to the classes of the training images
+        if evaluation.data.classes == plan.data.classes:
+            classifier.set_classes(trained)
+        else:
+            margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
+            classifier.set_classes(evaluation.data.classes, **margin)
+        results[evaluation.name] = evaluate(classifier, evaluation, images, accelerator, args.workers)
     return {
         "results": results,
         "chosen": chosen,

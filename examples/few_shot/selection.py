@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import torch
+from torch import nn
 
-from sep_peft.tuner import passes
+from sep_peft.method.select import Selection
+from sep_peft.tuner.model import find_towers
 
 
-@contextmanager
-def random_selection(seed: int = 0) -> Iterator[None]:
-    """While it lasts, each fusion reads distinct tokens drawn at random instead of the selected ones.
+class RandomSelection(Selection):
+    """Draws tokens at random: of images any distinct ones, of texts any between the first candidate and the end.
 
-    For images any token may be drawn, for texts any between the first candidate and the end. Draws follow a generator
-    of their own, which starts anew with the context, so a run can be repeated.
+    Args:
+        seed: of the generator of its own, so a run can be repeated.
     """
-    generator = torch.Generator().manual_seed(seed)
 
-    def any_tokens(hidden: torch.Tensor, count: int, *args, **kwargs) -> torch.Tensor:
-        order = torch.rand(hidden.shape[:2], generator=generator).argsort(dim=1)  # (B, L)
-        return order[:, :count].to(hidden.device)
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def any_following(start: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
-        share = torch.rand((len(start), count), generator=generator).to(start.device)
-        return start[:, None] + (share * (end - start + 1)[:, None]).long()  # (B, count)
+    def of_images(self, tokens: torch.Tensor, count: int, visible: torch.Tensor | None = None) -> torch.Tensor:
+        order = torch.rand(tokens.shape[:2], generator=self.generator).argsort(dim=1)  # (B, L)
+        return order[:, :count].to(tokens.device)
 
-    with mock.patch.multiple(passes, largest_tokens=any_tokens, following_tokens=any_following):
-        yield
+    def of_texts(self, first: torch.Tensor, last: torch.Tensor, length: int, count: int) -> torch.Tensor:
+        share = torch.rand((len(first), count), generator=self.generator).to(first.device)
+        return first[:, None] + (share * (last - first + 1)[:, None]).long()  # (B, count)
+
+
+def select_at_random(model: nn.Module) -> None:
+    """Let all fusions of a SEP model read random tokens; both towers draw from one generator."""
+    selection = RandomSelection()
+    for tower in find_towers(model).values():
+        tower.selection = selection

@@ -17,8 +17,8 @@
             optimizer.zero_grad()
     classifier.finish_training()
 
-So has transformers' Trainer with ``train_dataset=images``, ``optimizers=(optimizer, schedule)``, ``max_grad_norm=0`` and
-``seed=recipe.seed``; on several processes it needs ``callbacks=[EpochCallback()]`` to tell the images the epoch.
+So has transformers' Trainer with ``train_dataset=images``, ``optimizers=(optimizer, schedule)``, ``max_grad_norm=0``
+and ``seed=recipe.seed``; in several processes it needs ``callbacks=[EpochCallback()]`` to tell the images the epoch.
 """
 
 from ..method.recipe import Recipe
