@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from sep_peft.method import reference as plain_method
 from sep_peft.method.losses import SEPLoss, consistency, prototype_loss, sep_loss
 from sep_peft.method.recipe import Recipe
 
@@ -190,3 +191,15 @@ def test_logits_of_one_dimension():
     arguments["logits"] = arguments["logits"][0]
     with pytest.raises(ValueError, match=r"^logits must have shape \(B, C\), got \(7,\)\.$"):
         sep_loss(**arguments)
+
+
+def test_the_methods_reference_says_the_same():
+    """The plain file of the method, with logits made of its embeddings."""
+    arguments = make_arguments(5, 7, 11)
+    names = ("image_embeds", "frozen_image_embeds", "text_embeds", "frozen_text_embeds")
+    embeds = [torch.nn.functional.normalize(arguments[name], dim=-1) for name in names]
+    logits = 3.0 * embeds[0] @ embeds[2].T
+    expected = sep_loss(logits, arguments["labels"], *embeds, arguments["prototypes"], **WEIGHTS).total
+    weights = WEIGHTS["text_weight"], WEIGHTS["vision_weight"], WEIGHTS["prototype_weight"]
+    found = plain_method.loss(*embeds, arguments["labels"], 3.0, arguments["prototypes"], weights)
+    torch.testing.assert_close(found, expected)

@@ -14,6 +14,7 @@ from small_clip import TEXT_POSITIONS, make_clip, make_images, make_texts, pertu
 from small_sep import SETTINGS
 
 from sep_peft import SEPConfig
+from sep_peft.method import reference
 
 
 def make_model(settings: dict, attention: str = "sdpa", **changes):
@@ -45,7 +46,7 @@ def oracle_features(model, texts, images):
         prompts = tower.sep_prompts["default"]
         prompted = [encode(clip, item, prompts, fusions, settings.start_layer) for item in inputs]
         found[name] = torch.stack(
-            [oracle.mix(a, b, settings.frozen_weight) for a, b in zip(prompted, frozen, strict=True)]
+            [reference.mix(a, b, settings.frozen_weight) for a, b in zip(prompted, frozen, strict=True)]
         )
     return found["text"], found["vision"], base.logit_scale.exp()
 
