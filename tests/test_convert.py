@@ -53,7 +53,7 @@ def test_features(classifier):
     close(image.frozen, "out.image_frozen")
     close(text.prompted, "out.text_adapted")
     close(torch.cat(single), "out.image_adapted_single")
-    close(classifier.encoder.frozen(), "out.text_frozen")
+    close(classifier.encoder.frozen_embeds(), "out.text_frozen")
 
 
 def test_logits(classifier):

@@ -85,7 +85,7 @@ def test_other_classes_have_none():
     trained = classifier.classes
     classifier.set_classes(others)
     assert torch.equal(logits_of(classifier), logits_of(make_classifier()))
-    torch.testing.assert_close(classifier.prototypes.data, classifier.encoder.frozen())
+    torch.testing.assert_close(classifier.prototypes.data, classifier.encoder.frozen_embeds())
     assert torch.equal(logits_of(classifier.set_classes(trained)), logits_of(with_prototypes()))
 
 

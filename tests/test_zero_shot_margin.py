@@ -90,18 +90,6 @@ def test_a_class_list_from_before_has_none():
     assert TaskClasses.from_json(data).zero_shot_margin == 0
 
 
-def test_a_class_list_with_a_share_is_refused():
-    """It would predict something else than it did."""
-    data = make_classifier().classes.to_json()
-    assert len(TaskClasses.from_json(data | {"zero_shot_share": 0.0})) == 4
-    message = (
-        "The class list has a zero_shot_share of 0.75, which is not known any more. Load the adapter by PeftModel and "
-        "name its classes anew, with zero_shot_margin=1.5."
-    )
-    with raises(message):
-        TaskClasses.from_json(data | {"zero_shot_share": 0.75})
-
-
 def test_a_task_has_its_own():
     classifier = make_classifier().eval()
     for margin in (0.0, 1.5):

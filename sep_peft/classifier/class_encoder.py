@@ -1,4 +1,4 @@
-"""`ClassEncoder`: text embeddings of a task's classes, in chunks while training, cached in evaluation."""
+"""`ClassEncoder`: text embeddings of a task's classes, encoded anew by a training step, cached in evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ..method.coupled import pad_with_zeros
 from ..method.losses import PROTOTYPE_SCALE
 from ..method.mix import mix_embeddings, unit, wide
 from ..tuner.model import find_towers
+from ..tuner.modes import evaluating
 from ..tuner.passes import TrunkFeatures
+from ..tuner.settings import TowerSettings
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 from .classes import TaskClasses
@@ -72,24 +74,24 @@ class ClassEncoder(nn.Module):
     def tower(self) -> SEPTower:
         return find_towers(self._model[0])["text"]
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """SEP's and the frozen text embeddings, each (C, E), of unit length, in fp32 or wider.
+    def weights(self, *, training: bool) -> ClassWeights:
+        """What the classes give to logits.
 
-        In evaluation they are cached until a weight, the active adapter or the mode changes.
+        Args:
+            training: encode SEP's texts anew, for a step that trains the adapter; the texts alone then make logits.
+                Otherwise they are taken from the cache, until a weight or the active adapter changes, and kept
+                prototypes and the margin of zero-shot take part. The mode of the modules does not matter.
         """
-        tower, frozen = self.tower, self.frozen()
-        if tower.active_settings is None:
-            return frozen, frozen
-        if self.training:
-            return self._mixed(tower, frozen), frozen
-        adapter = tower.prompting_adapter()
-        key = (adapter, *self._versions(tower.base_layer.parameters(), tower.adapter_parameters(adapter)))
-        return self._cached("mixed", key, lambda: self._mixed(tower, frozen)), frozen
-
-    def weights(self) -> ClassWeights:
-        """What the classes give to predictions: embeddings, kept prototypes and the margin of zero-shot."""
-        text, frozen = self()
-        return ClassWeights(text, frozen, self.prototype_weights(), self.classes.zero_shot_margin)
+        settings, frozen_embeds = self.tower.active_settings, self.frozen_embeds()
+        if settings is None:
+            embeds = frozen_embeds
+        elif training:
+            embeds = self._mixed(settings, self._name_trunks(settings), frozen_embeds)
+        else:
+            embeds = self._cached_mixed(settings, frozen_embeds)
+        if training:
+            return ClassWeights(embeds, frozen_embeds)
+        return ClassWeights(embeds, frozen_embeds, self.prototype_weights(), self.classes.zero_shot_margin)
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.
@@ -101,7 +103,7 @@ class ClassEncoder(nn.Module):
         """
         if self.prototypes is None or self.tower.active_settings is None:
             return None
-        size = self.frozen().shape[1]
+        size = self.frozen_embeds().shape[1]
         if self.prototypes.shape[1] != size:
             raise ValueError(
                 f"The prototypes of the classes have {self.prototypes.shape[1]} entries, but the model's embeddings "
@@ -109,42 +111,53 @@ class ClassEncoder(nn.Module):
             )
         return self.classes.prototype_logit_weight * PROTOTYPE_SCALE * self.prototypes
 
-    def frozen(self) -> torch.Tensor:
-        """Frozen text embeddings (C, E), of unit length, averaged over the templates."""
+    # Compilers run what looks into a cache as it is: their graphs could not tell when an entry gets old.
+
+    @torch.compiler.disable
+    def frozen_embeds(self) -> torch.Tensor:
+        """Frozen text embeddings (C, E), of unit length, averaged over the templates, without dropout."""
         tower = self.tower
 
         def encode():
             read = self.templates or [self.names]
-            embeds = [chunks.join([tower.embed_frozen(**chunk) for chunk in chunks]) for chunks in read]
+            embeds = [chunks.encode(tower.embed_frozen) for chunks in read]
             return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
 
-        return self._cached("frozen", self._versions(tower.base_layer.parameters()), encode)
+        return self._cached("frozen", (), encode, tower.base_layer.parameters())
 
-    def train(self, mode: bool = True) -> ClassEncoder:
-        """Switch between training and evaluation; what is cached is dropped when the mode changes."""
-        if mode != self.training:  # Trainer calls this before every step
-            self._cache = {}
-        return super().train(mode)
+    @torch.compiler.disable
+    def _cached_mixed(self, settings: TowerSettings, frozen_embeds: torch.Tensor) -> torch.Tensor:
+        """SEP's text embeddings (C, E), of unit length, in evaluation."""
+        tower, adapter = self.tower, self.tower.prompting_adapter()
+        parameters = tower.base_layer.parameters(), tower.adapter_parameters(adapter)
+        return self._cached("mixed", (adapter,), lambda: self._mixed(settings, None, frozen_embeds), *parameters)
 
-    def _mixed(self, tower: SEPTower, frozen: torch.Tensor) -> torch.Tensor:
-        if tower.active_settings.batch_coupled:  # every class must see every other
+    @torch.compiler.disable
+    def _name_trunks(self, settings: TowerSettings) -> list[TrunkFeatures] | None:
+        """What the layers below `start_layer` make of each chunk of class names; None where there is nothing to keep.
+
+        These layers are not trained, so a training step finds it done.
+        """
+        tower = self.tower
+        if settings.start_layer == 0 or settings.batch_coupled or tower.spec.in_stages:
+            return None
+        key = (tower.prompting_adapter(), settings.start_layer)
+        trunks = partial(self.names.map, tower.trunk)
+        return self._cached("trunk", key, trunks, tower.base_layer.parameters())
+
+    def _mixed(
+        self, settings: TowerSettings, trunks: list[TrunkFeatures] | None, frozen_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """SEP's text embeddings (C, E), of unit length."""
+        tower = self.tower
+        if settings.batch_coupled:  # every class must see every other
             prompted = tower.embed_prompted(**self._coupled_texts(tower))
         else:
-            embeds = [partial(tower.embed_prompted, **chunk, trunk=trunk) for chunk, trunk in self._trunks(tower)]
-            tokens = self.names.num_tokens(tower.active_settings.num_prompts)
-            if torch.is_grad_enabled() and len(embeds) > 1 and tokens > self.kept_tokens:
-                embeds = [partial(checkpoint, embed, use_reentrant=False) for embed in embeds]
-            prompted = self.names.join([embed() for embed in embeds])
-        return mix_embeddings(wide(prompted), frozen, tower.frozen_weight)
-
-    def _trunks(self, tower: SEPTower) -> list[tuple[TextInputs, TrunkFeatures | None]]:
-        """Class names in chunks, and, while training, what the layers below `start_layer` make of each."""
-        chunks = list(self.names)
-        if not self.training or tower.active_settings.start_layer == 0 or tower.spec.in_stages:
-            return [(chunk, None) for chunk in chunks]
-        key = (tower.prompting_adapter(), *self._versions(tower.base_layer.parameters()))
-        trunks = self._cached("trunk", key, lambda: [tower.trunk(**chunk) for chunk in chunks])
-        return list(zip(chunks, trunks, strict=True))
+            tokens = self.names.num_tokens(settings.num_prompts)
+            again = torch.is_grad_enabled() and len(self.names) > 1 and tokens > self.kept_tokens
+            embed = partial(checkpoint, tower.embed_prompted, use_reentrant=False) if again else tower.embed_prompted
+            prompted = self.names.encode(embed, trunks)
+        return mix_embeddings(wide(prompted), frozen_embeds, tower.frozen_weight)
 
     def _coupled_texts(self, tower: SEPTower) -> TextInputs:
         """Class names as the released code tokenizes them: padded with 0, without a mask.
@@ -161,15 +174,30 @@ class ClassEncoder(nn.Module):
 
         return self._cached("coupled", (length, device), pad)
 
-    def _cached(self, name: str, key: tuple, compute: Callable[[], Any]) -> Any:
-        """The value for `key`; one that was made for another key is dropped."""
+    def _cached(self, name: str, key: tuple, compute: Callable[[], Any], *parameters: Iterable[nn.Parameter]) -> Any:
+        """What `compute` gives, in evaluation and without gradients, of the present values of `parameters`.
+
+        Threads that find no entry compute each its own, all of the same values; an entry appears when it is whole.
+
+        Args:
+            name: of the entry; one that was made for another key is dropped.
+            key: what the value depends on beside parameters, the projection and autocast, which belongs to the thread.
+            compute: makes the value.
+            parameters: that it depends on.
+        """
+        key = (*key, self._autocast(), *self._versions(*parameters))
         entry = self._cache.get(name)
         if entry is None or entry[0] != key:
             # an inference tensor could not take part in a later training step
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), evaluating(self._model[0]):
                 entry = (key, compute())
             self._cache[name] = entry
         return entry[1]
+
+    def _autocast(self) -> torch.dtype | None:
+        """What this thread computes in under autocast; None without."""
+        device = self.names.places.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def _versions(self, *parameters: Iterable[nn.Parameter]) -> tuple:
         """Changes whenever one of these or the projection is replaced, moved or written to in place."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..method.recipe import ZERO_SHOT_MARGIN
 from ..tracing import is_traced
 
 
@@ -60,9 +59,9 @@ class TaskClasses:
                     raise ValueError(f"{key} must have shape ({count}, tokens), but got {tuple(value.shape)}.")
         if not self.names:
             object.__setattr__(self, "names", tuple(f"class {i}" for i in range(count)))
-        check_names(self.names)
+        check_class_names(self.names)
         if len(self.names) != count:
-            raise ValueError(f"There are {len(self.names)} class names for {count} rows of class_inputs.")
+            raise ValueError(f"There are {len(self.names)} class names for {count} texts of class_inputs.")
         for name in ("zero_shot_margin", "new_class_margin"):
             margin = getattr(self, name)
             if margin is not None and not 0 <= margin < float("inf"):
@@ -99,7 +98,7 @@ class TaskClasses:
             ValueError: no names, a name twice, or a template without ``{}``.
         """
         names = names if isinstance(names, str) else list(names)
-        check_names(names)
+        check_class_names(names)
         templates = [template] if isinstance(template, str) else list(template)
         for text in templates:
             if text.count("{}") != 1:
@@ -134,13 +133,8 @@ class TaskClasses:
             prototypes: (C, E), where there are any.
 
         Raises:
-            ValueError: an entry is missing, or the list has a share of zero-shot, which has become a margin.
+            ValueError: an entry is missing.
         """
-        if share := data.get("zero_shot_share"):
-            raise ValueError(
-                f"The class list has a zero_shot_share of {share}, which is not known any more. Load the adapter by "
-                f"PeftModel and name its classes anew, with zero_shot_margin={ZERO_SHOT_MARGIN}."
-            )
         if missing := [key for key in ("names", "templates", "class_inputs", "template_inputs") if key not in data]:
             raise ValueError(f"The class list lacks {', '.join(missing)}.")
         return cls(
@@ -169,7 +163,7 @@ def check_labels(labels: torch.Tensor, count: int) -> None:
         )
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_class_names(names: Sequence[str]) -> None:
     """
     Raises:
         ValueError: `names` is a single string, is empty, holds something else than text, or one name twice.

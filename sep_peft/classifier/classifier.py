@@ -12,20 +12,24 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from ..method.losses import SEPLoss, sep_loss
-from ..method.mix import mix_embeddings, unit, wide
+from ..method.mix import unit, wide
 from ..method.recipe import Recipe
 from ..tuner.model import find_towers
+from ..tuner.modes import evaluating
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses, check_labels
-from .files import load_base, load_classes, push_files, save_files
-from .logits import ClassWeights, logits_of
-from .prediction import predict, processor_part
+from .files import load_base, load_classes, path_first, push_files, save_files
+from .images import read_image
+from .logits import class_logits
+from .prediction import Task, check_top_k, image_embeds, predict_batch
+from .processors import processor_part
 from .tasks import Tasks
 from .trunk_cache import embeds_from_trunk
 
@@ -254,7 +258,7 @@ class SEPClassifier(nn.Module):
                 frozen text embedding.
         """
         kept = self.encoder.prototypes
-        prototypes = (self.encoder.frozen() if kept is None else kept).clone()  # (C, E)
+        prototypes = (self.encoder.frozen_embeds() if kept is None else kept).clone()  # (C, E)
         if batches is not None:
             sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes))
             for batch in batches:
@@ -350,33 +354,31 @@ class SEPClassifier(nn.Module):
             raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
         if labels is not None:
             check_labels(labels, len(self.classes))
-        weights = ClassWeights(*self.encoder()) if self.training else self.encoder.weights()
+        weights = self.encoder.weights(training=self.training)
         if trunk is None:
             image, frozen_image = self.image_embeds(pixel_values, **kwargs)
         else:
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
-        logits = logits_of(self.vision_tower, image, frozen_image, weights)
+        logits = class_logits(self.vision_tower, image, frozen_image, weights)
         if labels is None:
             return SEPClassifierOutput(logits=logits)
         if not self.training:
             return SEPClassifierOutput(_share(F.cross_entropy(logits, labels), labels, num_items_in_batch), logits)
-        embeds = image, frozen_image, weights.text, weights.frozen_text
+        embeds = image, frozen_image, weights.text_embeds, weights.frozen_text_embeds
         parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
         return SEPClassifierOutput(_share(parts.total, labels, num_items_in_batch), logits, parts)
 
     def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider."""
-        tower = self.vision_tower
-        prompted, frozen = tower.embed(pixel_values=pixel_values, **kwargs)
-        prompted, frozen = wide(prompted), wide(frozen)
-        return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
+        return image_embeds(self.vision_tower, {"pixel_values": pixel_values, **kwargs})
 
     # prediction
 
+    @torch.no_grad()
     def predict(
         self, images: Any, top_k: int | None = None, batch_size: int = 32, task: str | Sequence[str] | None = None
     ) -> list:
-        """Classify images.
+        """Classify images, in evaluation whatever the mode of the classifier; threads may predict at the same time.
 
         Args:
             images: one image or a list of them; a path, a URL or a `PIL.Image`.
@@ -389,9 +391,24 @@ class SEPClassifier(nn.Module):
             for each image a list of ``{"label": name, "score": probability}``; for one image its list alone.
 
         Raises:
-            ValueError: an image cannot be read, `top_k` is larger than the number of classes, or a task is unknown.
+            ValueError: an image cannot be read, `top_k` is larger than the number of classes, `batch_size` is below 1,
+                or a task is unknown.
         """
-        return predict(self, images, top_k, batch_size, task)
+        single = not isinstance(images, (list, tuple))
+        images = [images] if single else images
+        own = Task(None, self.encoder)  # looked up once: another thread may set other classes meanwhile
+        tasks = [own] * len(images) if task is None else self.tasks.of_samples(task, len(images))
+        check_top_k(top_k, [own] if task is None else tasks)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")
+        processor = processor_part(self.processor, "image_processor", ImageProcessingMixin, "to read images")
+        images, predictions = [read_image(image) for image in images], []
+        with evaluating(self.model):
+            for start in range(0, len(images), batch_size):
+                batch = slice(start, start + batch_size)
+                inputs = processor(images[batch], return_tensors="pt").to(self.device)
+                predictions += predict_batch(self.vision_tower, inputs, tasks[batch], top_k)
+        return predictions[0] if single else predictions
 
     # files
 
@@ -460,11 +477,12 @@ class SEPClassifier(nn.Module):
         return replace(self.classes, new_class_margin=self.recipe.zero_shot_margin)
 
     @classmethod
+    @path_first
     def from_pretrained(
         cls,
-        model: nn.Module | str | os.PathLike,
-        path: str | os.PathLike | None = None,
+        path: str | os.PathLike,
         *,
+        model: nn.Module | None = None,
         processor=None,
         adapter_name: str = "default",
         is_trainable: bool = False,
@@ -476,10 +494,10 @@ class SEPClassifier(nn.Module):
         """Load what `save_pretrained` or `push_to_hub` wrote.
 
         Args:
-            model: the base model, or a `PeftModel` that takes the adapter in as a further one. Or leave it out and
-                begin with `path`: the base model and its processor are then loaded as well.
             path: a folder or the id of a repository on the Hub.
-            processor: for `predict` and `set_classes`.
+            model: the base model, or a `PeftModel` that takes the adapter in as a further one; None: the base model
+                that the adapter names, which is loaded with its processor.
+            processor: for `predict` and `set_classes`; None: the one that is loaded with the base model, if any.
             adapter_name: name of the adapter in the model.
             is_trainable: whether the adapter is to be trained on; otherwise it is frozen and no prototypes are made.
             subfolder: below `path`.
@@ -488,10 +506,10 @@ class SEPClassifier(nn.Module):
             hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
 
         Raises:
+            TypeError: no path, something else in its place, or two models.
             ValueError: the classes are missing or of a newer format, or the base model is not named.
             AdapterMismatchError: the weights do not fit the model.
         """
-        model, path = (None, model) if path is None else (model, path)
         path = os.fspath(path)
         classes = load_classes(path, subfolder, hub_options)  # first, before the model is touched
         if model is None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..method.mix import mix_embeddings, wide
 from ..tuner.model import find_towers
-from .logits import ClassWeights, logits_of
+from .logits import ClassWeights
+from .prediction import image_embeds, image_logits
 
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ class ImageEmbedder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, E) in fp32 or wider."""
-        tower = find_towers(self.model)["vision"]
-        prompted, frozen = tower.embed(pixel_values=pixel_values)
-        return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight)
+        return image_embeds(find_towers(self.model)["vision"], {"pixel_values": pixel_values})[0]
 
 
 class ImageScorer(nn.Module):
@@ -64,13 +61,10 @@ class ImageScorer(nn.Module):
         super().__init__()
         self.model = classifier.model
         self.class_names = classifier.class_names
-        # in tuples, so that the classifier is no part of what is exported
-        self._score = (partial(logits_of, classifier.vision_tower),)
-        self._embed = (classifier.image_embeds,)
         with torch.no_grad():
-            weights = classifier.encoder.weights()
-        self.register_buffer("text_embeds", weights.text.clone(), persistent=False)
-        self.register_buffer("frozen_text_embeds", weights.frozen_text.clone(), persistent=False)
+            weights = classifier.encoder.weights(training=False)
+        self.register_buffer("text_embeds", weights.text_embeds.clone(), persistent=False)
+        self.register_buffer("frozen_text_embeds", weights.frozen_text_embeds.clone(), persistent=False)
         self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
         self._zero_shot_margin = weights.zero_shot_margin
 
@@ -79,4 +73,5 @@ class ImageScorer(nn.Module):
         weights = ClassWeights(
             self.text_embeds, self.frozen_text_embeds, self.prototype_weights, self._zero_shot_margin
         )
-        return self._score[0](*self._embed[0](pixel_values), weights).softmax(dim=-1)
+        tower = find_towers(self.model)["vision"]
+        return image_logits(tower, {"pixel_values": pixel_values}, weights).softmax(dim=-1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -164,6 +166,38 @@ def _remote_card(repo_id: str, subfolder: str | None, revision: str | None, toke
 # reading
 
 
+def path_first(load: Callable) -> Callable:
+    """Let a class method `from_pretrained(path, *, model=None, ...)` take the older order (model, path, ...) as well.
+
+    Raises:
+        TypeError: no path, something else in its place, or a model by position and by name.
+    """
+
+    @wraps(load)
+    def from_pretrained(cls, *args, **kwargs):
+        call = f"{cls.__name__}.from_pretrained"
+        if len(args) == 2 or (len(args) == 1 and "path" in kwargs):
+            if "model" in kwargs or (len(args) == 2 and "path" in kwargs):
+                raise TypeError(f"{call} got a model or a path twice. Call {call}(path, model=model).")
+            warnings.warn(
+                f"{call}(model, path) is deprecated. Call {call}(path, model=model).", DeprecationWarning, stacklevel=2
+            )
+            kwargs |= {"model": args[0], "path": args[-1] if len(args) == 2 else kwargs["path"]}
+        elif len(args) == 1:
+            kwargs["path"] = args[0]
+        elif args:
+            raise TypeError(f"{call} takes one argument by position, the path, but got {len(args)}.")
+        path = kwargs.pop("path", None)
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(
+                f"{call} needs the folder or repository of an adapter, a str or a path, but got {type(path).__name__}. "
+                f"Call {call}(path), or {call}(path, model=model) where the base model is loaded."
+            )
+        return load(cls, path, **kwargs)
+
+    return from_pretrained
+
+
 def find_file(path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> str:
     """A file of an adapter in a folder or on the Hub, as a path on this machine; it may not exist in a folder."""
     if os.path.isdir(path):
@@ -220,7 +254,7 @@ def load_base(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) 
     if not name or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(
             f"The adapter {path} does not name a base model of transformers. Load the model and hand it in: "
-            "SEPClassifier.from_pretrained(model, path, processor=processor)."
+            "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
         )
     options = {key: hub_options[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_options}
     model = model_class.from_pretrained(name, revision=config.revision or "main", **options)

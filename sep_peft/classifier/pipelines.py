@@ -9,6 +9,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..tuner.modes import evaluating
+from .prediction import image_logits
+
 
 if TYPE_CHECKING:
     from .classifier import SEPClassifier
@@ -40,7 +43,6 @@ class ImageClassifier(nn.Module):
             label2id={name: index for index, name in names.items()},
             problem_type="single_label_classification",
         )
-        self.eval()
 
     @property
     def device(self) -> torch.device:
@@ -52,5 +54,8 @@ class ImageClassifier(nn.Module):
         return next(self.classifier.vision_tower.base_layer.parameters()).dtype
 
     def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
-        """(B, channels, height, width) -> logits (B, C)."""
-        return ImageClassifierOutput(logits=self.classifier(pixel_values).logits)
+        """(B, channels, height, width) -> logits (B, C), in evaluation whatever the mode of the classifier."""
+        classifier, inputs = self.classifier, {"pixel_values": pixel_values}
+        with evaluating(classifier.model):
+            weights = classifier.encoder.weights(training=False)
+            return ImageClassifierOutput(logits=image_logits(classifier.vision_tower, inputs, weights))

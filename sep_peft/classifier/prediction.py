@@ -1,97 +1,107 @@
-"""From images to labels with probabilities: what `SEPClassifier.predict` does."""
+"""From pixels to logits and ranked labels, for samples of one task or of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers.image_processing_base import ImageProcessingMixin
 
+from ..method.mix import mix_embeddings, unit, wide
+from ..tuner.current import chosen_adapters
+from ..tuner.tower import SEPTower
+from .class_encoder import ClassEncoder
 from .classes import TaskClasses
-from .images import read_image
-from .logits import logits_of
+from .logits import ClassWeights, class_logits
 
 
-if TYPE_CHECKING:
-    from .classifier import SEPClassifier
+class Task(NamedTuple):
+    """What a sample is classified by.
 
-
-@torch.no_grad()
-def predict(
-    classifier: SEPClassifier, images: Any, top_k: int | None, batch_size: int, task: str | Sequence[str] | None
-) -> list:
-    """See `SEPClassifier.predict`."""
-    single = not isinstance(images, (list, tuple))
-    images = [images] if single else images
-    tasks = None if task is None else classifier.tasks.of_rows(task, len(images))
-    used = [classifier.classes] if tasks is None else [classifier.tasks[name].classes for name in tasks]
-    _check_top_k(top_k, used)
-    processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read images")
-    images = [read_image(image) for image in images]
-    results: list = [None] * len(images)
-    with evaluating(classifier):
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = processor(images[rows], return_tensors="pt").to(classifier.device)
-            for own, logits, classes in _logits(classifier, batch, None if tasks is None else tasks[rows]):
-                for row, ranking in zip(own, _rank(logits, classes, top_k), strict=True):
-                    results[start + row] = ranking
-    return results[0] if single else results
-
-
-def processor_part(processor, part: str, kind: type, purpose: str):
-    """The processor's part, or the processor where it is that part itself.
-
-    Raises:
-        ValueError: there is none.
+    Args:
+        adapter: name of an adapter, or "__base__" for none; None: the active one.
+        encoder: of the classes.
     """
-    found = getattr(processor, part, processor)
-    if not isinstance(found, kind):
-        raise ValueError(
-            f"This classifier has no processor {purpose}. Pass processor=AutoProcessor.from_pretrained(...)."
-        )
-    return found
+
+    adapter: str | None
+    encoder: ClassEncoder
+
+    @property
+    def classes(self) -> TaskClasses:
+        return self.encoder.classes
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, the mode of before after it."""
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()
+def image_embeds(tower: SEPTower, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider.
+
+    Args:
+        tower: of the images.
+        inputs: what the tower takes, such as `pixel_values` (B, channels, height, width).
+    """
+    prompted, frozen = tower.embed(**inputs)
+    prompted, frozen = wide(prompted), wide(frozen)
+    return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 
 
-def _logits(
-    classifier: SEPClassifier, batch: dict, tasks: list[str] | None
-) -> Iterator[tuple[Sequence[int], torch.Tensor, TaskClasses]]:
-    """Rows of the batch, their logits and the classes these belong to."""
-    if tasks is None:
-        logits = classifier(**batch).logits
-        yield range(len(logits)), logits, classifier.classes
-    else:
-        score = partial(logits_of, classifier.vision_tower)
-        yield from classifier.tasks.logits(tasks, batch, classifier.image_embeds, score)
+def image_logits(tower: SEPTower, inputs: Mapping[str, torch.Tensor], weights: ClassWeights) -> torch.Tensor:
+    """Logits (B, C) of images among the classes of `weights`; see `image_embeds`."""
+    return class_logits(tower, *image_embeds(tower, inputs), weights)
 
 
-def _rank(logits: torch.Tensor, classes: TaskClasses, top_k: int | None) -> list[list[dict]]:
-    """(B, C) -> for each row its best classes with their probabilities."""
+def predict_batch(
+    tower: SEPTower, inputs: Mapping[str, torch.Tensor], tasks: Sequence[Task], top_k: int | None
+) -> list[list[dict]]:
+    """Classify a batch, in evaluation; samples of one adapter are embedded together.
+
+    Args:
+        tower: of the images.
+        inputs: what the tower takes, tensors (B, ...).
+        tasks: one for each sample.
+        top_k: how many classes to return a sample, best first; None for all.
+
+    Returns:
+        for each sample its classes with their probabilities.
+    """
+    predictions: list = [None] * len(tasks)
+    for adapter in dict.fromkeys(task.adapter for task in tasks):
+        of_adapter = [index for index, task in enumerate(tasks) if task.adapter == adapter]
+        with chosen_adapters.set(adapter):
+            embeds = image_embeds(tower, _select(inputs, of_adapter, len(tasks)))
+            for encoder in dict.fromkeys(tasks[index].encoder for index in of_adapter):
+                own = [place for place, index in enumerate(of_adapter) if tasks[index].encoder is encoder]
+                selected = _select(dict(zip(("embeds", "frozen_embeds"), embeds, strict=True)), own, len(of_adapter))
+                logits = class_logits(tower, **selected, weights=encoder.weights(training=False))
+                for place, ranking in zip(own, _ranked(logits, encoder.classes, top_k), strict=True):
+                    predictions[of_adapter[place]] = ranking
+    return predictions
+
+
+def check_top_k(top_k: int | None, tasks: Sequence[Task]) -> None:
+    """
+    Raises:
+        ValueError: `top_k` is below 1 or above the number of classes of a task.
+    """
+    count = min((len(task.classes) for task in tasks), default=0)
+    if top_k is not None and tasks and not 1 <= top_k <= count:
+        raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")
+
+
+def _select(inputs: Mapping[str, Any], samples: list[int], count: int) -> dict[str, Any]:
+    """These of `count` samples of every tensor; anything else belongs to all samples."""
+    if len(samples) == count:
+        return dict(inputs)
+
+    def select(value):
+        has_samples = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
+        return value[torch.tensor(samples, device=value.device)] if has_samples else value
+
+    return {name: select(value) for name, value in inputs.items()}
+
+
+def _ranked(logits: torch.Tensor, classes: TaskClasses, top_k: int | None) -> list[list[dict]]:
+    """Logits (B, C) -> for each sample its best classes with their probabilities."""
     scores, indices = logits.softmax(dim=-1).topk(len(classes) if top_k is None else top_k, dim=-1)
     return [
-        [{"label": classes.names[i], "score": score} for score, i in zip(row_scores, row_indices, strict=True)]
-        for row_scores, row_indices in zip(scores.tolist(), indices.tolist(), strict=True)
+        [{"label": classes.names[i], "score": score} for score, i in zip(sample_scores, sample_indices, strict=True)]
+        for sample_scores, sample_indices in zip(scores.tolist(), indices.tolist(), strict=True)
     ]
-
-
-def _check_top_k(top_k: int | None, used: list[TaskClasses]) -> None:
-    count = min(map(len, used), default=0)
-    if top_k is not None and used and not 1 <= top_k <= count:
-        raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
-import torch
 from peft import PeftModel
 from torch import nn
 
 from ..tuner.current import chosen_adapters
-from ..tuner.mixed_batch import check_adapter_names, run_samples
+from ..tuner.mixed_batch import check_adapter_names
+from ..tuner.modes import evaluating
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
-
-
-class Task(NamedTuple):
-    """The adapter of a task, by name, and the encoder of its classes."""
-
-    adapter: str
-    encoder: ClassEncoder
-
-    @property
-    def classes(self) -> TaskClasses:
-        return self.encoder.classes
+from .prediction import Task
 
 
 class Tasks(nn.Module):
@@ -97,18 +86,17 @@ class Tasks(nn.Module):
         self.check_new(name)
         if name in model.peft_config:
             raise ValueError(f"There is an adapter {name!r} already. Choose another name, or use add_task.")
-        modes = {module: module.training for module in model.modules()}
+        training, known = model.training, set(model.modules())
         try:
-            model.load_adapter(path, name, **options)
-            self.add(name, classes, name, chunk_size)
+            with evaluating(model):  # as PEFT leaves everything; each module's own mode comes back after it
+                model.load_adapter(path, name, **options)
+                self.add(name, classes, name, chunk_size)
         except Exception:
             if name in model.peft_config:
                 model.delete_adapter(name)
             raise
-        finally:
-            model.training = modes[model]
-            for module in model.modules():  # PEFT switches to evaluation
-                module.training = modes.get(module, model.training)
+        for module in set(model.modules()) - known:
+            module.training = training
 
     def remove(self, name: str) -> None:
         """Forget a task; its adapter stays in the model.
@@ -130,41 +118,19 @@ class Tasks(nn.Module):
         if name in self._tasks:
             raise ValueError(f"There is a task {name!r} already. Remove it first, or choose another name.")
 
-    def of_rows(self, task: str | Sequence[str], count: int) -> list[str]:
-        """One task a row.
+    def of_samples(self, task: str | Sequence[str], count: int) -> list[Task]:
+        """One task for each sample.
 
         Args:
-            task: one for all rows, or one for each.
-            count: rows.
+            task: name of one for all samples, or one for each.
+            count: samples.
 
         Raises:
-            ValueError: another number of tasks than rows, a task that does not exist, or one without its adapter.
+            ValueError: another number of tasks than samples, a task that does not exist, or one without its adapter.
         """
         names = [task] * count if isinstance(task, str) else list(task)
         if len(names) != count:
             raise ValueError(f"task must be one name or one for each of {count} images, but got {len(names)}.")
-        used = {task, *names} if isinstance(task, str) else set(names)
-        check_adapter_names([self[name].adapter for name in used], self._model[0].peft_config)
-        return names
-
-    def logits(
-        self, names: Sequence[str], inputs: Mapping[str, Any], embed: Callable, score: Callable
-    ) -> Iterator[tuple[list[int], torch.Tensor, TaskClasses]]:
-        """Logits of one mixed batch.
-
-        Args:
-            names: a task for each row.
-            inputs: of `embed`.
-            embed: the batch's inputs -> SEP's and the frozen image embeddings (B, E) under the chosen adapters.
-            score: SEP's and the frozen image embeddings, each (B, E), and a task's `ClassWeights` -> logits (B, C).
-
-        Yields:
-            for each task its rows, their logits and its classes.
-        """
-        images = run_samples([self[name].adapter for name in names], inputs, embed)
-        for name in dict.fromkeys(names):
-            task, rows = self[name], [row for row, other in enumerate(names) if other == name]
-            with chosen_adapters.set(task.adapter):
-                weights = task.encoder.weights()
-            own = [image[torch.tensor(rows, device=image.device)] for image in images]
-            yield rows, score(*own, weights), task.classes
+        used = {name: self[name] for name in ([task] if isinstance(task, str) else names)}
+        check_adapter_names([found.adapter for found in used.values()], self._model[0].peft_config)
+        return [used[name] for name in names]

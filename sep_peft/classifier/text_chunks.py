@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+<<<<<<< HEAD
+=======
+from ..tuner import texts
+from ..tuner.passes import TrunkFeatures
+>>>>>>> 585b04a (Predictions never meet another mode: evaluation is an argument, and switched once for all threads)
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 
@@ -27,8 +33,13 @@ class TextChunks(nn.Module):
         ends, order = tower.texts.span(inputs)[1].sort(stable=True)  # both (C,)
         self.register_buffer("places", order.argsort(), persistent=False)
         self._names: list[dict[str, str]] = []  # for each chunk, input -> buffer
+<<<<<<< HEAD
         for number, rows in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
             chunk = tower.texts.trim({key: value[rows] for key, value in inputs.items()})
+=======
+        for number, chosen in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
+            chunk = texts.trim(tower, {key: value[chosen] for key, value in inputs.items()})
+>>>>>>> 585b04a (Predictions never meet another mode: evaluation is an argument, and switched once for all threads)
             self._names.append({key: f"{key}_{number}" for key in chunk})
             for key, value in chunk.items():
                 self.register_buffer(f"{key}_{number}", value, persistent=False)
@@ -41,14 +52,25 @@ class TextChunks(nn.Module):
         for names in self._names:
             yield {key: self.get_buffer(name) for key, name in names.items()}
 
-    def join(self, embeds: list[torch.Tensor]) -> torch.Tensor:
-        """Embeddings of the chunks, each (<= size, E) -> those of all texts (C, E), in the order of the texts."""
+    def map(self, call: Callable[..., Any]) -> list:
+        """What `call` makes of each chunk, which it gets as keyword arguments."""
+        return [call(**chunk) for chunk in self]
+
+    def encode(self, embed: Callable[..., torch.Tensor], trunks: list[TrunkFeatures] | None = None) -> torch.Tensor:
+        """Embeddings of all texts (C, E), in the order of the texts.
+
+        Args:
+            embed: makes those of a chunk, (<= size, E), which it gets as keyword arguments.
+            trunks: of each chunk, for `embed`'s argument `trunk`, where the layers below have run.
+        """
+        extra = [{}] * len(self) if trunks is None else [{"trunk": trunk} for trunk in trunks]
+        embeds = [embed(**chunk, **more) for chunk, more in zip(self, extra, strict=True)]
         return torch.cat(embeds)[self.places]
 
     def num_tokens(self, num_prompts: int) -> int:
         """Tokens that the tower sees of all texts, padding and prompts included."""
         shapes = [chunk["input_ids"].shape for chunk in self]
-        return sum(rows * (length + num_prompts) for rows, length in shapes)
+        return sum(texts * (length + num_prompts) for texts, length in shapes)
 
 
 def chunk_sizes(lengths: list[int], largest: int) -> list[int]:
