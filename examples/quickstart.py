@@ -51,7 +51,7 @@ def main() -> None:
     classifier.set_classes(base).save_pretrained(saved)
     size = (saved / "adapter_model.safetensors").stat().st_size
     print(f"\nsaved {saved} ({size / 1e6:.1f} MB)")
-    fresh = SEPClassifier.from_pretrained(CLIPModel.from_pretrained(args.model), saved, processor=processor)
+    fresh = SEPClassifier.from_pretrained(saved, model=CLIPModel.from_pretrained(args.model), processor=processor)
     check_equal(classifier.eval(), fresh.to(args.device), [path for path, _ in test])
 
     image = args.image or test[0][0]

@@ -96,9 +96,9 @@ def test_coupled_class_texts_are_padded_with_zeros():
     tower = find_towers(classifier.model)["text"]
     padded = make_texts(lengths, 1 + count, pad=0)["input_ids"]
     with torch.no_grad():
-        text, frozen = classifier.encoder()
-        expected = mix(tower.embed_prompted(input_ids=padded), frozen, 0.5)
-    torch.testing.assert_close(text, expected)
+        weights = classifier.encoder.weights(training=False)
+        expected = mix(tower.embed_prompted(input_ids=padded), weights.frozen_text_embeds, 0.5)
+    torch.testing.assert_close(weights.text_embeds, expected)
 
 
 def test_coupled_classes_are_never_chunked():

@@ -140,7 +140,7 @@ FOUR = make_texts([3, 4, 5, 3])
             {"class_inputs": FOUR, "template_inputs": (FOUR, make_texts([3, 4]))},
             "input_ids must have shape (4, tokens), but got (2, 4).",
         ),
-        ({"class_inputs": FOUR, "names": ("a", "b")}, "There are 2 class names for 4 rows of class_inputs."),
+        ({"class_inputs": FOUR, "names": ("a", "b")}, "There are 2 class names for 4 texts of class_inputs."),
         (
             {"class_inputs": FOUR, "names": ("a", "b", "a", "c")},
             "Class names must differ, but these occur more than once: a.",

@@ -68,7 +68,7 @@ def test_round_trip(config, second, target, adapter, tmp_path):
     expected = logits_of(classifier)
     classifier.save_pretrained(tmp_path)
     model = make_model("first", seed=9, num_text_prompts=2) if second else make_clip()
-    loaded = SEPClassifier.from_pretrained(model, tmp_path, adapter_name=target)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=model, adapter_name=target)
     assert not any(module.training for module in loaded.modules())
     assert torch.equal(loaded(IMAGES).logits, expected)
     assert torch.equal(logits_of(classifier), expected)
@@ -81,7 +81,7 @@ def test_a_second_adapter_leaves_the_first_one_as_it_was(saved):
     model = make_model("first", seed=9)
     first = SEPClassifier(model, CLASSES, TEMPLATES)
     expected = logits_of(first)
-    second = SEPClassifier.from_pretrained(model, saved, adapter_name="second")
+    second = SEPClassifier.from_pretrained(saved, model=model, adapter_name="second")
     assert torch.equal(logits_of(second), logits_of(make_classifier()))
     model.set_adapter("first")
     assert torch.equal(logits_of(first), expected)
@@ -90,7 +90,7 @@ def test_a_second_adapter_leaves_the_first_one_as_it_was(saved):
 @pytest.mark.parametrize("second", [False, True], ids=["fresh", "second"])
 def test_loaded_for_use_everything_is_frozen(second, saved):
     model = make_model("first", seed=9) if second else make_clip()
-    loaded = SEPClassifier.from_pretrained(model, saved)
+    loaded = SEPClassifier.from_pretrained(saved, model=model)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert loaded.prototypes is None
 
@@ -98,7 +98,7 @@ def test_loaded_for_use_everything_is_frozen(second, saved):
 @pytest.mark.parametrize("second", [False, True], ids=["fresh", "second"])
 def test_loaded_to_train_on(second, saved):
     model = make_model("first", seed=9) if second else make_clip()
-    loaded = SEPClassifier.from_pretrained(model, saved, adapter_name="again", is_trainable=True)
+    loaded = SEPClassifier.from_pretrained(saved, model=model, adapter_name="again", is_trainable=True)
     assert all(module.training for module in loaded.modules())
     loaded(IMAGES, LABELS).loss.backward()
     with_gradient = {name for name, p in loaded.named_parameters() if p.grad is not None}
@@ -109,14 +109,14 @@ def test_loaded_to_train_on(second, saved):
 
 def test_options_reach_the_loaded_classifier(saved):
     options = {"text_weight": 1.0, "prototype_weight": 2.0, "chunk_size": 3}
-    loaded = SEPClassifier.from_pretrained(make_clip(), saved, options=options)
+    loaded = SEPClassifier.from_pretrained(saved, model=make_clip(), options=options)
     assert loaded.loss_weights == {"text_weight": 1.0, "vision_weight": 3.0, "prototype_weight": 2.0}
     assert loaded.encoder.chunk_size == 3
     assert loaded.prototypes is not None
 
 
 def test_load_from_a_subfolder(saved):
-    loaded = SEPClassifier.from_pretrained(make_clip(), saved.parent, subfolder=saved.name)
+    loaded = SEPClassifier.from_pretrained(saved.parent, model=make_clip(), subfolder=saved.name)
     assert torch.equal(logits_of(loaded), logits_of(make_classifier()))
 
 
@@ -125,7 +125,7 @@ def test_names_and_templates_survive(imaged, processor, tmp_path):
     names = ["café", *NAMES[1:]]
     imaged.set_classes(names, template=["a {}.", "the {}."]).save_pretrained(tmp_path)
     model = CLIPModel.from_pretrained(ASSETS / "clip-small")
-    loaded = SEPClassifier.from_pretrained(model, tmp_path, processor=processor)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=model, processor=processor)
     assert loaded.class_names == names
     assert loaded.predict(IMAGE_FILES) == imaged.predict(IMAGE_FILES)
     assert loaded.set_classes(["cup"]).classes.templates == ("a {}.", "the {}.")
@@ -135,7 +135,7 @@ def test_saving_again_replaces_the_files(saved):
     other = make_classifier(make_texts([4, 3]), None, config={"seed": 6, "num_text_prompts": 1})
     other.save_pretrained(saved)
     assert sorted(contents(saved)) == FILES
-    loaded = SEPClassifier.from_pretrained(make_clip(), saved)
+    loaded = SEPClassifier.from_pretrained(saved, model=make_clip())
     assert torch.equal(logits_of(loaded), logits_of(other))
 
 
@@ -199,10 +199,10 @@ def test_a_failure_while_saving_leaves_what_was_there(adapter, breaks, saved, mo
         with pytest.raises(DiskFull):
             other.save_pretrained(saved)
     assert contents(saved) == before  # and no temporary folder
-    loaded = SEPClassifier.from_pretrained(make_clip(), saved)
+    loaded = SEPClassifier.from_pretrained(saved, model=make_clip())
     assert torch.equal(logits_of(loaded), logits_of(make_classifier()))
     other.save_pretrained(saved)
-    assert torch.equal(logits_of(SEPClassifier.from_pretrained(make_clip(), saved)), logits_of(other))
+    assert torch.equal(logits_of(SEPClassifier.from_pretrained(saved, model=make_clip())), logits_of(other))
 
 
 @pytest.mark.parametrize("breaks", BREAKS, ids=lambda item: item.__name__)
@@ -265,5 +265,65 @@ def test_broken_class_file(adapted, content, message, saved):
     model = make_model("first") if adapted else make_clip()
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(file=file))}"):
-        SEPClassifier.from_pretrained(model, saved, adapter_name="other")
+        SEPClassifier.from_pretrained(saved, model=model, adapter_name="other")
     assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+# the order of arguments
+
+
+OLD_ORDER = (
+    "SEPClassifier.from_pretrained(model, path) is deprecated. Call SEPClassifier.from_pretrained(path, model=model)."
+)
+NO_PATH = (
+    "SEPClassifier.from_pretrained needs the folder or repository of an adapter, a str or a path, but got {}. Call "
+    "SEPClassifier.from_pretrained(path), or SEPClassifier.from_pretrained(path, model=model) where the base model is "
+    "loaded."
+)
+TWICE = (
+    "SEPClassifier.from_pretrained got a model or a path twice. Call SEPClassifier.from_pretrained(path, model=model)."
+)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, path: SEPClassifier.from_pretrained(model, path, adapter_name="mine"),
+        lambda model, path: SEPClassifier.from_pretrained(model, path=path, adapter_name="mine"),
+    ],
+    ids=["by position", "path by name"],
+)
+def test_the_older_order_of_arguments(load, saved):
+    with pytest.warns(DeprecationWarning, match=f"^{re.escape(OLD_ORDER)}$") as caught:
+        loaded = load(make_clip(), saved)
+    assert [warning.filename for warning in caught if warning.category is DeprecationWarning] == [__file__]
+    assert loaded.model.active_adapter == "mine"
+    assert torch.equal(logits_of(loaded), logits_of(make_classifier()))
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_all_by_name(saved):
+    loaded = SEPClassifier.from_pretrained(model=make_clip(), path=saved)
+    assert torch.equal(logits_of(loaded), logits_of(make_classifier()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, path: SEPClassifier.from_pretrained(), NO_PATH.format("NoneType")),
+        (lambda model, path: SEPClassifier.from_pretrained(model=model), NO_PATH.format("NoneType")),
+        (lambda model, path: SEPClassifier.from_pretrained(model), NO_PATH.format("CLIPModel")),
+        (lambda model, path: SEPClassifier.from_pretrained(path, model), NO_PATH.format("CLIPModel")),
+        (lambda model, path: SEPClassifier.from_pretrained(model, path, model=model), TWICE),
+        (lambda model, path: SEPClassifier.from_pretrained(model, path, path=path), TWICE),
+        (
+            lambda model, path: SEPClassifier.from_pretrained(model, path, None),
+            "SEPClassifier.from_pretrained takes one argument by position, the path, but got 3.",
+        ),
+    ],
+    ids=["nothing", "no path", "model alone", "wrong way round", "two models", "two paths", "three"],
+)
+@pytest.mark.filterwarnings("ignore:SEPClassifier.from_pretrained:DeprecationWarning")
+def test_arguments_that_are_missing_or_too_many(call, message, saved):
+    with raises(message, TypeError):
+        call(make_clip(), saved)

@@ -79,13 +79,13 @@ def predict(repo: str = REPO, with_model: bool = False, **options) -> list:
     if not with_model:
         return SEPClassifier.from_pretrained(repo, **options).predict(IMAGE)
     processor = AutoProcessor.from_pretrained(BASE, token=TOKEN)
-    return SEPClassifier.from_pretrained(base_model(), repo, processor=processor, **options).predict(IMAGE)
+    return SEPClassifier.from_pretrained(repo, model=base_model(), processor=processor, **options).predict(IMAGE)
 
 
 def predict_by_a_second_adapter(**options) -> dict:
     first = make_classifier(names=("crab",))
     before = embedding(first.model)
-    loaded = SEPClassifier.from_pretrained(first.model, REPO, adapter_name="second", token=TOKEN, **options)
+    loaded = SEPClassifier.from_pretrained(REPO, model=first.model, adapter_name="second", token=TOKEN, **options)
     loaded.processor = first.processor
     prediction = loaded.predict(IMAGE)
     first.model.set_adapter("default")

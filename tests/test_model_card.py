@@ -342,7 +342,7 @@ def test_an_adapter_that_names_no_base_model(tmp_path):
     make_classifier().save_pretrained(tmp_path)
     message = (
         f"The adapter {tmp_path} does not name a base model of transformers. Load the model and hand it in: "
-        "SEPClassifier.from_pretrained(model, path, processor=processor)."
+        "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SEPClassifier.from_pretrained(tmp_path)

@@ -59,9 +59,9 @@ def test_image_classification(training, small_model, processor):
 
 
 def test_what_the_pipeline_reads(small_model, processor):
-    classifier = SEPClassifier.from_class_names(small_model, processor, NAMES)
+    classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).train()
     model = ImageClassifier(classifier)
+    assert all(module.training for module in classifier.modules())
     assert model.config.id2label == dict(enumerate(NAMES))
     assert model.config.num_labels == 4
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
-    assert not any(module.training for module in model.modules())

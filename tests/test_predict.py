@@ -63,6 +63,12 @@ def test_size_of_the_batches_does_not_matter(batch_size, imaged):
         assert scores_of(prediction) == pytest.approx(scores_of(other), abs=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_bad_batch_size(batch_size, imaged):
+    with raises(f"batch_size must be at least 1, but got {batch_size}."):
+        imaged.predict(IMAGE_FILES, batch_size=batch_size)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_prediction_keeps_the_mode_and_makes_no_graph(training, imaged):
     imaged.train(training)
@@ -145,7 +151,7 @@ def test_names_without_processor(part, small_model, processor):
 def test_two_threads_predict_at_once(training, imaged):
     jobs = [IMAGE_FILES[:2], IMAGE_FILES[1:]]
     expected = [imaged.predict(job) for job in jobs]
-    imaged.train(training).encoder.train(training)  # drops the cache
+    imaged.train(training).set_classes(imaged.classes)  # drops the cache
     results: list[list] = [[], []]
     barrier = threading.Barrier(2)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bundled import scores_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_classifier import (
@@ -25,7 +25,7 @@ from small_classifier import (
 from small_clip import make_clip
 
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
-from sep_peft.classifier import logits as scoring
+from sep_peft.classifier.prediction import predict_batch
 from sep_peft.method.recipe import Recipe
 from sep_peft.training import make_optimizer
 
@@ -110,7 +110,7 @@ def test_files(tmp_path):
     assert FILE in contents(tmp_path)
     kept = load_file(tmp_path / FILE)["prototypes"]
     torch.testing.assert_close(kept, F.normalize(classifier.prototypes.data, dim=-1))
-    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip())
     assert torch.equal(loaded(IMAGES).logits, logits_of(classifier))
     assert loaded.prototypes is None
     torch.testing.assert_close(ImageScorer(loaded)(IMAGES), logits_of(classifier).softmax(dim=-1))
@@ -118,7 +118,7 @@ def test_files(tmp_path):
 
 def test_training_goes_on_from_what_was_kept(tmp_path):
     with_prototypes().save_pretrained(tmp_path)
-    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path, is_trainable=True)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip(), is_trainable=True)
     torch.testing.assert_close(loaded.prototypes.data, load_file(tmp_path / FILE)["prototypes"])
 
 
@@ -127,10 +127,14 @@ def test_a_task_brings_its_prototypes(tmp_path):
     trained.save_pretrained(tmp_path)
     classifier = SEPClassifier(make_model("first", seed=9), CLASSES, TEMPLATES).eval()
     classifier.load_task(tmp_path, "task")
-    names, inputs = ["task"] * len(IMAGES), {"pixel_values": IMAGES}
-    score = partial(scoring.logits_of, classifier.vision_tower)
-    ((_, logits, _),) = classifier.tasks.logits(names, inputs, classifier.image_embeds, score)
-    torch.testing.assert_close(logits, logits_of(trained))
+    weights = classifier.tasks["task"].encoder.weights(training=False)
+    torch.testing.assert_close(weights.prototypes, trained.encoder.weights(training=False).prototypes)
+    tasks = classifier.tasks.of_samples("task", len(IMAGES))
+    with torch.no_grad():
+        found = predict_batch(classifier.vision_tower, {"pixel_values": IMAGES}, tasks, None)
+    expected = logits_of(trained).softmax(dim=-1)
+    for prediction, scores in zip(found, expected.tolist(), strict=True):
+        assert scores_of(prediction, trained.class_names) == pytest.approx(scores, abs=1e-5)
 
 
 def test_a_scorer_made_while_training():
@@ -183,14 +187,14 @@ def test_files_that_are_missing_or_cut_short(tmp_path):
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:-10])
     with pytest.raises(SafetensorError):
-        SEPClassifier.from_pretrained(make_clip(), tmp_path)
+        SEPClassifier.from_pretrained(tmp_path, model=make_clip())
     (tmp_path / FILE).unlink()
     message = f"{tmp_path / FILE} does not exist, but sep_classes.json says that it should. Copy or download it again."
     with raises(message):
-        SEPClassifier.from_pretrained(make_clip(), tmp_path)
+        SEPClassifier.from_pretrained(tmp_path, model=make_clip())
     save_file({"prototypes": torch.ones(3, 24)}, tmp_path / FILE)
     with raises("prototypes must have shape (4, embedding size), but got (3, 24)."):
-        SEPClassifier.from_pretrained(make_clip(), tmp_path)
+        SEPClassifier.from_pretrained(tmp_path, model=make_clip())
 
 
 def test_a_class_list_without_them_reads_as_before(tmp_path):
@@ -199,7 +203,7 @@ def test_a_class_list_without_them_reads_as_before(tmp_path):
     data = json.loads(file.read_text())
     del data["prototype_logit_weight"]
     file.write_text(json.dumps(data))
-    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip())
     assert torch.equal(loaded(IMAGES).logits, logits_of(make_classifier()))
 
 

@@ -150,7 +150,7 @@ def train_a_step(classifier: SEPClassifier) -> None:
 def test_weights_of_the_loss(options, weights, make):
     classifier = make(**options)
     output = classifier(IMAGES, LABELS)
-    text, frozen_text = classifier.encoder()
+    text, frozen_text, *_ = classifier.encoder.weights(training=True)
     image, frozen_image = classifier.image_embeds(IMAGES)
     expected = sep_loss(
         *(output.logits, LABELS, image, frozen_image, text, frozen_text, classifier.prototypes),
@@ -228,13 +228,13 @@ def test_a_loaded_adapter_has_the_margin_of_its_recipe(recipe, make, tokenizer, 
     classifier = make(recipe=recipe)
     train_a_step(classifier)
     classifier.finish_training().save_pretrained(tmp_path)
-    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path, processor=tokenizer)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip(), processor=tokenizer)
     assert torch.equal(loaded(IMAGES).logits, classifier(IMAGES).logits)
     assert margin(loaded) == 0
     assert margin(loaded.set_classes(NEW)) == recipe.zero_shot_margin
     assert torch.equal(loaded.set_classes(BASE)(IMAGES).logits, classifier(IMAGES).logits)
     loaded.set_classes(NEW).save_pretrained(tmp_path)
-    again = SEPClassifier.from_pretrained(make_clip(), tmp_path, processor=tokenizer)
+    again = SEPClassifier.from_pretrained(tmp_path, model=make_clip(), processor=tokenizer)
     assert margin(again) == margin(again.set_classes(BASE)) == recipe.zero_shot_margin
 
 
@@ -245,7 +245,7 @@ def test_an_adapter_that_names_no_recipe_predicts_as_before(make, tokenizer, tmp
     data = json.loads(file.read_text())
     assert data.pop("new_class_margin") == 1.5
     file.write_text(json.dumps(data))
-    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path, processor=tokenizer)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip(), processor=tokenizer)
     assert torch.equal(loaded(IMAGES).logits, classifier(IMAGES).logits)
     assert torch.equal(loaded.set_classes(BASE)(IMAGES).logits, classifier(IMAGES).logits)
     assert margin(loaded.set_classes(NEW)) == 1.5

@@ -38,7 +38,7 @@ def test_every_value_is_rounded_and_nothing_else_changes(dtype, tmp_path):
 def test_loaded_again_it_is_fp32_rounded(dtype, low, tmp_path):
     classifier = make_classifier()
     classifier.save_pretrained(tmp_path, save_dtype=dtype)
-    loaded = SEPClassifier.from_pretrained(make_clip(), tmp_path, low_cpu_mem_usage=low)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip(), low_cpu_mem_usage=low)
     for name, parameter in classifier.named_parameters():
         if ".sep_" in name:
             parameter.copy_(parameter.to(dtype))

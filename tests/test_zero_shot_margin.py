@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from bundled import scores_of
 from small_classifier import IMAGES, LABELS, logits_of, make_classifier, make_model, raises, with_prototypes
 
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
-from sep_peft.classifier import logits as scoring
+from sep_peft.classifier.prediction import predict_batch
 
 
 def with_margin(margin: float, classifier: SEPClassifier | None = None) -> SEPClassifier:
@@ -79,7 +79,7 @@ def test_other_classes_start_without_it():
 def test_saved_and_loaded(tmp_path):
     classifier = with_margin(1.5)
     classifier.save_pretrained(tmp_path)
-    loaded = SEPClassifier.from_pretrained(make_model().get_base_model(), tmp_path)
+    loaded = SEPClassifier.from_pretrained(tmp_path, model=make_model().get_base_model())
     assert loaded.classes.zero_shot_margin == 1.5
     assert torch.equal(logits_of(loaded), logits_of(classifier))
 
@@ -94,13 +94,11 @@ def test_a_task_has_its_own():
     classifier = make_classifier().eval()
     for margin in (0.0, 1.5):
         classifier.add_task(f"task {margin}", classifier.classes, adapter="default", zero_shot_margin=margin)
-    names, score = ["task 1.5", "task 0.0"], partial(scoring.logits_of, classifier.vision_tower)
-    inputs = {"pixel_values": IMAGES[:2]}
+    tasks = classifier.tasks.of_samples(["task 1.5", "task 0.0"], 2)
     with torch.no_grad():
-        scored = classifier.tasks.logits(names, inputs, classifier.image_embeds, score)
-        found = {rows[0]: logits for rows, logits, _ in scored}
-    torch.testing.assert_close(found[0][0].softmax(dim=0), reference(1.5)[0])
-    torch.testing.assert_close(found[1][0].softmax(dim=0), reference(0.0)[1])
+        found = predict_batch(classifier.vision_tower, {"pixel_values": IMAGES[:2]}, tasks, None)
+    assert scores_of(found[0], classifier.class_names) == pytest.approx(reference(1.5)[0].tolist(), abs=1e-5)
+    assert scores_of(found[1], classifier.class_names) == pytest.approx(reference(0.0)[1].tolist(), abs=1e-5)
 
 
 def test_a_scorer_has_it():

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..method.coupled import pad_with_zeros
 from ..method.losses import PROTOTYPE_SCALE
 from ..method.mix import mix_embeddings, unit, wide
+from ..tracing import is_traced
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.passes import TrunkFeatures
 from ..tuner.settings import TowerSettings
-from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 from .classes import TaskClasses
+from .coupled import coupled_texts
 from .logits import ClassWeights
 from .text_chunks import TextChunks
 
@@ -151,7 +151,7 @@ class ClassEncoder(nn.Module):
         """SEP's text embeddings (C, E), of unit length."""
         tower = self.tower
         if settings.batch_coupled:  # every class must see every other
-            prompted = tower.embed_prompted(**self._coupled_texts(tower))
+            prompted = tower.embed_prompted(**coupled_texts(tower, self.classes.class_inputs, settings.num_prompts))
         else:
             tokens = self.names.num_tokens(settings.num_prompts)
             again = torch.is_grad_enabled() and len(self.names) > 1 and tokens > self.kept_tokens
@@ -159,25 +159,11 @@ class ClassEncoder(nn.Module):
             prompted = self.names.encode(embed, trunks)
         return mix_embeddings(wide(prompted), frozen_embeds, tower.frozen_weight)
 
-    def _coupled_texts(self, tower: SEPTower) -> TextInputs:
-        """Class names as the released code tokenizes them: padded with 0, without a mask.
-
-        Its selection runs past the end of short names, so padding of the right id must be there to be selected.
-        """
-        length = tower.spec.insert_at + tower.active_settings.num_prompts
-        device = next(tower.base_layer.parameters()).device
-
-        def pad():
-            inputs = {key: value.to(device) for key, value in self.classes.class_inputs.items()}
-            trimmed = tower.texts.trim(inputs)
-            return {"input_ids": pad_with_zeros(trimmed["input_ids"], tower.texts.span(trimmed)[1], length)}
-
-        return self._cached("coupled", (length, device), pad)
-
     def _cached(self, name: str, key: tuple, compute: Callable[[], Any], *parameters: Iterable[nn.Parameter]) -> Any:
         """What `compute` gives, in evaluation and without gradients, of the present values of `parameters`.
 
         Threads that find no entry compute each its own, all of the same values; an entry appears when it is whole.
+        What a thread computes while it is traced is no value, and never kept.
 
         Args:
             name: of the entry; one that was made for another key is dropped.
@@ -185,6 +171,9 @@ class ClassEncoder(nn.Module):
             compute: makes the value.
             parameters: that it depends on.
         """
+        if is_traced():
+            with torch.no_grad():
+                return compute()
         key = (*key, self._autocast(), *self._versions(*parameters))
         entry = self._cache.get(name)
         if entry is None or entry[0] != key:

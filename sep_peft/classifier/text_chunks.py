@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-=======
-from ..tuner import texts
 from ..tuner.passes import TrunkFeatures
->>>>>>> 585b04a (Predictions never meet another mode: evaluation is an argument, and switched once for all threads)
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 
@@ -33,13 +29,8 @@ class TextChunks(nn.Module):
         ends, order = tower.texts.span(inputs)[1].sort(stable=True)  # both (C,)
         self.register_buffer("places", order.argsort(), persistent=False)
         self._names: list[dict[str, str]] = []  # for each chunk, input -> buffer
-<<<<<<< HEAD
-        for number, rows in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
-            chunk = tower.texts.trim({key: value[rows] for key, value in inputs.items()})
-=======
         for number, chosen in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
-            chunk = texts.trim(tower, {key: value[chosen] for key, value in inputs.items()})
->>>>>>> 585b04a (Predictions never meet another mode: evaluation is an argument, and switched once for all threads)
+            chunk = tower.texts.trim({key: value[chosen] for key, value in inputs.items()})
             self._names.append({key: f"{key}_{number}" for key in chunk})
             for key, value in chunk.items():
                 self.register_buffer(f"{key}_{number}", value, persistent=False)

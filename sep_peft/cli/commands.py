@@ -465,7 +465,7 @@ def _load(source: AdapterSource, base_model: str | None, session: Session) -> SE
         classifier = SEPClassifier.from_pretrained(source.name, **options)
     else:
         base, processor = _load_base(base_model, session)
-        classifier = SEPClassifier.from_pretrained(base, source.name, processor=processor, **options)
+        classifier = SEPClassifier.from_pretrained(source.name, model=base, processor=processor, **options)
     return session.place(classifier)
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..tracing import is_traced
+
 
 _lock = threading.Lock()
 #: Module that was training when the first block around it began -> blocks around it that have not ended.
@@ -22,9 +24,14 @@ def evaluating(root: nn.Module) -> Iterator[None]:
     around it has ended, so nobody inside of a block ever meets dropout. While threads are in such blocks the mode must
     not be set otherwise.
 
+    A thread that is traced switches nothing: in a graph there is nobody to share with, and what it makes is kept.
+
     Args:
         root: of the modules to switch.
     """
+    if is_traced():
+        yield
+        return
     with _lock:
         modules = [module for module in root.modules() if module.training or module in _switched]
         for module in modules:
