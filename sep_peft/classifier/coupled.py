@@ -1,4 +1,4 @@
-"""Class texts for `SEPConfig(batch_coupled=True)`, as the released code tokenizes them; see `sep_peft.method.coupled`."""
+"""Class texts for `SEPConfig(batch_coupled=True)`, as the released code has them; see `sep_peft.method.coupled`."""
 
 from __future__ import annotations
 

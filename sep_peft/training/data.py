@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..classifier.images import read_image
-from ..classifier.prediction import processor_part
+from ..classifier.processors import processor_part
 from ..classifier.trunk_cache import TrunkCache
 from ..method.recipe import Recipe
 

@@ -24,7 +24,7 @@ def evaluating(root: nn.Module) -> Iterator[None]:
     around it has ended, so nobody inside of a block ever meets dropout. While threads are in such blocks the mode must
     not be set otherwise.
 
-    A thread that is traced switches nothing: in a graph there is nobody to share with, and what it makes is kept.
+    A thread that is traced switches nothing: its graph is of the mode that it was asked for in.
 
     Args:
         root: of the modules to switch.
