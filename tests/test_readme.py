@@ -162,3 +162,7 @@ def test_links_lead_somewhere(page):
             assert (ROOT / path.removeprefix(f"{HOME}/blob/main/")).exists(), link
         elif not path.startswith("https://"):
             assert page != "README.md" and (ROOT / page).parent.joinpath(path).exists(), link
+
+
+def test_the_citation_says_where_the_project_lives():
+    assert f"repository-code: {HOME}\n" in (ROOT / "CITATION.cff").read_text()

@@ -56,7 +56,10 @@ def following(words: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def fuse(prompts: torch.Tensor, tokens: torch.Tensor, fusion: nn.Module) -> torch.Tensor:
-    """Token fusion: ``Y = s1 S + (1 - s1) MHA(LN1 Z, LN1 S, LN1 S)``, ``Z' = s2 Y + (1 - s2) MLP(LN2 Y)``, all (n, D)."""
+    """Token fusion of prompts Z and tokens S, all (n, D).
+
+    ``Y = s1 S + (1 - s1) MHA(LN1 Z, LN1 S, LN1 S)`` and ``Z' = s2 Y + (1 - s2) MLP(LN2 Y)``.
+    """
     attention, heads = fusion.attention, fusion.attention.num_heads
     keys = fusion.norm1(tokens)
     q, k, v = attention.query(fusion.norm1(prompts)), attention.key(keys), attention.value(keys)
