@@ -14,7 +14,7 @@ from family_models import FIRST, PROMPTS, READING, TOWERS, adapt, find_features,
 from peft import PeftModel, get_peft_model
 
 from sep_peft import SEPConfig
-from sep_peft.classifier.logits import ClassWeights, logits_of
+from sep_peft.classifier.logits import ClassWeights, class_logits
 from sep_peft.method.mix import mix_embeddings
 from sep_peft.method.sequence import extend_mask
 from sep_peft.tuner import passes
@@ -374,7 +374,7 @@ def test_logits_are_scaled_as_the_model_scales_them(name, value):
         embeds[tower] = mix_embeddings(*layer.embed(**tower_inputs(case, tower)), 0.5)
     text, vision = embeds["text"], embeds["vision"]
     # Without a share of zero-shot the frozen embeddings are not read.
-    found = logits_of(tower_of(model, "vision"), vision, vision, ClassWeights(text, text))
+    found = class_logits(tower_of(model, "vision"), vision, vision, ClassWeights(text, text))
     expected = model(**case.inputs()).logits_per_image
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
