@@ -28,7 +28,7 @@ def find_architecture(model: nn.Module, spec: dict | None = None) -> Architectur
         return Architecture.from_dict(spec)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type == DUAL_ENCODER:
+    if config is not None and model_type == DUAL_ENCODER:
         return Architecture(
             text=_find_tower(config.text_config, DUAL_ENCODER_TEXT),
             vision=_find_tower(config.vision_config, DUAL_ENCODER_VISION),
@@ -41,14 +41,17 @@ def find_architecture(model: nn.Module, spec: dict | None = None) -> Architectur
         )
     found = ARCHITECTURES[model_type]
     found = found.variants.get(type(model).__name__, found)
-    for spec in found.towers.values():
-        if spec.path and not hasattr(model, spec.path.split(".")[0]):
+    for tower_spec in found.towers.values():
+        path = tower_spec.path
+        if path and not hasattr(model, path.split(".")[0]):
             raise ValueError(
-                f"SEP knows models of type {model_type!r} with a {spec.path!r}, but {type(model).__name__} has none."
+                f"SEP knows models of type {model_type!r} with a {path!r}, but {type(model).__name__} has none."
             )
     towers = {
-        name: spec if spec.refused else _check_options(spec, model.get_submodule(spec.path).config)
-        for name, spec in found.towers.items()
+        name: tower_spec
+        if tower_spec.refused
+        else _check_options(tower_spec, model.get_submodule(tower_spec.path).config)
+        for name, tower_spec in found.towers.items()
     }
     return replace(found, **towers)
 

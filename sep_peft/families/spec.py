@@ -127,7 +127,7 @@ class Architecture:
             ValueError: the spec names something that does not exist, or lacks something; the message says what is
                 known.
         """
-        if isinstance(spec, cls):
+        if isinstance(spec, Architecture):
             return spec
         towers = {
             name: _build(TowerSpec, name, spec[name]) for name in ("text", "vision") if spec.get(name) is not None

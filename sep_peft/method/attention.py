@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,12 +32,17 @@ class FusionAttention(nn.Module):
             D -> r -> D.
     """
 
+    query: nn.Linear | LowRankLinear
+    key: nn.Linear | LowRankLinear
+    value: nn.Linear | LowRankLinear
+    output: nn.Linear | LowRankLinear
+
     def __init__(self, hidden_size: int, rank: int | None = None, device=None, dtype=None):
         super().__init__()
         self.num_heads = num_heads(hidden_size)
         #: Whether attention runs on r channels, which below the size of a head takes fewer operations.
         self.on_rank_channels = rank is not None and rank < hidden_size // self.num_heads
-        kwargs = {"device": device, "dtype": dtype}
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         for name in ("query", "key", "value", "output"):
             if rank is None:
                 projection = nn.Linear(hidden_size, hidden_size, **kwargs)
@@ -60,8 +67,8 @@ class FusionAttention(nn.Module):
         if self.on_rank_channels:
             maps = {f"{name}_map": getattr(self, name) for name in ("query", "key", "value", "output")}
             return low_rank_attention(query, tokens, **maps, num_heads=self.num_heads)
-        q, k, v = self.query(query), self.key(tokens), self.value(tokens)
-        attended = F.scaled_dot_product_attention(*(self._split_heads(x) for x in (q, k, v)))
+        q, k, v = (self._split_heads(x) for x in (self.query(query), self.key(tokens), self.value(tokens)))
+        attended = F.scaled_dot_product_attention(q, k, v)
         # (B, heads, n, D / heads) -> (B, n, D)
         return self.output(attended.transpose(1, 2).flatten(-2))
 

@@ -6,6 +6,8 @@ https://github.com/htyao89/SEP. This file knows neither PEFT nor transformers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -42,7 +44,7 @@ class TokenFusion(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        kwargs = {"device": device, "dtype": dtype}
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(hidden_size, **kwargs)
         self.attention = FusionAttention(hidden_size, rank, **kwargs)
         self.norm2 = nn.LayerNorm(hidden_size, **kwargs)

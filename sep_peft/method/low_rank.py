@@ -78,9 +78,8 @@ def low_rank_attention(
     per_head = (up(key_map).mT @ up(query_map)).flatten(0, 1)  # A_h of all heads, (heads (r + 1), r + 1)
     queries = F.linear(_with_one(query_map.down(query)), per_head)  # (B, n, heads (r + 1))
     queries = queries.unflatten(-1, (num_heads, -1)).flatten(1, 2)  # (B, n heads, r + 1)
-    attended = F.scaled_dot_product_attention(
-        *(x.unsqueeze(1) for x in (queries, keys, values)), scale=head_size**-0.5
-    ).squeeze(1)  # (B, n heads, r + 1)
+    q, k, v = (x.unsqueeze(1) for x in (queries, keys, values))  # as one head, (B, 1, ..., r + 1)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=head_size**-0.5).squeeze(1)  # (B, n heads, r + 1)
     attended = attended.unflatten(1, (-1, num_heads)).flatten(2)  # (B, n, heads (r + 1))
     down = output_map.down.weight.unflatten(1, (num_heads, -1)).transpose(0, 1)  # (heads, r, D / heads)
     per_head = (down @ up(value_map)).transpose(0, 1).flatten(1)  # B_h of all heads, (r, heads (r + 1))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
+from typing import Any, TypeGuard
 
 
 #: Weight of the kept prototypes' logits in predictions, chosen on validation images by `examples/few_shot`.
@@ -13,7 +14,7 @@ PROTOTYPE_LOGIT_WEIGHT = 5.0
 #: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
 ZERO_SHOT_MARGIN = 1.5
 #: What the paper's released code uses, whatever the defaults of `Recipe` are.
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "epochs": 50,
     "learning_rate": 2.5e-3,
     "prototype_learning_rate": None,
@@ -26,7 +27,7 @@ PUBLISHED = {
     "zero_shot_margin": 0.0,
 }
 #: What was tuned for `SEPConfig.compact()`, where it differs from the defaults.
-COMPACT = {"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5}
+COMPACT: dict[str, Any] = {"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5}
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ class Recipe:
         )
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

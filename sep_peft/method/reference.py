@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+from .fusion import TokenFusion
 
 
 def prompted_tower(
     tokens: torch.Tensor,
     prompts: torch.Tensor,
     layers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-    fusions: Mapping[int, nn.Module],
+    fusions: Mapping[int, TokenFusion],
     prompt_index: int,
     start_layer: int = 0,
     is_text: bool = False,
@@ -55,7 +56,7 @@ def following(words: torch.Tensor, n: int) -> torch.Tensor:
     return torch.stack([words[min(index, len(words) - 1)] for index in range(n)])
 
 
-def fuse(prompts: torch.Tensor, tokens: torch.Tensor, fusion: nn.Module) -> torch.Tensor:
+def fuse(prompts: torch.Tensor, tokens: torch.Tensor, fusion: TokenFusion) -> torch.Tensor:
     """Token fusion of prompts Z and tokens S, all (n, D).
 
     ``Y = s1 S + (1 - s1) MHA(LN1 Z, LN1 S, LN1 S)`` and ``Z' = s2 Y + (1 - s2) MLP(LN2 Y)``.
