@@ -206,14 +206,14 @@ def image_shape(tower: SEPTower) -> tuple[int, int, int]:
 
 
 def embeds_from_trunk(
-    tower: SEPTower, hidden: torch.Tensor, frozen: torch.Tensor, layers: torch.Tensor | None = None
+    tower: SEPTower, hidden: torch.Tensor, frozen_embeds: torch.Tensor, layers: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider.
 
     Args:
         tower: of the images.
         hidden: (B, L, D), what enters layer `start_layer`.
-        frozen: (B, E), projected.
+        frozen_embeds: (B, E), projected.
         layers: (B,), the `start_layer` that each trunk was made for; None leaves that unchecked.
 
     Raises:
@@ -229,5 +229,5 @@ def embeds_from_trunk(
     # the embedding below the trunk is run for its form only, so it gets empty images
     inputs = {"pixel_values": weight.new_zeros(len(hidden), *image_shape(tower))}
     outputs = tower.layer_outputs({"pixel_values": inputs["pixel_values"][:1]})
-    prompted = tower.embed_prompted(**inputs, trunk=TrunkFeatures(hidden.to(weight.dtype), frozen, outputs))
-    return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight), unit(wide(frozen))
+    prompted = tower.embed_prompted(**inputs, trunk=TrunkFeatures(hidden.to(weight.dtype), frozen_embeds, outputs))
+    return mix_embeddings(wide(prompted), wide(frozen_embeds), tower.frozen_weight), unit(wide(frozen_embeds))
