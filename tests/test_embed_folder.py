@@ -24,6 +24,7 @@ from small_clip import perturb
 from transformers import AutoImageProcessor, CLIPModel
 
 from sep_peft import ImageEmbedder, SEPConfig
+from sep_peft.classifier.images import ENDINGS
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "embed_folder.py"
@@ -165,6 +166,6 @@ def test_a_folder_made_from_something_else_is_left_alone(images, adapter, run_he
 def test_a_folder_without_images(adapter, run_here, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
-    message = f"{folder} holds no images (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)."
+    message = f"{folder} holds no images ({', '.join(sorted(ENDINGS))})."
     assert run_here(command(folder, adapter, tmp_path / "embeds")) == (message, "")
     assert not (tmp_path / "embeds").exists()

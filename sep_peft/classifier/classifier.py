@@ -26,7 +26,7 @@ from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses, check_labels
 from .files import load_base, load_classes, path_first, push_files, save_files
-from .images import read_image
+from .images import as_images, read_image
 from .logits import class_logits
 from .prediction import Task, check_top_k, image_embeds, predict_batch
 from .processors import processor_part
@@ -381,7 +381,9 @@ class SEPClassifier(nn.Module):
         """Classify images, in evaluation whatever the mode of the classifier; threads may predict at the same time.
 
         Args:
-            images: one image or a list of them; a path, a URL or a `PIL.Image`.
+            images: one image as `sep_peft.classifier.images.read_image` takes it (a path, an address, a `PIL.Image`,
+                bytes, an open file, an array or tensor), or several: a list or another iterable of them, such as a
+                generator or a column of the package datasets, or an array or tensor (B, ...).
             top_k: how many classes to return an image, best first; None for all.
             batch_size: images encoded at a time.
             task: a task of `add_task` or `load_task`, or one for each image; None: the classifier's own classes with
@@ -394,13 +396,12 @@ class SEPClassifier(nn.Module):
             ValueError: an image cannot be read, `top_k` is larger than the number of classes, `batch_size` is below 1,
                 or a task is unknown.
         """
-        single = not isinstance(images, (list, tuple))
-        images = [images] if single else images
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
+        images, single = as_images(images)
         own = Task(None, self.encoder)  # looked up once: another thread may set other classes meanwhile
         tasks = [own] * len(images) if task is None else self.tasks.of_samples(task, len(images))
         check_top_k(top_k, [own] if task is None else tasks)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")
         processor = processor_part(self.processor, "image_processor", ImageProcessingMixin, "to read images")
         images, predictions = [read_image(image) for image in images], []
         with evaluating(self.model):
