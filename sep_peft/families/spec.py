@@ -5,9 +5,18 @@ Paths are dotted and relative to what the field says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+
+#: A name in a path: an identifier that is not private, or the index of a list.
+_NAME = r"(?:(?!_)\w+)"
+_PATH = re.compile(rf"{_NAME}(?:\.{_NAME})*", re.ASCII)
+_STAGES = re.compile(rf"{_NAME}(?:\.(?:{_NAME}|\*))*", re.ASCII)
+_IDENTIFIER = re.compile(r"(?!_|\d)\w+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class TowerSpec:
             image, the end of a text as `text_end` says (where there is none, the first). Of the last layer's MLP that
             token alone is then computed where nothing else is asked for, so the MLP's result must be added to what the
             norm has read. None: all tokens are.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or needs another field; the message names the field, the
+            value and what is allowed.
     """
 
     path: str
@@ -88,6 +101,18 @@ class TowerSpec:
     reader: str | None = None
     queries: str | None = None
 
+    def __post_init__(self):
+        _check_fields(self, TOWER_FIELDS)
+        if self.refused is None and not self.layers:
+            raise ValueError("TowerSpec.layers must be the path of the encoder layers, but got ''.")
+        if self.mixes_after_projection and self.projection is None:
+            raise ValueError("TowerSpec.projection must be a path where mixes_after_projection is set, but got None.")
+        if (self.reader is None) != (self.queries is None):
+            raise ValueError(
+                "TowerSpec.reader and TowerSpec.queries must be set together, but got "
+                f"{self.reader!r} and {self.queries!r}."
+            )
+
     @property
     def in_stages(self) -> bool:
         """Whether the layers come in stages; hidden states are then recorded between these, where no prompts are."""
@@ -105,6 +130,10 @@ class Architecture:
         logit_bias: what is added to the logits, below the model; None for nothing.
         variants: name of a model class -> its architecture, where classes of one model type differ.
         max_scale: attribute of the model; the scale's parameter counts between 0 and it. None where it counts as it is.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or there is no tower; the message names the field, the
+            value and what is allowed.
     """
 
     text: TowerSpec | None = None
@@ -114,6 +143,11 @@ class Architecture:
     logit_bias: str | None = None
     variants: Mapping[str, Architecture] = field(default_factory=dict)
     max_scale: str | None = None
+
+    def __post_init__(self):
+        _check_fields(self, ARCHITECTURE_FIELDS)
+        if not self.towers:
+            raise ValueError("Architecture needs a tower: text and vision must not both be None.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON without variants, to be saved with an adapter."""
@@ -129,6 +163,8 @@ class Architecture:
         """
         if isinstance(spec, Architecture):
             return spec
+        if not isinstance(spec, Mapping):
+            raise ValueError(f"architecture must be an Architecture or a dict, but got {reprlib.repr(spec)}.")
         towers = {
             name: _build(TowerSpec, name, spec[name]) for name in ("text", "vision") if spec.get(name) is not None
         }
@@ -146,11 +182,103 @@ RENAMED_FIELDS = {"pooled": "pooling", "mixes_behind_projection": "mixes_after_p
 
 def _build(cls: type, name: str, values: Mapping[str, Any]):
     """An instance from a dict, or an error that says what the dict may hold."""
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a {cls.__name__} or a dict, but got {reprlib.repr(values)}.")
     values = {RENAMED_FIELDS.get(field, field): value for field, value in values.items()}
     known = [f.name for f in fields(cls)]
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := sorted(map(str, set(values) - set(known))):
         raise ValueError(f"{name} has no field {', '.join(unknown)}; it knows {', '.join(known)}.")
     try:
         return cls(**values)
     except TypeError as error:
         raise ValueError(f"{name} lacks a field: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+# what fields may hold: a description and a test
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    description: str
+    holds: Callable[[Any], bool]
+
+    def or_none(self) -> _Allowed:
+        return _Allowed(f"None or {self.description}", lambda value: value is None or self.holds(value))
+
+
+def _written(pattern: re.Pattern, description: str) -> _Allowed:
+    return _Allowed(description, lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None)
+
+
+def _one_of(*values: str) -> _Allowed:
+    return _Allowed("one of " + ", ".join(map(repr, values)), lambda value: isinstance(value, str) and value in values)
+
+
+def _mapping(key: _Allowed, value: Callable[[Any], bool], description: str) -> _Allowed:
+    return _Allowed(
+        description,
+        lambda found: isinstance(found, Mapping) and all(key.holds(k) and value(v) for k, v in found.items()),
+    )
+
+
+def _check_fields(spec: Any, allowed: Mapping[str, _Allowed]) -> None:
+    """
+    Raises:
+        ValueError: a field holds what it may not.
+    """
+    for name, rule in allowed.items():
+        value = getattr(spec, name)
+        if not rule.holds(value):
+            raise ValueError(f"{type(spec).__name__}.{name} must be {rule.description}, but got {reprlib.repr(value)}.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_PLACE = _written(_PATH, "a dotted path of module names without leading underscores")
+_OPTION = _written(_IDENTIFIER, "a name without leading underscore")
+_FLAG = _Allowed("True or False", lambda value: isinstance(value, bool))
+_COUNT = _Allowed(
+    "an integer of at least 0", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+)
+_REASONS = _mapping(_OPTION, _is_text, "a dict of option names and reasons")
+
+#: Field of `TowerSpec` -> what it may hold.
+TOWER_FIELDS = {
+    "path": _Allowed(f"'' or {_PLACE.description}", lambda value: value == "" or _PLACE.holds(value)),
+    "layers": _Allowed(
+        'a dotted path of module names without leading underscores, "*" for stages',
+        lambda value: isinstance(value, str) and (value == "" or _STAGES.fullmatch(value) is not None),
+    ),
+    "inputs": _one_of("input_ids", "pixel_values"),
+    "pooling": _one_of("pooler_output", "first_token", "mean_tokens"),
+    "text_end": _one_of("eos", "first_eos", "highest").or_none(),
+    "insert_at": _COUNT.or_none(),
+    **dict.fromkeys(("leading_tokens", "layer_tokens"), _COUNT),
+    **dict.fromkeys(("causal", "max_length_padding", "mixes_after_projection", "pooler_repeats"), _FLAG),
+    **dict.fromkeys(
+        ("projection", "positions", "entry_embedding", "entry_norm", "rotary", "mlp_norm", "reader", "queries"),
+        _PLACE.or_none(),
+    ),
+    **dict.fromkeys(("hidden_size", "mask_input"), _OPTION),
+    **dict.fromkeys(("projected", "unit_option"), _OPTION.or_none()),
+    "renamed_inputs": _mapping(_OPTION, _OPTION.holds, "a dict of names of inputs"),
+    "refused": _Allowed("None or a reason", lambda value: value is None or _is_text(value)),
+    **dict.fromkeys(("refused_options", "needed_options"), _REASONS),
+}
+_TOWER = _Allowed("None or a TowerSpec", lambda value: value is None or isinstance(value, TowerSpec))
+#: Field of `Architecture` -> what it may hold.
+ARCHITECTURE_FIELDS = {
+    **dict.fromkeys(("text", "vision"), _TOWER),
+    **dict.fromkeys(("logit_scale", "logit_bias"), _PLACE.or_none()),
+    "scale": _one_of("exp", "divide", "multiply"),
+    "variants": _mapping(
+        _OPTION, lambda value: isinstance(value, Architecture), "a dict of class names and Architectures"
+    ),
+    "max_scale": _OPTION.or_none(),
+}

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
 from .config import SEPConfig
+from .paths import check_model_paths, check_tower_paths
 from .registration import PREFIX
 from .tower import ROOT_CHILD, SEPTower
 from .wrappers import SEPLayer, count_positions, layer_lists
@@ -83,13 +84,14 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
     for path in config.target_modules or ():
         if path not in known:
             raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
+    check_model_paths(model, architecture)
     found = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
     for modality in target_towers(config, architecture).values():
         spec = architecture.towers[modality]
         if spec.refused is not None:
             _check_refused(config, modality, spec)
             continue
-        _check_paths(model, modality, spec)
+        check_tower_paths(model, modality, spec)
         module = base_tower(model, spec)
         num_layers = sum(map(len, layer_lists(module, spec.layers)))
         found[modality] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
@@ -106,28 +108,6 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
             f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
         )
     return found
-
-
-def _check_paths(model: nn.Module, modality: str, spec: TowerSpec) -> None:
-    """Every path of a spec must lead somewhere."""
-    for field in ("path", "projection", "reader", "queries"):
-        _check_path(modality, field, getattr(spec, field), model)
-    inside = base_tower(model, spec)
-    for field in ("layers", "positions", "entry_embedding", "entry_norm"):
-        path = getattr(spec, field)
-        _check_path(modality, field, path if path is None else path.split(".*")[0], inside)
-
-
-def _check_path(modality: str, field: str, path: str | None, module: nn.Module) -> None:
-    if path is None:
-        return
-    kind = "parameter" if field == "queries" else "module"
-    try:
-        module.get_parameter(path) if kind == "parameter" else module.get_submodule(path)
-    except AttributeError:
-        raise ValueError(
-            f"The spec of the {modality} tower names {path} as {field}, but {type(module).__name__} has no such {kind}."
-        ) from None
 
 
 def _check_refused(config: SEPConfig, modality: str, spec: TowerSpec) -> None:
@@ -148,6 +128,13 @@ def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.M
                 f"{index}."
             )
     count = config.prompts_of(modality)
+    if spec.positions is not None and spec.insert_at is not None:
+        positions = count_positions(module.get_submodule(spec.positions))
+        if spec.insert_at >= positions:
+            raise ValueError(
+                f"The spec of the {modality} tower has insert_at={spec.insert_at}, but the tower has {positions} "
+                "positions."
+            )
     if spec.positions is not None and config.start_layer == 0:
         positions = count_positions(module.get_submodule(spec.positions))
         room = positions - 2  # BOS and EOS stay
