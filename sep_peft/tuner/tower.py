@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from .current import chosen_adapters, current_pass
 from .head import Head
 from .layer_fusions import LayerFusions
 from .mixed_batch import join, run_groups, run_samples, weights_of_samples
+from .modes import evaluating
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures
 from .settings import TowerSettings
 from .texts import TextRules
@@ -89,7 +89,7 @@ class SEPTower(SEPLayer):
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)
         self._inner: tuple[SEPLayer, ...] = ()  # wrappers inside the tower, for bookkeeping
         self._layer_outputs: tuple = ()  # see `layer_outputs`
-        self._disabled_by: int | None = None  # the thread that disabled the adapters
+        self._disabled_by: set[int] = set()  # threads that have disabled the adapters
         self.selection: Selection | None = None
         self.sep_prompts = nn.ParameterDict()
         self.sep_fusion = nn.ModuleDict()
@@ -196,14 +196,15 @@ class SEPTower(SEPLayer):
         An adapter that a call asks for by name is off only in the thread that turned them off.
         """
         super().enable_adapters(enabled)
-        self._disabled_by = None if enabled else threading.get_ident()
+        change = self._disabled_by.discard if enabled else self._disabled_by.add
+        change(threading.get_ident())
 
     @property
     def disabled_here(self) -> bool:
         """Whether this thread has turned the adapters off."""
         if not self.disable_adapters or torch.compiler.is_dynamo_compiling():  # which cannot trace what follows
             return self.disable_adapters
-        return self._disabled_by in (None, threading.get_ident())
+        return threading.get_ident() in self._disabled_by
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
         """The tower as it was, without any wrapper; what wraps the projection or a reader is the model's to remove."""
@@ -309,7 +310,7 @@ class SEPTower(SEPLayer):
         settings = self.check_trunk()
         inputs = self._bind(args, kwargs)
         known = FrozenPass(settings.start_layer, self._read_token(inputs))
-        with current_pass.set(known), without_dropout(self.base_layer):
+        with current_pass.set(known), evaluating(self.base_layer):
             output = self._call_base(**inputs, return_dict=True)
         if not is_traced():
             self._layer_outputs = (known.num_outputs,)
@@ -459,16 +460,3 @@ class SEPTower(SEPLayer):
             return {}
         fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
-
-
-@contextmanager
-def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, and after it each module's own mode again."""
-    training = [] if is_traced() else [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
