@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from families import CASES
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import safe_open
+from safetensors.torch import save_file
 from small_classifier import CLASSES, TEMPLATES, raises
 from small_clip import make_clip, make_images, perturb
 
@@ -205,17 +210,117 @@ def test_a_write_that_fails_leaves_no_file_that_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         TrunkCache(make_classifier().model, Images(), tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert len(TrunkCache(make_classifier().model, Images(), tmp_path)) == 5
 
 
-def test_a_file_that_is_cut_short(tmp_path):
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 0xFF
+    file.write_bytes(content)
+
+
+def damaged(file: Path, reason: str) -> str:
+    return (
+        f"The trunk cache's file {file} is damaged: {reason}. Remove it; a new TrunkCache computes its entries again."
+    )
+
+
+def rewrite(file: Path, metadata: dict[str, str] | None) -> None:
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "Error while deserializing header: .+"),
+        (lambda file: file.write_bytes(b""), "Error while deserializing header: .+"),
+        (lambda file: flip(file, 7), "Error while deserializing header: .+"),
+        (lambda file: rewrite(file, None), "its digests do not belong to its entries"),
+        (lambda file: rewrite(file, {"digests": "[]"}), "its digests do not belong to its entries"),
+        (lambda file: rewrite(file, {"digests": '{"a": "b"}'}), "its digests do not belong to its entries"),
+        (lambda file: rewrite(file, {"digests": "{"}), "Expecting property name enclosed in double quotes: .+"),
+    ],
+    ids=["cut", "empty", "length", "no digests", "list", "others", "no JSON"],
+)
+def test_a_damaged_file_is_named(damage, reason, tmp_path):
     TrunkCache(make_classifier().model, Images(), tmp_path)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(SafetensorError):
+    damage(file)
+    pattern = re.escape(damaged(file, "@")).replace("@", reason)
+    with pytest.raises(ValueError, match=f"^{pattern}$"):
         TrunkCache(make_classifier().model, Images(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_flipped_byte_is_found_when_it_is_read(dtype, tmp_path):
+    """Bytes of the entries, of the digests and of the header's other parts."""
+    cache = TrunkCache(make_classifier().model, Images(), tmp_path, dtype=dtype)
+    expected = batch_of(cache)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(8, header, (40,), generator=generator).tolist()
+    places += torch.randint(header, len(whole), (40,), generator=generator).tolist()
+    for place in places:
+        file.write_bytes(whole)
+        flip(file, place)
+        with pytest.raises(ValueError, match=f"^The trunk cache's file {re.escape(str(file))} is damaged: .+"):
+            batch_of(TrunkCache(make_classifier().model, Images(), tmp_path, dtype=dtype))
+    file.write_bytes(whole)
+    flip(file, len(whole) - 1)
+    with raises(damaged(file, "an entry is not what was written")):
+        batch_of(cache)  # that was made before the damage
+    file.write_bytes(whole)
+    torch.testing.assert_close(batch_of(cache), expected)
+
+
+def test_threads_share_a_folder(tmp_path):
+    models = [make_classifier().model for _ in range(4)]
+    expected = batch_of(TrunkCache(models[0], Images()))
+    barrier = threading.Barrier(4)
+
+    def work(index: int) -> dict[str, torch.Tensor]:
+        barrier.wait(timeout=60)
+        return batch_of(TrunkCache(models[index], Images(), tmp_path))
+
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(work, range(4)))
+        for batch in found:
+            torch.testing.assert_close(batch, expected)
+        assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_a_file_that_somebody_else_computed_otherwise_replaces_none(tmp_path):
+    """On another machine the same images may differ in their last bits."""
+    cache = TrunkCache(make_classifier().model, Images(), tmp_path)
+    expected = batch_of(cache)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.unlink()
+    other = make_classifier()
+    find_towers(other.model)["vision"].base_layer.register_forward_hook(
+        lambda _, args, kwargs, out: setattr(out, "pooler_output", out.pooler_output * (1 + 1e-6)), with_kwargs=True
+    )
+    TrunkCache(other.model, Images(), tmp_path)
+    (second,) = tmp_path.iterdir()
+    assert second != file
+    file.write_bytes(content)
+    torch.testing.assert_close(batch_of(cache), expected, rtol=0, atol=0)
+    assert len(TrunkCache(make_classifier().model, Images(), tmp_path)) == 5
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, None])
+def test_bad_batch_size(batch_size):
+    with raises(f"batch_size must be a whole number of at least 1, but got {batch_size!r}."):
+        TrunkCache(make_classifier().model, Images(), batch_size=batch_size)
 
 
 def test_views():

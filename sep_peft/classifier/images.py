@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 
 try:
-    import pillow_heif
+    import pillow_heif  # pyright: ignore[reportMissingImports]
 except ImportError:
     HEIF_ENDINGS = frozenset()
 else:
@@ -82,12 +82,14 @@ def as_images(images: Any) -> tuple[list, bool]:
         images: one image as `read_image` takes it, or several: a list, another iterable such as a generator or a
             column of the package datasets, or an array or tensor (B, ...) of them.
     """
+    return ([images], True) if _is_single(images) else (list(images), False)
+
+
+def _is_single(images: Any) -> bool:
     if isinstance(images, (np.ndarray, torch.Tensor)):
-        single = images.ndim in (0, 2, 3)
-    else:
-        one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
-        single = isinstance(images, one) or hasattr(images, "read") or not isinstance(images, Iterable)
-    return ([images], True) if single else (list(images), False)
+        return images.ndim in (0, 2, 3)
+    one = (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image)
+    return isinstance(images, one) or hasattr(images, "read") or not isinstance(images, Iterable)
 
 
 def _open(image: Any) -> Image.Image:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import random
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +28,10 @@ from ..tuner.wrappers import SEPLayer
 
 #: Images in a file of the cache.
 SHARD_SIZE = 256
+#: Layout of the files; part of their names, so that files of another layout are never read.
+LAYOUT = 2
+#: What is kept of an image.
+PARTS = ("trunk", "frozen_embeds")
 
 
 class TrunkCache(torch.utils.data.Dataset):
@@ -34,7 +39,9 @@ class TrunkCache(torch.utils.data.Dataset):
 
     An entry is found by the values of its pixels and by the weights of the tower, so a changed image, transform,
     model, precision or `start_layer` never meets an old entry. On disk an image takes ``2 L D`` bytes in bf16, 0.3 MB
-    for ViT-B/16; entries that nothing asks for stay until the folder is removed.
+    for ViT-B/16; entries that nothing asks for stay until the folder is removed. Every entry has a digest, which is
+    checked whenever it is read. Files appear when they are whole and are never written again, so threads and processes
+    may share a folder.
 
     Args:
         model: with a SEP adapter whose `start_layer` is above 0.
@@ -68,12 +75,15 @@ class TrunkCache(torch.utils.data.Dataset):
         batch_size: int = 32,
     ):
         check_save_dtype(dtype)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
         count = len(images)
         if count == 0 or views < 1 or count % views:
             raise ValueError(f"views must divide the number of entries, but got {views} views and {count} entries.")
         self.views, self.labels = views, []
         self._tower, self._dtype, self._folder = find_towers(model)["vision"], dtype, folder and Path(folder)
         self._known: dict[str, dict[str, torch.Tensor] | Path] = {}
+        self._digests: dict[str, str] = {}
         self._keys: list[str] = []
         self._layer = start_layer_of(self._tower)
         if trained := [name for name, parameter in base_parameters(self._tower) if parameter.requires_grad]:
@@ -103,8 +113,7 @@ class TrunkCache(torch.utils.data.Dataset):
         view = index % len(self) + len(self) * (random.randrange(self.views) if self.views > 1 else 0)
         entry = self._known[self._keys[view]]
         if isinstance(entry, Path):
-            with safe_open(entry, framework="pt") as file:
-                entry = {part: file.get_tensor(f"{self._keys[view]}.{part}") for part in ("trunk", "frozen_embeds")}
+            entry = self._load(entry, self._keys[view])
         parts = {part: value.float() for part, value in entry.items()}
         return {**parts, "trunk_layer": self._layer, "labels": self.labels[view]}
 
@@ -117,8 +126,7 @@ class TrunkCache(torch.utils.data.Dataset):
                 raise ValueError(f"A trunk cache takes pixel_values and labels alone, but the images have {extra}.")
             if tuple(pixels.shape) != shape:
                 raise ValueError(f"Every image must have shape {shape}, but entry {index} has {tuple(pixels.shape)}.")
-            content = pixels.contiguous().view(torch.uint8).numpy().tobytes()
-            key = hashlib.sha256(f"{pixels.dtype}".encode() + content).hexdigest()
+            key = hashlib.sha256(f"{pixels.dtype}".encode() + tensor_bytes(pixels)).hexdigest()
             self._keys.append(key)
             self.labels.append(int(item["labels"]))
             yield key, pixels
@@ -142,19 +150,64 @@ class TrunkCache(torch.utils.data.Dataset):
         if self._folder is None or not new:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256("".join(new).encode()).hexdigest()[:16]
+        digests = {key: entry_digest(entry) for key, entry in new.items()}
+        # named by what it holds: whoever else writes this file writes the same
+        name = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
         file = self._folder / f"{self._model_key}-{name}.safetensors"
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({f"{key}.{part}": value for key, entry in new.items() for part, value in entry.items()}, temporary)
-        os.replace(temporary, file)
+        temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        tensors = {f"{key}.{part}": value for key, entry in new.items() for part, value in entry.items()}
+        try:
+            save_file(tensors, temporary, {"digests": json.dumps(digests)})
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
         self._register(file)
 
     def _files(self) -> list[Path]:
         return [] if self._folder is None else sorted(self._folder.glob(f"{self._model_key}-*.safetensors"))
 
     def _register(self, file: Path) -> None:
-        with safe_open(file, framework="pt") as opened:
-            self._known |= {key.removesuffix(".trunk"): file for key in opened.keys() if key.endswith(".trunk")}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                digests = json.loads((opened.metadata() or {}).get("digests", "null"))
+                names = set(opened.keys())
+        except (SafetensorError, ValueError) as error:
+            raise damaged(file, str(error)) from error
+        if not isinstance(digests, dict) or names != {f"{key}.{part}" for key in digests for part in PARTS}:
+            raise damaged(file, "its digests do not belong to its entries")
+        self._known |= dict.fromkeys(digests, file)
+        self._digests |= digests
+
+    def _load(self, file: Path, key: str) -> dict[str, torch.Tensor]:
+        """An entry from disk."""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                entry = {part: opened.get_tensor(f"{key}.{part}") for part in PARTS}
+        except SafetensorError as error:
+            raise damaged(file, str(error)) from error
+        if entry_digest(entry) != self._digests[key]:
+            raise damaged(file, "an entry is not what was written")
+        return entry
+
+
+def damaged(file: Path, reason: str) -> ValueError:
+    """The error for a file of the cache that was changed or cut short after it was written."""
+    return ValueError(
+        f"The trunk cache's file {file} is damaged: {reason}. Remove it; a new TrunkCache computes its entries again."
+    )
+
+
+def entry_digest(entry: dict[str, torch.Tensor]) -> str:
+    """Changes with every bit of an entry, its shapes and its precision."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(f"{part} {tuple(entry[part].shape)} {entry[part].dtype}".encode() + tensor_bytes(entry[part]))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor as they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @torch.no_grad()
@@ -163,7 +216,7 @@ def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
     settings = tower.active_settings
     device = next(tower.base_layer.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    digest = hashlib.sha256(f"{settings and settings.start_layer} {dtype} {autocast}".encode())
+    digest = hashlib.sha256(f"{LAYOUT} {settings and settings.start_layer} {dtype} {autocast}".encode())
     config = {key: value for key, value in tower.base_layer.config.to_dict().items() if key != "_name_or_path"}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for module in tower.base_layer.modules():
@@ -172,7 +225,7 @@ def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
     own = (parameter for _, parameter in base_parameters(tower))
     for parameter in (*own, *tower.base_layer.buffers(), *tower.projection_parameters()):
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(parameter))
     return digest.hexdigest()[:16]
 
 
