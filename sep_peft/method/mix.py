@@ -29,7 +29,7 @@ def mix_embeddings(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: 
     return unit(frozen_weight * unit(frozen) + (1 - frozen_weight) * unit(prompted))
 
 
-def frozen_share(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float) -> torch.Tensor:
+def frozen_share(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float | torch.Tensor) -> torch.Tensor:
     """How much of the frozen tower's *pooled* output makes the mix of `mix_embeddings` come out after the projection.
 
     For an affine projection P, ``P(c * b + (1 - c) * a) = c * P(b) + (1 - c) * P(a)``. With
@@ -39,7 +39,7 @@ def frozen_share(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: fl
     Args:
         prompted: P(a), (B, E), embeddings of the prompted tower.
         frozen: P(b), (B, E), embeddings of the frozen tower.
-        frozen_weight: w.
+        frozen_weight: w; a number, or a tensor (B, 1) with one for each input.
 
     Returns:
         c, (B, 1), between 0 and 1, in fp32 or wider.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 
@@ -15,6 +17,14 @@ def replace_prompts(hidden: torch.Tensor, prompts: torch.Tensor, prompt_index: i
     """Put prompts (B, n, D) in the place of those that stand in hidden (B, L + n, D) from `prompt_index` on."""
     end = prompt_index + prompts.shape[1]
     return hidden.slice_scatter(prompts.to(hidden.dtype), dim=1, start=prompt_index, end=end)
+
+
+@overload
+def beside_prompts(token_positions: torch.Tensor, count: int, prompt_index: int | None) -> torch.Tensor: ...
+
+
+@overload
+def beside_prompts(token_positions: int, count: int, prompt_index: int | None) -> int: ...
 
 
 def beside_prompts(token_positions: torch.Tensor | int, count: int, prompt_index: int | None) -> torch.Tensor | int:

@@ -165,8 +165,10 @@ class SEPConfig(PeftConfig):
         return cls(**(options | overrides))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> SEPConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> PeftConfig:
         """Load a configuration; in a local folder, the weights beside it are checked to be whole as well.
+
+        It is one of another class where the file is that of another method, as in PEFT.
 
         Raises:
             SafetensorError: the weights are cut short; the message names the file.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
@@ -17,6 +18,7 @@ from torch import nn
 
 from .config import SEPConfig
 from .files import AdapterMismatchError, replace_files
+from .model import find_towers
 
 
 #: Name of the tower -> its prompts, and its list of fusion modules, in the authors' naming.
@@ -102,7 +104,7 @@ def convert_reference_checkpoint(
     with replace_files(output_dir) as temporary:
         model.save_pretrained(temporary, save_embedding_layers=False)
     return ConversionReport(
-        config=model.peft_config["default"],
+        config=cast(SEPConfig, model.peft_config["default"]),
         output_dir=os.fspath(output_dir),
         unused=sorted(set(state) - used),
         epoch=data.get("epoch"),
@@ -110,7 +112,7 @@ def convert_reference_checkpoint(
 
 
 def convert_state_dict(
-    state: dict[str, torch.Tensor], layers: dict[str, tuple[str, Sequence[int]]], source: str = "the checkpoint"
+    state: dict[str, torch.Tensor], layers: Mapping[str, tuple[str, Sequence[int]]], source: str = "the checkpoint"
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Their names -> ours.
 
@@ -156,8 +158,12 @@ def convert_state_dict(
 
 def fusion_layers(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
     """ "text" and "vision" -> path of the tower and the layers before which the adapter fuses."""
-    towers = model.base_model.towers
-    return {name: (tower.spec.path, tower.active_settings.fusion_layers) for name, tower in towers.items()}
+    found = {}
+    for name, tower in find_towers(model).items():
+        settings = tower.active_settings
+        assert settings is not None, "a converted adapter prompts both towers"
+        found[name] = (tower.spec.path, settings.fusion_layers)
+    return found
 
 
 def _read(checkpoint: str | os.PathLike) -> dict:

@@ -72,6 +72,7 @@ class Head:
 
     def _read(self, states: torch.Tensor) -> torch.Tensor:
         """What the reader makes of the tokens of one branch, (B, L, D) -> (B, Q, D)."""
+        assert self.spec.reader is not None and self.spec.queries is not None, "a reader reads by queries"
         reader, queries = self.owner.get_submodule(self.spec.reader), self.owner.get_parameter(self.spec.queries)
         output = reader(
             query_embeds=queries.expand(len(states), -1, -1),
@@ -140,8 +141,8 @@ class Head:
             prompted, frozen: of the branches.
             frozen_weight: share of the frozen embedding; a number, or (B, 1, 1).
         """
-        projected = [self.project(self._projectable(embeds)) for embeds in (prompted, frozen)]
-        return _weighted(prompted, frozen, frozen_share(*projected, frozen_weight))
+        projected_a, projected_b = (self.project(self._projectable(embeds)) for embeds in (prompted, frozen))
+        return _weighted(prompted, frozen, frozen_share(projected_a, projected_b, frozen_weight))
 
     def align(self, outputs: list) -> None:
         """Let the model get both branches of all samples of a mixed batch, or of none, where it mixes after the tower.

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils import load_peft_weights
+from peft.config import PeftConfig
+from peft.utils import PeftType, load_peft_weights
 from torch import nn
 
 from .config import SEPConfig
@@ -47,7 +48,7 @@ def hotswap_adapter(
         >>> sep_peft.hotswap_adapter(compiled, "path/of/another", "default")
     """
     model = getattr(model, "_orig_mod", model)
-    current = model.peft_config.get(adapter_name)
+    current = getattr(model, "peft_config", {}).get(adapter_name)
     if current is None or current.peft_type != peft_type():
         raise ValueError(f"There is no SEP adapter {adapter_name!r} in this model.")
     hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
@@ -64,9 +65,10 @@ def hotswap_adapter(
             parameters[key].copy_(value)
 
 
-def _check_config(current: SEPConfig, config: SEPConfig, adapter_name: str, source: str) -> None:
-    if config.peft_type != current.peft_type:
-        raise ValueError(f"{source} holds an adapter of the method {config.peft_type.value}, but SEP is needed.")
+def _check_config(current: SEPConfig, config: PeftConfig, adapter_name: str, source: str) -> None:
+    if not isinstance(config, SEPConfig):
+        method = PeftType(config.peft_type).value
+        raise ValueError(f"{source} holds an adapter of the method {method}, but SEP is needed.")
     check_alike(current, config, f"adapter {adapter_name!r} and that of {source}")
     if config.base_architecture not in (None, current.base_architecture):
         raise ValueError(

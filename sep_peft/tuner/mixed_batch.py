@@ -115,7 +115,7 @@ def _select(inputs: Mapping[str, Any], samples: list[int], count: int) -> dict:
     return {name: select(value) for name, value in inputs.items()}
 
 
-def join(parts: list, order: list[int]):
+def join(parts: list, order: list[int]) -> Any:
     """Outputs of several calls as that of one: tensors concatenated, with their samples in `order`.
 
     A tensor may have several entries for each in `order`, as many for each, side by side.

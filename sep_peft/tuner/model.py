@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -57,6 +58,7 @@ class SEPModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = SEPLayer
+    peft_config: dict[str, SEPConfig]
 
     # injection
 
@@ -71,15 +73,16 @@ class SEPModel(BaseTuner):
             super().__init__(model, config, adapter_name, *args, **kwargs)
             return
         # PEFT would write SEP's configurations into the dictionary of the method below, which would then save them
-        before = model.peft_config
-        model.peft_config = {k: c for k, c in before.items() if k not in below}
+        owner = cast(Any, model)  # `nn.Module` declares tensors and modules as attributes, this is a dictionary
+        before = owner.peft_config
+        owner.peft_config = {k: c for k, c in before.items() if k not in below}
         try:
             super().__init__(model, config, adapter_name, *args, **kwargs)
         except Exception:
-            model.peft_config = before
+            owner.peft_config = before
             raise
-        self.peft_config = model.peft_config  # of its own: not found through the model any more
-        model.peft_config = below | self.peft_config
+        self.peft_config = owner.peft_config  # of its own: not found through the model any more
+        owner.peft_config = below | self.peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes."""
@@ -198,7 +201,7 @@ class SEPModel(BaseTuner):
         for module in self._layers():
             module.enable_adapters(enabled)
 
-    def _layers(self) -> list[nn.Module]:
+    def _layers(self) -> list[SEPLayer | AuxiliaryTrainingWrapper]:
         """Layers of SEP, and what `modules_to_save` wrapped if SEP did that; not those of methods below."""
         kinds = (SEPLayer, AuxiliaryTrainingWrapper) if self._trains_copies else SEPLayer
         return [module for module in self.model.modules() if isinstance(module, kinds)]

@@ -144,7 +144,7 @@ class PromptedPass:
 
         The tokens after them move up where the prompts join the text, and stay where layers below have read them.
         """
-        at = self.spec.insert_at
+        at = self._prompt_index(position_ids.shape[1])
         own = torch.arange(at, at + self.prompts.shape[0], device=position_ids.device).expand(len(position_ids), -1)
         return torch.cat([position_ids[:, :at], own, position_ids[:, at:] + self.position_shift], dim=1)
 
@@ -163,6 +163,7 @@ class PromptedPass:
             self.prompted_shape = (hidden.shape[0], hidden.shape[1])
             return hidden, prompt_index
         if not self.has_prompts_before(index):
+            assert self._carried is not None, "the stage before hands its prompts on"
             prompt_index = self._prompt_index(hidden.shape[1])
             hidden = insert_prompts(hidden, self._carried, prompt_index)
         else:

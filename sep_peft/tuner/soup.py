@@ -18,7 +18,7 @@ OPTIONS = sorted({f.name for f in fields(SEPConfig)} - {f.name for f in fields(P
 
 
 def check_combination(
-    adapters: Sequence[str], weights: Sequence[float], adapter_name: str, configs: Mapping[str, PeftConfig]
+    adapters: Sequence[str], weights: Sequence[float], adapter_name: str, configs: Mapping[str, SEPConfig]
 ) -> None:
     """Make sure that a weighted sum of adapters can be made.
 
@@ -67,4 +67,5 @@ def weighted_sum(parameters: Sequence[torch.Tensor], weights: Sequence[float]) -
     """The sum in fp32 or wider, in the dtype of the first."""
     wide = torch.promote_types(parameters[0].dtype, torch.float32)
     total = sum(weight * parameter.detach().to(wide) for weight, parameter in zip(weights, parameters, strict=True))
+    assert isinstance(total, torch.Tensor), "there is at least one adapter"
     return total.to(parameters[0].dtype)

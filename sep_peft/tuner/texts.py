@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class TextRules:
         """Where each text has its EOS by the rule of its family, (B,) int64, -1: nowhere; None without a rule."""
         if self.spec.text_end is None:
             return None
-        input_ids, config = inputs["input_ids"].flatten(0, -2), self.base.config  # (..., L) -> (B, L)
+        input_ids, config = inputs["input_ids"].flatten(0, -2), cast(Any, self.base).config  # (..., L) -> (B, L)
         if self.spec.text_end == "first_eos":
             return first_positions(input_ids, config.eos_token_id)
         return eos_positions(input_ids, config.eos_token_id if self.spec.text_end == "eos" else HIGHEST_ID)
@@ -71,7 +72,8 @@ class TextRules:
         length = self.span(inputs)[1].max() + 1
         if is_traced():
             # A branch on data would break the graph; the assertion is checked where the graph runs.
-            torch._assert_async(length <= left, f"a text has more than the {left} tokens left beside the prompts")
+            message = f"a text has more than the {left} tokens left beside the prompts"
+            torch._assert_async(length <= left, message)  # pyright: ignore[reportPrivateImportUsage]  # no public name
         elif length > left:
             raise ValueError(
                 f"A text of {int(length)} tokens does not fit: the text tower has {positions} positions and "
@@ -94,6 +96,7 @@ class TextRules:
 
     def num_positions(self) -> int:
         """Positions that tokens can have in the tower."""
+        assert self.spec.positions is not None, "a tower without a table of positions does not limit them"
         embedding = self.base.get_submodule(self.spec.positions)
         return count_positions(getattr(embedding, "base_layer", embedding))
 

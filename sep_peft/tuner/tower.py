@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from .modes import evaluating
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures
 from .settings import TowerSettings
 from .texts import TextRules
-from .wrappers import SEPLayer, layer_lists
+from .wrappers import SEPLayer, SEPPositionEmbedding, layer_lists
 from .wrapping import unwrap_tower, wrap_after, wrap_tower
 
 
@@ -84,7 +84,7 @@ class SEPTower(SEPLayer):
         self.is_root = base_layer is model
         if self.is_root:  # a child cannot own its parent; the attribute stays, out of the registry of modules
             del self._modules["base_layer"]
-            self.__dict__["base_layer"] = base_layer
+            vars(self)["base_layer"] = base_layer
         self._owner = (model,)  # in a tuple, so that the model does not become a child of its own tower
         self._argument_names = tuple(inspect.signature(base_layer.forward).parameters)
         self._inner: tuple[SEPLayer, ...] = ()  # wrappers inside the tower, for bookkeeping
@@ -403,7 +403,8 @@ class SEPTower(SEPLayer):
         if self.spec.mlp_norm is None or (last.training and getattr(last, "gradient_checkpointing", False)):
             return None  # a checkpointed layer runs again in the backward pass, where no pass is current
         if self.spec.inputs == "input_ids":
-            return self.texts.eos(inputs).clamp(min=0)
+            eos = self.texts.eos(inputs)
+            return 0 if eos is None else eos.clamp(min=0)
         return 0
 
     def _run_prompted(
@@ -436,6 +437,7 @@ class SEPTower(SEPLayer):
         )
         with current_pass.set(prompted_pass):
             output = self._call_base(**inputs, return_dict=True)
+        assert prompted_pass.prompted_shape is not None, "the pass has run layer start_layer"
         outputs.strip(output, self.spec, count, prompted_pass.prompted_shape)
         return output
 
@@ -446,10 +448,11 @@ class SEPTower(SEPLayer):
         if settings.start_layer > 0:
             return prompts
         if self.spec.positions is not None:
-            positions = self.base_layer.get_submodule(self.spec.positions)
+            positions = cast(SEPPositionEmbedding, self.base_layer.get_submodule(self.spec.positions))
             prompts = prompts + positions.of_prompts(settings.num_prompts, prompts.device)
         if self.spec.entry_embedding is not None:
-            prompts = prompts + self.base_layer.get_submodule(self.spec.entry_embedding).weight[0]
+            embedding = cast(nn.Embedding, self.base_layer.get_submodule(self.spec.entry_embedding))
+            prompts = prompts + embedding.weight[0]
         if self.spec.entry_norm is not None:
             norm = self.base_layer.get_submodule(self.spec.entry_norm)
             prompts = norm(prompts.to(norm.weight.dtype))
@@ -458,5 +461,6 @@ class SEPTower(SEPLayer):
     def _fusions(self, adapter: str) -> dict[int, TokenFusion]:
         if adapter not in self.sep_fusion:
             return {}
-        fusions, settings = self.sep_fusion[adapter], self.sep_settings[adapter]
+        fusions = cast(Mapping[str, TokenFusion], self.sep_fusion[adapter])
+        settings = self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}

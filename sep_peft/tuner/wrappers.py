@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -206,14 +207,15 @@ class _Method:
 
 def layer_lists(tower: nn.Module, path: str) -> list[nn.ModuleList]:
     """The lists of encoder layers at `path` (see `TowerSpec.layers`), in the order in which they run."""
-    found = [tower]
+    found: list[nn.Module] = [tower]
     for name in path.split("."):
         found = [child for m in found for child in (m.children() if name == "*" else (m.get_submodule(name),))]
-    return found
+    return cast(list[nn.ModuleList], found)
 
 
 def count_positions(embedding: nn.Module) -> int:
     """Positions that tokens can have in a position embedding."""
     padding_idx = getattr(embedding, "padding_idx", None)
-    table = embedding.weight if hasattr(embedding, "weight") else embedding.weights  # learned, or sinusoidal
+    # learned, or sinusoidal
+    table = cast(torch.Tensor, embedding.weight if hasattr(embedding, "weight") else embedding.weights)
     return table.shape[0] - (0 if padding_idx is None else padding_idx + 1)

@@ -33,13 +33,15 @@ def wrap_tower(base: nn.Module, spec: TowerSpec) -> tuple[SEPLayer, ...]:
         for place, layer in enumerate(layers):
             for path in _paths_of(QuickGELUActivation, layer):
                 put(layer, path, SEPActivation(layer.get_submodule(path)))
-            layers[place] = SEPEncoderLayer(layer, len(inner))
-            inner.append(layers[place])
+            wrapper = SEPEncoderLayer(layer, len(inner))
+            layers[place] = wrapper
+            inner.append(wrapper)
     if spec.mlp_norm is not None:
         last = inner[-1].base_layer
         inner.append(SEPLastNorm(last.get_submodule(spec.mlp_norm)))
         put(last, spec.mlp_norm, inner[-1])
     if spec.positions is not None:
+        assert spec.insert_at is not None, "prompts with positions of their own stand at a fixed index"
         inner.append(SEPPositionEmbedding(base.get_submodule(spec.positions), spec.insert_at))
         put(base, spec.positions, inner[-1])
     return tuple(inner)
@@ -72,6 +74,7 @@ def wrap_after(
         mix: see `SEPReader`.
     """
     if spec.mixes_after_projection:
+        assert spec.projection is not None, "the mix follows a projection"
         put(owner, spec.projection, SEPProjection(owner.get_submodule(spec.projection), width))
     if spec.reader is not None:
         put(owner, spec.reader, SEPReader(owner.get_submodule(spec.reader), width, mix))
