@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
@@ -11,6 +12,19 @@ from .paths import check_model_paths, check_tower_paths
 from .registration import PREFIX
 from .tower import ROOT_CHILD, SEPTower
 from .wrappers import SEPLayer, count_positions, layer_lists
+
+
+#: Longest name of an adapter, in UTF-8; file systems take 255 bytes, temporary names included.
+MAX_NAME_BYTES = 200
+#: What a `SEPTower` holds by adapter.
+OWN_PARTS = (*SEPTower.adapter_layer_names, *SEPTower.other_param_names)
+#: Most prompts of a tower: they join the tokens of every layer, and no tower reads more tokens than these.
+MAX_PROMPTS = 4096
+#: The fusion's MLP may be this wide in any tower, or `MLP_RATIO` times the tower; that of a transformer is 4 times it.
+MAX_MLP_SIZE = 1024
+MLP_RATIO = 8
+#: Modules that are looked into and never called, of which PEFT makes no copies.
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def target_towers(config: SEPConfig, architecture: Architecture) -> dict[str, str]:
@@ -28,13 +42,28 @@ def base_tower(model: nn.Module, spec: TowerSpec) -> nn.Module:
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Refuse names that PEFT would confuse with parts of a key.
+    """Refuse names that PEFT would confuse with parts of a key, or that are no name of a folder.
 
     Raises:
-        ValueError: says which part.
+        ValueError: says why.
     """
-    if not name or "." in name:
+    if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"An adapter name must not be empty nor contain a dot, but got {name!r}.")
+    if wrong := sorted({letter for letter in name if letter in "/\\:" or not letter.isprintable()}):
+        raise ValueError(
+            f"An adapter name must not contain any of {wrong}, because PEFT saves it as a folder of this name, but got "
+            f"{name!r}."
+        )
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"An adapter name must be at most {MAX_NAME_BYTES} bytes long, because PEFT saves it as a folder of this "
+            f"name, but got {len(name.encode())}: {name[:40]!r}..."
+        )
+    if name in OWN_PARTS:
+        raise ValueError(
+            f"The adapter name {name!r} is also the name of a part of every SEP adapter, so keys could not be told "
+            "apart. Choose another name."
+        )
     if name in PREFIX:
         raise ValueError(
             f"The adapter name {name!r} is a part of SEP's prefix {PREFIX!r}, so keys could not be told apart. Choose "
@@ -97,6 +126,7 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
         found[modality] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
         if config.prompts_of(modality):
             _check_tower(config, modality, spec, module, num_layers)
+            _check_sizes(config, modality, found[modality]["hidden_size"])
     wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
@@ -107,7 +137,83 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
             f"No prompts are left for target_modules={config.target_modules}: num_text_prompts="
             f"{config.num_text_prompts}, num_vision_prompts={config.num_vision_prompts}."
         )
+    if config.modules_to_save:
+        _check_modules_to_save(config, architecture, model)
     return found
+
+
+def modules_to_save(config: SEPConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of what `modules_to_save` names, as PEFT finds it: every path that ends with a name.
+
+    Where another adapter has a copy of a module, it is the original that is returned.
+    """
+    if not config.modules_to_save:
+        return {}
+    names = tuple(config.modules_to_save)
+    found = {path: module for path, module in model.named_modules(remove_duplicate=False) if path.endswith(names)}
+    return {
+        path: module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        for path, module in found.items()
+    }
+
+
+def _check_modules_to_save(config: SEPConfig, architecture: Architecture, model: nn.Module) -> None:
+    """Refuse what PEFT cannot copy, or what would not be used or found again."""
+    found = modules_to_save(config, model)
+    for name in config.modules_to_save:
+        if not any(path.endswith(name) for path in found):
+            raise ValueError(f"modules_to_save must name modules of {type(model).__name__}, but it has no {name!r}.")
+    modules = list(model.named_modules(remove_duplicate=False))
+    targets = target_towers(config, architecture).items()
+    towers = {path for path, modality in targets if architecture.towers[modality].refused is None}
+    towers |= {path for path, module in modules if isinstance(module, SEPTower)}
+    layers = [path for path, module in modules if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for path, module in found.items():
+        if ROOT_CHILD in towers or any(_is_part(path, tower) or _is_part(tower, path) for tower in towers):
+            raise ValueError(
+                f"modules_to_save must name modules outside of the towers that take prompts, but {_bare(path)} is one, "
+                "in one or around one."
+            )
+        if isinstance(module, BaseTunerLayer) or any(_is_part(path, layer) and path != layer for layer in layers):
+            raise ValueError(f"modules_to_save must not name layers of other adapters, but {_bare(path)} is in one.")
+        if isinstance(module, CONTAINERS):
+            kind = type(module).__name__
+            raise ValueError(f"modules_to_save must name modules that are called, but {path} is a {kind}.")
+        for other in found:
+            if path != other and _is_part(path, other):
+                raise ValueError(f"modules_to_save must not name parts of one another, but {path} is in {other}.")
+
+
+def _bare(path: str) -> str:
+    """A path as it is without any wrapper."""
+    return path.replace(".base_layer", "")
+
+
+def _is_part(path: str, of: str) -> bool:
+    """Whether a path is `of`, or below it."""
+    return path == of or path.startswith(f"{of}.")
+
+
+def _check_sizes(config: SEPConfig, modality: str, width: int) -> None:
+    """Sizes that could only be a mistake, or a file's way to take all memory."""
+    count = config.prompts_of(modality)
+    if count > MAX_PROMPTS:
+        raise ValueError(
+            f"num_{modality}_prompts must be at most {MAX_PROMPTS}, because prompts join the tokens of every layer, "
+            f"but got {count}."
+        )
+    if config.fusion == "none":
+        return
+    if config.fusion_rank is not None and config.fusion_rank > width:
+        raise ValueError(
+            f"fusion_rank must be at most {width}, the width of the {modality} tower, but got {config.fusion_rank}. "
+            "None stands for full width."
+        )
+    if config.fusion_hidden_size > (limit := max(MAX_MLP_SIZE, MLP_RATIO * width)):
+        raise ValueError(
+            f"fusion_hidden_size must be at most {limit} for the {modality} tower, which is {width} wide, but got "
+            f"{config.fusion_hidden_size}."
+        )
 
 
 def _check_refused(config: SEPConfig, modality: str, spec: TowerSpec) -> None:

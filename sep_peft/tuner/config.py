@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from peft.config import PeftConfig
 
 from ..families.spec import Architecture
-from .files import check_folder
+from .files import WeightsOrigin, check_folder
 from .registration import peft_type
 
 
@@ -26,6 +26,8 @@ PUBLISHED = {
 COMPACT = {"fusion_rank": 4, "fusion_hidden_size": 16, "share_fusion": True}
 #: Options that say something about fusions only.
 FUSION_OPTIONS = ("text_layers", "vision_layers", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
+#: Options that loading fills in.
+FILLED_IN = ("base_architecture", "base_model_name_or_path", "auto_mapping", "inference_mode", "revision")
 
 
 def _is_int(value) -> bool:
@@ -111,6 +113,7 @@ class SEPConfig(PeftConfig):
         # What the adapter's file asks for. No field, so that it is neither saved nor compared, while base_architecture
         # is filled in for each model.
         self.made_for = self.base_architecture
+        self.weights_origin: WeightsOrigin | None = None  # no field for the same reason
         if self.task_type is not None:
             raise ValueError(
                 f"task_type must be None, but got {self.task_type!r}: SEP adapts both towers of a dual encoder, while "
@@ -175,7 +178,23 @@ class SEPConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if isinstance(config, cls):  # PEFT gives the configuration of the method that the file names
+            hub_options, _, _ = cls._split_kwargs(kwargs)
+            options, frozen = config._options(), config.inference_mode
+            path = os.fspath(pretrained_model_name_or_path)
+            config.weights_origin = WeightsOrigin(path, subfolder, hub_options, options, frozen)
         return config
+
+    def take_weights_origin(self) -> WeightsOrigin | None:
+        """Where the weights for this configuration lie, asked for once.
+
+        None where it was not read from a file, or an option has changed since: then it is that of a new adapter.
+        """
+        origin, self.weights_origin = self.weights_origin, None
+        return origin if origin is not None and origin.options == self._options() else None
+
+    def _options(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if name not in FILLED_IN}
 
     def layers_of(self, modality: str) -> list[int] | None:
         """`text_layers` or `vision_layers`."""
@@ -212,6 +231,8 @@ class SEPConfig(PeftConfig):
         is_list = isinstance(value, (list, tuple, set))
         if not is_list or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{name} must be None or a list of module names, but got {value!r}.")
+        if name == "modules_to_save" and "" in value:  # which PEFT takes for every module
+            raise ValueError(f"modules_to_save must name modules, but got an empty name in {list(value)!r}.")
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
     def _settle_unused_fusion_options(self) -> None:

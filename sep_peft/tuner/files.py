@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,30 +23,140 @@ from safetensors.torch import load_file, save_file
 SAVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: The largest number that an adapter may hold: that of half precision, far above what training leaves. Numbers that are
+#: finite but larger overflow once they are squared.
+MAX_WEIGHT = torch.finfo(torch.float16).max
+#: Keys that an error message lists of each kind.
+LISTED_KEYS = 50
+
+
 class AdapterMismatchError(ValueError):
     """An adapter file does not fit the adapter it is loaded into."""
+
+
+@dataclass(frozen=True)
+class WeightsOrigin:
+    """Where the weights of an adapter lie: beside the configuration that was read there.
+
+    Attributes:
+        path: a folder, or the id of a repository on the Hub.
+        subfolder: below `path`.
+        hub_options: keyword arguments of `hf_hub_download`.
+        options: the configuration as it was read, without what loading fills in.
+        frozen: whether that was the configuration of a frozen adapter, as PEFT saves all.
+    """
+
+    path: str
+    subfolder: str | None
+    hub_options: Mapping[str, Any] = field(repr=False)  # may hold a token
+    options: Mapping[str, Any] = field(repr=False)
+    frozen: bool
+
+    def find(self) -> str | None:
+        """The file on this machine, downloaded where it is on the Hub; None where there is none."""
+        for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):  # as PEFT looks for them
+            if os.path.isdir(self.path):
+                file = os.path.join(self.path, self.subfolder or "", name)
+                if os.path.isfile(file):
+                    return file
+                continue
+            try:
+                return hf_hub_download(self.path, name, subfolder=self.subfolder, **self.hub_options)
+            except EntryNotFoundError:
+                continue
+        return None
 
 
 def check_keys(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], source: str) -> None:
     """Compare key -> shape of a file with what the adapter needs.
 
     Raises:
-        AdapterMismatchError: lists every missing and unexpected key and every other shape.
+        AdapterMismatchError: lists missing and unexpected keys and other shapes, `LISTED_KEYS` of each.
     """
     problems = []
     if missing := sorted(set(expected) - set(found)):
-        problems.append("missing keys: " + ", ".join(missing))
+        problems.append("missing keys: " + _listed(missing))
     if unexpected := sorted(set(found) - set(expected)):
-        problems.append("unexpected keys: " + ", ".join(unexpected))
+        problems.append("unexpected keys: " + _listed(unexpected))
     shapes = [
         f"{key} is {tuple(found[key])}, needed is {tuple(expected[key])}"
         for key in sorted(set(found) & set(expected))
         if tuple(found[key]) != tuple(expected[key])
     ]
     if shapes:
-        problems.append("other shapes: " + ", ".join(shapes))
+        problems.append("other shapes: " + _listed(shapes))
     if problems:
         raise AdapterMismatchError(f"{source} does not fit this model and configuration; " + "; ".join(problems))
+
+
+def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Refuse weights that no training leaves.
+
+    Args:
+        tensors: key and tensor, of any shape.
+        source: of the tensors, for the message.
+
+    Raises:
+        ValueError: lists the keys whose tensors hold NaN, infinity or a number above `MAX_WEIGHT` in size.
+    """
+    wrong = []
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            smallest, largest = tensor.detach().float().aminmax()  # NaN where there is any
+            if not (smallest >= -MAX_WEIGHT and largest <= MAX_WEIGHT):
+                wrong.append(key)
+    if wrong:
+        raise ValueError(
+            f"{source} holds numbers that are not finite or larger than {MAX_WEIGHT:.0f} in {_listed(sorted(wrong))}. "
+            "Train with a lower learning rate, or take an earlier save."
+        )
+
+
+def _listed(items: list[str]) -> str:
+    rest = len(items) - LISTED_KEYS
+    return ", ".join(items[:LISTED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def read_shapes(path: str | os.PathLike) -> dict[str, torch.Size]:
+    """Key -> shape of a file of weights, without reading the weights.
+
+    Raises:
+        SafetensorError: the file is cut short or no safetensors file; the message names it.
+        ValueError: a file that is not of safetensors cannot be read, or holds more than tensors.
+    """
+    if not _is_safetensors(path):
+        return {key: tensor.shape for key, tensor in _read_pickled(path, "meta").items()}
+    check_file(path)
+    with safe_open(path, framework="pt") as file:
+        return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
+def read_tensors(path: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
+    """Key and tensor of each entry of a file of weights, on the CPU and one after the other; see `read_shapes`."""
+    if not _is_safetensors(path):
+        yield from _read_pickled(path, "cpu").items()
+        return
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            yield key, file.get_tensor(key)
+
+
+def _is_safetensors(path: str | os.PathLike) -> bool:
+    return os.fspath(path).endswith(".safetensors")
+
+
+def _read_pickled(path: str | os.PathLike, device: str) -> dict[str, torch.Tensor]:
+    try:
+        data = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as weights ({error}). Copy or download it again."
+        ) from error
+    if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
+        raise ValueError(
+            f"{os.fspath(path)} holds more than tensors by name, so it is no file of an adapter's weights."
+        )
+    return data
 
 
 def check_file(path: str | os.PathLike) -> None:

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 
+from ..method.coupled import CoupledTokenFusion
 from ..method.fusion import TokenFusion
+from .config import SEPConfig
+from .settings import TowerSettings
+
+
+#: Key of the one fusion module that all layers use with `share_fusion=True`.
+SHARED = "shared"
+
+
+def fusion_keys(settings: TowerSettings) -> list[str]:
+    """Keys of the fusions that an adapter has in one tower."""
+    if not settings.fusion_layers:
+        return []
+    return [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
+
+
+def new_fusion(config: SEPConfig, width: int, device: str | None = None) -> TokenFusion:
+    """One fresh fusion in fp32, for a tower of `width` D."""
+    kind = CoupledTokenFusion if config.batch_coupled else TokenFusion
+    return kind(width, config.fusion_hidden_size, config.fusion_rank, device=device, dtype=torch.float32)
 
 
 class LayerFusions(nn.ModuleDict):

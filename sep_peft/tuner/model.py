@@ -21,9 +21,11 @@ from ..families.spec import Architecture
 from .checks import check_adapter_name, check_config, target_towers
 from .config import SEPConfig
 from .current import chosen_adapters
-from .files import check_keys
+from .files import check_keys, check_numbers
+from .gate import check_weights
 from .mixed_batch import check_adapter_names, check_samples
 from .registration import PREFIX
+from .restore import unchanged_on_error
 from .soup import check_combination, weighted_sum
 from .tower import ROOT_CHILD, SEPTower
 from .wrappers import SEPLayer, SEPProjection, SEPReader, Wrapper
@@ -85,12 +87,15 @@ class SEPModel(BaseTuner):
         owner.peft_config = below | self.peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes."""
+        """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes, those of the weights
+        that a configuration was read with included, and where a later step fails, `model` is as before."""
         config = self.peft_config[adapter_name]
         try:
             check_adapter_name(adapter_name, model)
-            found = check_config(config, find_architecture(model, config.architecture), model)
-        except ValueError:
+            architecture = find_architecture(model, config.architecture)
+            found = check_config(config, architecture, model)
+            check_weights(config, architecture, model, adapter_name)
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         if config.base_architecture not in (None, found):
@@ -98,7 +103,12 @@ class SEPModel(BaseTuner):
             # the configuration of a model is the object that was passed.
             config = self.peft_config[adapter_name] = copy.copy(config)
         config.base_architecture = found
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            with unchanged_on_error(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
 
     def _prepare_adapter_config(self, peft_config: SEPConfig, model_config: dict) -> SEPConfig:
         return peft_config
@@ -323,6 +333,7 @@ class SEPModel(BaseTuner):
 
         Raises:
             AdapterMismatchError: a key is missing, unexpected or of another shape.
+            ValueError: a number is not finite or far too large.
         """
         parameters = cls._adapter_parameters(model, adapter_name)
         key_of = {
@@ -332,12 +343,15 @@ class SEPModel(BaseTuner):
         }
         full_keys = {key: "base_model.model." + key.removeprefix("base_model.model.") for key in state_dict}
         others = [key for key, full in full_keys.items() if full not in key_of]
-        # what modules_to_save brought has been renamed by PEFT already
-        known = model.state_dict().keys() if others else ()
+        # what modules_to_save brought has been renamed by PEFT already; nothing else of the model is a file's to change
+        copies = f".modules_to_save.{adapter_name}."
+        known = {key for key in model.state_dict() if copies in key} if others else ()
         remapped = {key_of.get(full_keys[key], key): value for key, value in state_dict.items()}
         found = {full: state_dict[key].shape for key, full in full_keys.items() if full in key_of or key not in known}
         expected = {full: parameters[key].shape for full, key in key_of.items()}
-        check_keys(found, expected, f"the file of adapter {adapter_name!r}")
+        source = f"the file of adapter {adapter_name!r}"
+        check_keys(found, expected, source)
+        check_numbers(state_dict.items(), source)
         return remapped
 
 

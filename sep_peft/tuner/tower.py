@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
-from ..method.coupled import CoupledSelection, CoupledTokenFusion
+from ..method.coupled import CoupledSelection
 from ..method.fusion import TokenFusion
 from ..method.select import Selection
 from ..method.sequence import beside_prompts
@@ -28,7 +28,7 @@ from . import outputs
 from .config import SEPConfig
 from .current import chosen_adapters, current_pass
 from .head import Head
-from .layer_fusions import LayerFusions
+from .layer_fusions import SHARED, LayerFusions, fusion_keys, new_fusion
 from .mixed_batch import join, run_groups, run_samples, weights_of_samples
 from .modes import evaluating
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures
@@ -42,8 +42,6 @@ from .wrapping import unwrap_tower, wrap_after, wrap_tower
 PROMPT_STD = 0.02
 #: Name of the `SEPTower` inside a model that is a tower itself.
 ROOT_CHILD = "prompted"
-#: Key of the one fusion module that all layers use with `share_fusion=True`.
-SHARED = "shared"
 
 
 class Branches(NamedTuple):
@@ -148,11 +146,9 @@ class SEPTower(SEPLayer):
                 wrap_after(self.owner, self.spec, self.hidden_size, self.mix_read)
             prompts = torch.empty(settings.num_prompts, self.hidden_size, dtype=torch.float32)
             self.sep_prompts[adapter_name] = nn.Parameter(nn.init.normal_(prompts, std=PROMPT_STD))
-            keys = [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
-            if settings.fusion_layers:
-                kind = CoupledTokenFusion if config.batch_coupled else TokenFusion
-                sizes = self.hidden_size, config.fusion_hidden_size, config.fusion_rank
-                self.sep_fusion[adapter_name] = LayerFusions({key: kind(*sizes, dtype=torch.float32) for key in keys})
+            if keys := fusion_keys(settings):
+                fusions = {key: new_fusion(config, self.hidden_size) for key in keys}
+                self.sep_fusion[adapter_name] = LayerFusions(fusions)
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 

@@ -1,0 +1,337 @@
+"""Adapters from strangers: hostile files are refused with a clear message, and the model stays as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from small_classifier import CLASSES, TEMPLATES, make_model, raises
+from small_clip import make_clip
+from small_sep import outputs, snapshot
+
+from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, hotswap_adapter
+from sep_peft.classifier.files import CONFIG_FILE
+from sep_peft.tuner.tower import SEPTower
+
+
+PROMPTS = "base_model.model.text_model.sep_prompts"
+FC1 = "base_model.model.vision_model.sep_fusion.1.fc1.weight"
+MISFIT = "the file of adapter 'new' does not fit this model and configuration; "
+NUMBERS = (
+    "the file of adapter 'new' holds numbers that are not finite or larger than 65504 in {}. Train with a lower "
+    "learning rate, or take an earlier save."
+)
+OUTSIDE = (
+    "modules_to_save must name modules outside of the towers that take prompts, but {} is one, in one or around one."
+)
+
+
+def state(model) -> tuple:
+    """All by which a load could have changed a model."""
+    active = getattr(model, "active_adapters", None) if isinstance(model, PeftModel) else None
+    return (
+        snapshot(model),
+        sorted(getattr(model, "peft_config", {})),
+        active,
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        [module.training for module in model.modules()],
+        [sorted(vars(module)) for module in model.modules()],
+    )
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """A good adapter with its classes."""
+    folder = tmp_path_factory.mktemp("good")
+    SEPClassifier(make_model(), CLASSES, TEMPLATES).save_pretrained(folder)
+    return folder
+
+
+class Files:
+    """A copy of the good adapter to damage."""
+
+    def __init__(self, source: Path, folder: Path):
+        self.folder = folder
+        for file in source.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    def config(self, **options) -> None:
+        file = self.folder / CONFIG_FILE
+        file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+    def weights(self, change: Callable[[dict], None]) -> None:
+        file = self.folder / SAFETENSORS_WEIGHTS_NAME
+        state = load_file(file)
+        change(state)
+        save_file(state, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def files(saved, tmp_path) -> Files:
+    return Files(saved, tmp_path)
+
+
+# where an adapter enters
+
+
+def by_from_pretrained(folder: Path, model) -> None:
+    PeftModel.from_pretrained(model, folder, "new")
+
+
+def by_from_pretrained_to_train(folder: Path, model) -> None:
+    PeftModel.from_pretrained(model, folder, "new", is_trainable=True, low_cpu_mem_usage=True)
+
+
+def by_load_adapter(folder: Path, model) -> None:
+    model.load_adapter(folder, "new")
+
+
+def by_classifier(folder: Path, model) -> None:
+    SEPClassifier.from_pretrained(folder, model=model, adapter_name="new")
+
+
+def by_task(folder: Path, model) -> None:
+    SEPClassifier(model, CLASSES, TEMPLATES, prototype_weight=0).load_task(folder, "new")
+
+
+#: Loader, and whether it takes a model that has an adapter already.
+LOADERS = [
+    (by_from_pretrained, False),
+    (by_from_pretrained_to_train, False),
+    (by_load_adapter, True),
+    (by_classifier, False),
+    (by_classifier, True),
+    (by_task, True),
+]
+
+
+class Case(NamedTuple):
+    damage: Callable[[Files], object]
+    message: str
+    error: type[Exception] = ValueError
+
+
+def config(message: str, **options) -> Case:
+    return Case(lambda files: files.config(**options), message)
+
+
+def weights(change: Callable[[dict], object], message: str, error: type[Exception] = AdapterMismatchError) -> Case:
+    return Case(lambda files: files.weights(change), message, error)
+
+
+def number(value: float, dtype: torch.dtype = torch.float32) -> Case:
+    def change(state: dict) -> None:
+        state[FC1] = state[FC1].to(dtype)
+        state[FC1][1, 2] = value
+
+    return weights(change, NUMBERS.format(FC1), ValueError)
+
+
+CASES = {
+    "modules_to_save: an empty name": config(
+        "modules_to_save must name modules, but got an empty name in [''].", modules_to_save=[""]
+    ),
+    "modules_to_save: a part of the fusions": config(
+        OUTSIDE.format("text_model.encoder.layers.0.mlp.fc1"), modules_to_save=["fc1"]
+    ),
+    "modules_to_save: a part of a tower": config(
+        OUTSIDE.format("vision_model.post_layernorm"), modules_to_save=["post_layernorm"]
+    ),
+    "modules_to_save: both embeddings": config(OUTSIDE.format("text_model.embeddings"), modules_to_save=["embeddings"]),
+    "modules_to_save: a tower": config(OUTSIDE.format("text_model"), modules_to_save=["text_model"]),
+    "modules_to_save: nowhere": config(
+        "modules_to_save must name modules of CLIPModel, but it has no 'nowhere'.", modules_to_save=["nowhere"]
+    ),
+    "modules_to_save: not in the file": config(
+        MISFIT + "missing keys: base_model.model.text_projection.weight", modules_to_save=["text_projection"]
+    ),
+    "a wide fusion": config(
+        "fusion_hidden_size must be at most 1024 for the text tower, which is 32 wide, but got 200000.",
+        fusion_hidden_size=200_000,
+    ),
+    "a high rank": config(
+        "fusion_rank must be at most 32, the width of the text tower, but got 100000. None stands for full width.",
+        fusion_rank=100_000,
+    ),
+    "many prompts": config(
+        "num_vision_prompts must be at most 9, the number of tokens of an image to select from, but got 2000000.",
+        num_vision_prompts=2_000_000,
+    ),
+    "many prompts that nothing else limits": config(
+        "num_text_prompts must be at most 4096, because prompts join the tokens of every layer, but got 2000000.",
+        num_text_prompts=2_000_000,
+        start_layer=1,
+        fusion_rank=None,
+    ),
+    "another number of prompts": config(
+        MISFIT + f"other shapes: {PROMPTS} is (3, 32), needed is (4, 32)", num_text_prompts=4
+    ),
+    "another model": config(
+        "This adapter was made for another architecture: it needs {'model_type': 'siglip'}, but the model has "
+        "{'model_type': 'clip', 'text': {'hidden_size': 32, 'num_layers': 3}, 'vision': {'hidden_size': 48, "
+        "'num_layers': 4}}.",
+        base_architecture={"model_type": "siglip"},
+    ),
+    "a missing key": weights(lambda state: state.pop(PROMPTS), MISFIT + f"missing keys: {PROMPTS}"),
+    "a key too many": weights(
+        lambda state: state.update({PROMPTS + "_2": torch.zeros(2)}), MISFIT + f"unexpected keys: {PROMPTS}_2"
+    ),
+    "a weight of the base model": weights(
+        lambda state: state.update({"base_model.model.logit_scale": torch.zeros(())}),
+        MISFIT + "unexpected keys: base_model.model.logit_scale",
+    ),
+    "a weight of another adapter": weights(
+        lambda state: state.update({"base_model.model.text_model.sep_prompts.default": torch.zeros(3, 32)}),
+        MISFIT + "unexpected keys: base_model.model.text_model.sep_prompts.default",
+    ),
+    "another shape": weights(
+        lambda state: state.update({PROMPTS: torch.zeros(3, 33)}),
+        MISFIT + f"other shapes: {PROMPTS} is (3, 33), needed is (3, 32)",
+    ),
+    "no entries": weights(lambda state: [state.pop(key) for key in list(state)], MISFIT + "missing keys: "),
+    "NaN": number(float("nan")),
+    "infinity": number(float("inf")),
+    "minus infinity in half precision": number(float("-inf"), torch.float16),
+    "a number that overflows when squared": number(1e38),
+    "a number that overflows in fp32": number(-1e300, torch.float64),
+    "no weights": Case(
+        lambda files: (files.folder / SAFETENSORS_WEIGHTS_NAME).unlink(),
+        "{folder} holds the configuration of an adapter, but no weights. Copy or download it again; for a new adapter "
+        "with these options, set inference_mode to false in it.",
+    ),
+    "weights cut short": Case(
+        lambda files: (file := files.folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(file.read_bytes()[:-1]),
+        "{folder}/adapter_model.safetensors cannot be read (",
+        SafetensorError,
+    ),
+}
+
+
+def assert_refused(load, folder: Path, has_adapter: bool, error: type[Exception], message: str) -> None:
+    """With the message, and with everything as before."""
+    model = make_model() if has_adapter else make_clip()
+    model.train()
+    list(model.modules())[-1].eval()  # a mode that switching all of them would not bring back
+    next(model.parameters()).requires_grad_(True)
+    before = state(model)
+    with pytest.raises(error) as raised:
+        load(folder, model)
+    shown = str(raised.value)
+    assert shown == message or (message.endswith((": ", "(")) and shown.startswith(message)), shown
+    assert state(model) == before
+    fresh = make_model() if has_adapter else make_clip()
+    assert torch.equal(outputs(model), outputs(fresh))
+
+
+@pytest.mark.parametrize(("load", "has_adapter"), LOADERS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("name", CASES)
+def test_refused_before_the_model_changes(files, name, load, has_adapter):
+    case = CASES[name]
+    case.damage(files)
+    assert_refused(load, files.folder, has_adapter, case.error, case.message.replace("{folder}", str(files.folder)))
+
+
+# names
+
+
+TAKEN = (
+    "The adapter name {!r} is also the name of a part of every SEP adapter, so keys could not be told apart. Choose "
+    "another name."
+)
+NO_FOLDER = "An adapter name must not contain any of {}, because PEFT saves it as a folder of this name, but got {!r}."
+LONG = "\u00e9" * 101
+BAD_NAMES = {
+    "/tmp/folder": NO_FOLDER.format(["/"], "/tmp/folder"),
+    "a\\b": NO_FOLDER.format(["\\"], "a\\b"),
+    "C:x": NO_FOLDER.format([":"], "C:x"),
+    "a\0b": NO_FOLDER.format(["\0"], "a\0b"),
+    "a\nb\x1b": NO_FOLDER.format(["\n", "\x1b"], "a\nb\x1b"),
+    "lone \ud800": NO_FOLDER.format(["\ud800"], "lone \ud800"),
+    "..": "An adapter name must not be empty nor contain a dot, but got '..'.",
+    "": "An adapter name must not be empty nor contain a dot, but got ''.",
+    LONG: "An adapter name must be at most 200 bytes long, because PEFT saves it as a folder of this name, but got "
+    f"202: {LONG[:40]!r}...",
+    "sep_prompts": TAKEN.format("sep_prompts"),
+    "sep_fusion": TAKEN.format("sep_fusion"),
+    "sep_settings": TAKEN.format("sep_settings"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+@pytest.mark.parametrize("further", [False, True])
+def test_names_that_are_no_folder(name, further):
+    model = make_model() if further else make_clip()
+    before = state(model)
+    with raises(BAD_NAMES[name]):
+        model.add_adapter(name, SEPConfig()) if further else get_peft_model(model, SEPConfig(), name)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", ["\u00e9" * 100, "two words", "a-b_c"])
+def test_names_that_are_a_folder(name, tmp_path):
+    model = make_model(name)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(make_clip(), tmp_path / name)), outputs(model))
+
+
+# a step that fails after the checks
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_failure_half_way_is_taken_back(files, has_adapter, monkeypatch):
+    """Memory that runs out at the second tower, say."""
+    made = []
+
+    def update_layer(tower, *args):
+        made.append(tower)
+        if len(made) == 2:
+            raise MemoryError("no memory")
+        return original(tower, *args)
+
+    model = make_model() if has_adapter else make_clip()
+    original = SEPTower.update_layer
+    monkeypatch.setattr(SEPTower, "update_layer", update_layer)
+    before = state(model)
+    with pytest.raises(MemoryError):
+        by_load_adapter(files.folder, model) if has_adapter else by_from_pretrained(files.folder, model)
+    assert len(made) == 2 and state(model) == before
+    monkeypatch.undo()
+    by_load_adapter(files.folder, model) if has_adapter else by_from_pretrained(files.folder, model)
+
+
+def test_options_of_a_file_make_a_new_adapter(files):
+    """Once one of them is another, the weights beside them are no business of the new adapter."""
+    config = SEPConfig.from_pretrained(files.folder)
+    config.num_text_prompts = 5
+    assert get_peft_model(make_clip(), config).base_model.towers["text"].sep_prompts["default"].shape == (5, 32)
+
+
+def test_the_weights_beside_an_adapter_are_asked_for_once(files):
+    """A soup of a loaded adapter does not depend on what has become of its file."""
+    model = PeftModel.from_pretrained(make_clip(), files.folder)
+    files.weights(lambda state: state.pop(PROMPTS))
+    model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "soup")
+    assert "soup" in model.peft_config
+
+
+# hot swaps
+
+
+@pytest.mark.parametrize("name", ["NaN", "a number that overflows when squared", "a missing key", "no entries"])
+def test_hot_swaps_swap_all_or_nothing(files, name):
+    CASES[name].damage(files)
+    model = make_model("new", seed=9)
+    before, weights_before = state(model), {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CASES[name].error) as raised:
+        hotswap_adapter(model, files.folder, "new")
+    assert str(raised.value).startswith(CASES[name].message)
+    assert state(model) == before
+    assert all(torch.equal(value, weights_before[key]) for key, value in model.state_dict().items())
