@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,15 +30,19 @@ from transformers import AutoImageProcessor, AutoModel
 
 from sep_peft import ImageEmbedder
 from sep_peft.classifier import images as image_files
+from sep_peft.cli.text import printable
 
 
 def main() -> None:
     args = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
     state = PartialState(cpu=args.device == "cpu")
     names = find_images(args.images)
     settings = describe(args, names)
     if state.is_main_process:
         prepare(args.output, settings)
+        if others := image_files.other_endings(args.images):
+            print(f"left out, by their endings: {image_files.listed_endings(others)}")
     state.wait_for_everyone()
     if read_json(args.output / "settings.json") != settings:  # the main process has said why
         raise SystemExit(1)
@@ -71,7 +76,7 @@ def find_images(folder: Path) -> list[str]:
 
 def describe(args: argparse.Namespace, names: list[str]) -> dict:
     """What the shards depend on."""
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    digest = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()
     return {"model": args.model, "adapter": args.adapter, "shard_size": args.shard_size, "images": digest}
 
 
@@ -160,7 +165,7 @@ def summarize(output: Path, shards: range) -> None:
     write_json(output / "summary.json", {"embedded": count, "unreadable": unreadable, "shards": len(shards)})
     print(f"{count} images embedded in {len(shards)} shards, {len(unreadable)} could not be read")
     for name in unreadable[:10]:
-        print(f"  {name}")
+        print(f"  {printable(name)}")
     if len(unreadable) > 10:
         print(f"  ... all of them in {output / 'summary.json'}")
 
@@ -171,7 +176,8 @@ def read_json(path: Path) -> dict | None:
 
 def write_json(path: Path, data: dict) -> None:
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    # file names that are no UTF-8 have lone surrogates, which become the escapes of JSON
+    part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 

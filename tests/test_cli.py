@@ -21,6 +21,7 @@ from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig, __version__, convert_reference_checkpoint
 from sep_peft.classifier.classes import TEMPLATE
+from sep_peft.classifier.images import ENDINGS
 from sep_peft.cli.app import main
 from sep_peft.cli.text import json_text, one_line, printable
 from sep_peft.training import Recipe
@@ -261,6 +262,17 @@ def test_predict_goes_on_after_an_unreadable_image(run, images, adapter, tmp_pat
     assert code == 1 and len(first["prediction"]) == 3
     assert set(second) == {"image", "error"} and second["error"].startswith(f"The image '{bad}' cannot be read: ")
     assert f"sep-peft: warning: The image '{bad}' cannot be read: " in err
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_endings_that_are_not_read_are_counted_and_named(command, run, images, adapter, tmp_path):
+    data = shutil.copytree(images / "test", tmp_path / "data")
+    for name in ("cup/a.xyz", "cup/b.XYZ", "lamp/c\x1b.dcm"):
+        (data / name).write_bytes(b"")
+    code, printed, err = run(command, adapter, data, "--json", "--quiet")
+    assert code == 0 and json.loads(printed)
+    read = ", ".join(sorted(ENDINGS))
+    assert f"sep-peft: warning: Left out below {data} are 3 files: 2 .xyz, 1 .dcm. Read are {read}.\n" in err
 
 
 def test_errors_of_predict(run, images, adapter, tmp_path):

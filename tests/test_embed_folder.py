@@ -169,3 +169,25 @@ def test_a_folder_without_images(adapter, run_here, tmp_path):
     message = f"{folder} holds no images ({', '.join(sorted(ENDINGS))})."
     assert run_here(command(folder, adapter, tmp_path / "embeds")) == (message, "")
     assert not (tmp_path / "embeds").exists()
+
+
+def test_names_that_are_no_utf8_and_endings_that_are_left_out(images, adapter, run_here, tmp_path):
+    """Such names are embedded, noted so that they can be opened again, and shown as escapes."""
+    folder, output = tmp_path / "odd", tmp_path / "embeds"
+    folder.mkdir()
+    good, bad = (Path(os.fsdecode(os.fsencode(folder) + name)) for name in (b"/good-\xff.png", b"/bad-\xff\x1b.png"))
+    try:
+        good.write_bytes((images / "2" / "ünder" / "002.PNG").read_bytes())
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    bad.write_bytes(b"no image")
+    (folder / "photo.xyz").write_bytes(b"")
+    code, printed = run_here(command(folder, adapter, output))
+    assert code is None
+    assert "left out, by their endings: 1 file: 1 .xyz\n" in printed
+    assert "1 images embedded in 1 shards, 1 could not be read\n  bad-\\udcff\\x1b.png\n" in printed
+    names, unreadable, _ = read(output)
+    assert (names, unreadable) == ([good.name], [bad.name]) and (folder / names[0]).is_file()
+    summary = json.loads((output / "summary.json").read_bytes())  # valid UTF-8
+    assert summary == {"embedded": 1, "unreadable": [bad.name], "shards": 1}
+    assert run_here(command(folder, adapter, output))[0] is None  # again, with nothing to do

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sep_peft.classifier.images import read_image
-from sep_peft.training.folders import read_classes
+from sep_peft.classifier.images import is_hidden, read_image
+from sep_peft.training.folders import find_parts, read_classes
 
 
 SPLITS = ("train", "val", "test")
@@ -105,17 +105,17 @@ def read_coop(name: str, root: Path, split_file: str, images: str = ".") -> Imag
 
 
 def read_folder(name: str, root: Path, split_seed: int = 1) -> ImageSet:
-    """One folder of images per class, or train/, val/ or validation/, and test/ with such folders.
+    """One folder of images per class, or train/, val/ and test/ with such folders, called as `find_parts` has it.
 
     What is missing is made with a seed: the validation part from the training part, all three from one folder.
     """
-    if (root / "train").is_dir():
-        places = {"train": "train", "val": "val", "test": "test"}
-        if not (root / "val").is_dir() and (root / "validation").is_dir():
-            places["val"] = "validation"
-        found = {split: images_by_class(root, root / place) for split, place in places.items()}
+    parts = find_parts(root) if root.is_dir() else {}
+    if "train" in parts:
+        found = {split: images_by_class(root, parts[split]) if split in parts else {} for split in SPLITS}
         if not found["test"]:
-            raise FileNotFoundError(f"{root} has a folder train but no images below {root / 'test'}.")
+            raise FileNotFoundError(
+                f"{root} has a folder {parts['train'].name} but no images below {parts.get('test', root / 'test')}."
+            )
         if not found["val"]:
             found["train"], found["val"] = cut(found["train"], 1 - VAL_PART, split_seed)
     else:
@@ -127,7 +127,7 @@ def read_domains(name: str, root: Path, split_seed: int = 1) -> ImageSet:
     """Several domains of the same classes: domain/class/image, each domain split with a seed."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder.")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
     found = {path.name: cut_in_three(images_by_class(root, path), split_seed) for path in folders}
     if len(found) < 2:
         raise ValueError(f"{root} needs at least two domains, folders of class folders, but has {len(found)}.")
@@ -166,12 +166,12 @@ def read_huggingface(
             found[split].setdefault(feature.names[label], []).append(f"{place}/{index}")
     if not found["val"]:
         found["train"], found["val"] = cut(found["train"], 1 - VAL_PART, split_seed)
-    # a column of paths or bytes is read as images too
-    tables = {place: table.cast_column(image_column, ImageColumn()) for place, table in tables.items()}
+    # a column of paths or bytes is read as images too; it is not decoded, so that all images are read in one way
+    tables = {place: table.cast_column(image_column, ImageColumn(decode=False)) for place, table in tables.items()}
 
     def open_row(key: str) -> Image.Image:
         place, index = key.rsplit("/", 1)
-        return tables[place][int(index)][image_column].convert("RGB")
+        return read_image(tables[place][int(index)][image_column])
 
     data = from_classes(name, root, {"": found}, order=[n for n in feature.names if n in found["train"]])
     return replace(data, open=open_row)

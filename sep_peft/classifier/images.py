@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -241,6 +242,20 @@ def listed_endings(endings: Mapping[str, int]) -> str:
     counts = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in Counter(endings).most_common())
     total = sum(endings.values())
     return f"{total} file{'' if total == 1 else 's'}: {counts}"
+
+
+def warn_left_out(folder: str | os.PathLike, endings: Mapping[str, int], more: str = "") -> None:
+    """Warn of files that are not read, if there are any.
+
+    Args:
+        folder: that they are below.
+        endings: as `other_endings` gives them.
+        more: a sentence to add, with a space before it.
+    """
+    if endings:
+        read = ", ".join(sorted(ENDINGS))
+        message = f"Left out below {os.fspath(folder)} are {listed_endings(endings)}.{more} Read are {read}."
+        warnings.warn(message, stacklevel=3)
 
 
 def is_hidden(name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -59,7 +60,9 @@ def _report(work: Callable[[], Result], as_json: bool, quiet: bool, debug: bool)
     if quiet:
         logging.disable_progress_bar()
     try:
-        with redirect_stdout(sys.stderr):  # what libraries print must not get into the result
+        # what libraries print must not get into the result
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
             result = work()
     except Exception as error:  # a user's mistakes come as errors of many libraries
         if debug:

@@ -22,7 +22,7 @@ from ..classifier.card import METRIC, CardDetails, Score, read_card
 from ..classifier.classes import TEMPLATE
 from ..classifier.classifier import SEPClassifier
 from ..classifier.files import CONFIG_FILE, MODEL_CARD, find_file, load_classes
-from ..classifier.images import find_images, read_image
+from ..classifier.images import find_images, other_endings, read_image, warn_left_out
 from ..method.recipe import Recipe
 from ..training import evaluation
 from ..training.fit import fit
@@ -259,7 +259,10 @@ def predict(
 
 
 def _images(given: str) -> list[str]:
-    return [str(path) for path in find_images(Path(given))] if os.path.isdir(given) else [given]
+    if not os.path.isdir(given):
+        return [given]
+    warn_left_out(given, other_endings(given))
+    return [str(path) for path in find_images(given)]
 
 
 def _predict_batch(classifier: SEPClassifier, images: list[str], top_k: int) -> list[dict]:

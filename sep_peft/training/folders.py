@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..classifier.images import find_images, read_image
+from ..classifier.images import find_images, is_hidden, other_endings, read_image, warn_left_out
 
 
-#: Part of a data set -> names that its folder may have.
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+#: Part of a data set -> names that its folder may have, in any case.
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 #: Image and name of its class.
 Samples = list[tuple[Path, str]]
@@ -35,19 +36,25 @@ class ImageFolder:
 def read_folder(folder: str | os.PathLike, shots: int, seed: int) -> ImageFolder:
     """Find images to train and to test on.
 
-    With ``train/`` below `folder`, `shots` images a class of it train, and ``val/`` and ``test/`` beside it test.
-    Without, the folders of the classes lie below `folder`; `shots` images of each train and its others test.
+    With ``train/`` below `folder`, `shots` images a class of it train, and ``val/`` and ``test/`` beside it test; see
+    `find_parts`. Without any of them, the folders of the classes lie below `folder`; `shots` images of each train and
+    its others test.
 
     Raises:
         NotADirectoryError: there is no such folder.
-        ValueError: fewer than two classes to train on, or a class that is in a test part alone.
+        ValueError: fewer than two classes to train on, parts without one to train on, or a class that is in a test part
+            alone.
     """
     folder, rng = _existing(folder), random.Random(seed)
-    if (folder / "train").is_dir():
+    parts = find_parts(folder)
+    if "train" in parts:
         train = {
-            name: rng.sample(paths, min(shots, len(paths))) for name, paths in read_classes(folder / "train").items()
+            name: rng.sample(paths, min(shots, len(paths))) for name, paths in read_classes(parts["train"]).items()
         }
-        found = {part: read_classes(path) for part in ("val", "test") if (path := _part(folder, part))}
+        found = {part: read_classes(parts[part]) for part in ("val", "test") if part in parts}
+    elif parts:
+        names = ", ".join(path.name for path in parts.values())
+        raise ValueError(f"{folder} has {names}, but no folder train with the folders of the classes to train on.")
     else:
         classes = read_classes(folder)
         for paths in classes.values():
@@ -64,23 +71,57 @@ def read_folder(folder: str | os.PathLike, shots: int, seed: int) -> ImageFolder
 
 
 def read_test(folder: str | os.PathLike) -> Samples:
-    """All images of ``test/``, else of ``val/`` below `folder`, else of the class folders in it.
+    """All images of ``test/``, else of ``val/`` below `folder`, else of the class folders in it; see `find_parts`.
 
     Raises:
         NotADirectoryError: there is no such folder.
         ValueError: there are no images.
     """
     folder = _existing(folder)
-    samples = _samples(read_classes(_part(folder, "test") or _part(folder, "val") or folder))
+    parts = find_parts(folder)
+    samples = _samples(read_classes(parts.get("test") or parts.get("val") or folder))
     if not samples:
         raise ValueError(f"{folder} has no folders with images, one per class.")
     return samples
 
 
+def find_parts(folder: Path) -> dict[str, Path]:
+    """The parts "train", "val" and "test" -> their folders below `folder`, those that are there.
+
+    A folder is a part by its name in any case, such as ``Train``, ``training``, ``valid`` or ``testing``, where the
+    folders of classes lie in it; one with images alone is a class, so that classes may be called valid and invalid.
+
+    Raises:
+        ValueError: two folders for one part, or nothing but folders that are called like parts and hold no classes.
+    """
+    folders = _visible_folders(folder)
+    named = {part: [path for path in folders if path.name.lower() in names] for part, names in PARTS.items()}
+    parts: dict[str, Path] = {}
+    for part, paths in named.items():
+        paths = [path for path in paths if _visible_folders(path)]
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise ValueError(f"{folder} has {names}, which are both the {part} part of a data set. Keep one.")
+        if paths:
+            parts[part] = paths[0]
+    flat = sorted(path for paths in named.values() for path in paths)
+    if not parts and flat and flat == folders:
+        names = ", ".join(path.name for path in flat)
+        raise ValueError(f"{folder} has parts of a data set ({names}), but in them no folders, one per class.")
+    return parts
+
+
 def read_classes(folder: Path) -> dict[str, list[Path]]:
-    """Name of each folder -> the images in it and below; without hidden and empty ones."""
-    folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    """Name of each folder -> the images in it and below; without hidden folders and those without images.
+
+    Files whose endings are not read are counted and named in a warning, and so are classes that have no others.
+    """
+    folders = _visible_folders(folder)
     classes = {entry.name: find_images(entry) for entry in folders}
+    others = {entry.name: counts for entry in folders if (counts := other_endings(entry))}
+    lost = [name for name in others if not classes[name]]
+    more = f" Without any image, so no classes: {', '.join(lost)}." if lost else ""
+    warn_left_out(folder, sum(others.values(), Counter()), more)
     return {name: paths for name, paths in classes.items() if paths}
 
 
@@ -113,8 +154,8 @@ def _existing(folder: str | os.PathLike) -> Path:
     return Path(folder)
 
 
-def _part(folder: Path, part: str) -> Path | None:
-    return next((folder / name for name in PARTS[part] if (folder / name).is_dir()), None)
+def _visible_folders(folder: Path) -> list[Path]:
+    return [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not is_hidden(entry.name)]
 
 
 def _samples(classes: dict[str, list[Path]]) -> Samples:

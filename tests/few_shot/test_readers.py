@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 from readers import Sample, read_dataset
 
 
@@ -84,6 +85,40 @@ def test_huggingface_data_set(images, describe, tmp_path):
     assert {part: len(samples) for part, samples in data.splits.items()} == {"train": 8, "val": 2, "test": 10}
     dog = next(sample for sample in data.splits["test"] if sample.label == 1)
     assert data.open(dog.key).getpixel((0, 0))[0] == 40  # the colour that dogs have here
+
+
+def test_huggingface_image_that_cannot_be_read(images, describe, tmp_path):
+    """A decompression bomb and a long image are ValueErrors as everywhere, so that runs replace them."""
+    pytest.importorskip("datasets", reason="the package datasets is not installed")
+    for part in ("train", "test"):
+        images(f"pets/{part}", {"cat": 5, "dog": 5})
+    folder = tmp_path / "pets" / "test" / "cat"
+    Image.new("L", (1, 1)).save(folder / "00.png", format="bmp")
+    content = bytearray((folder / "00.png").read_bytes())
+    content[18:26] = (60000).to_bytes(4, "little") * 2
+    (folder / "00.png").write_bytes(content)
+    Image.new("L", (1, 100_000)).save(folder / "01.png")
+    data = read_dataset(describe("pets", reader="huggingface", path=str(tmp_path / "pets")), tmp_path)
+    reasons = []
+    for sample in data.splits["test"]:
+        try:
+            data.open(sample.key)
+        except ValueError as error:
+            reasons.append(str(error).split(" cannot be read: ")[1])
+    assert sorted(reason.split(" (")[0].split(",")[0] for reason in reasons) == [
+        "Image size",
+        "its size is 1 x 100000",
+    ]
+
+
+@pytest.mark.parametrize("names", [("Train", "Valid", "TEST"), ("training", "val", "testing")])
+def test_folders_called_like_parts(names, images, describe, tmp_path):
+    for name, count in zip(names, (4, 2, 3), strict=True):
+        images(f"pets/{name}", {"cat": count, "dog": count})
+    images("pets/__MACOSX", {"cat": 1})
+    data = read_dataset(describe("pets", reader="folder"), tmp_path)
+    assert {part: len(samples) for part, samples in data.splits.items()} == {"train": 8, "val": 4, "test": 6}
+    assert data.classes == ("cat", "dog")
 
 
 def test_part_of_the_classes(images, describe, tmp_path):
