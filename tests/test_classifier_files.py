@@ -28,7 +28,7 @@ from small_classifier import (
 from small_clip import make_clip, make_texts
 from transformers import CLIPModel
 
-from sep_peft import SEPClassifier, SEPConfig
+from sep_peft import SEPClassifier, SEPConfig, TaskClasses
 
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "sep_classes.json"]
@@ -267,6 +267,29 @@ def test_broken_class_file(adapted, content, message, saved):
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(file=file))}"):
         SEPClassifier.from_pretrained(saved, model=model, adapter_name="other")
     assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+VOCABULARY = (
+    "Token id 63 is outside of the text tower's vocabulary of 63 ids. Tokenize with the processor of this base model."
+)
+
+
+@pytest.mark.parametrize("inputs", ["class_inputs", "template_inputs"])
+def test_ids_outside_of_the_vocabulary_are_refused_by_whatever_reads_them(inputs, saved):
+    file = saved / "sep_classes.json"
+    data = json.loads(file.read_text())
+    (data[inputs] if inputs == "class_inputs" else data[inputs][0])["input_ids"][2][1] = 63
+    file.write_text(json.dumps(data))
+    with raises(VOCABULARY):
+        SEPClassifier.from_pretrained(saved, model=make_clip())
+    classifier, classes = make_classifier(), TaskClasses.from_json(data)
+    with raises(VOCABULARY):
+        classifier.load_task(saved, "new")
+    with raises(VOCABULARY):
+        classifier.set_classes(classes)
+    with raises(VOCABULARY):
+        classifier.add_task("new", classes, adapter="default")
+    assert logits_of(classifier).isfinite().all()
 
 
 # the order of arguments

@@ -43,7 +43,8 @@ class ClassEncoder(nn.Module):
             always.
 
     Raises:
-        ValueError: a class text does not fit beside the prompts, `chunk_size` is below 1, or `kept_tokens` below 0.
+        ValueError: a class text does not fit beside the prompts, or has an id outside of the vocabulary, `chunk_size`
+            is below 1, or `kept_tokens` below 0.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class ClassEncoder(nn.Module):
         self.kept_tokens = kept_tokens
         self._cache: dict[str, tuple] = {}
         device = next(model.parameters()).device
+        for inputs in (classes.class_inputs, *classes.template_inputs):
+            self.tower.texts.check_ids(inputs)
         tokenized = [self.tower.texts.trim(inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
         self.tower.texts.check_room(tokenized[0], self.tower.active_settings)
         for inputs in tokenized:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +38,9 @@ class TaskClasses:
             trained by; None: not known.
 
     Raises:
-        ValueError: no classes, two of one name, tensors whose first dimensions differ, or prototypes of another number,
-            with a value that is not finite, or without a weight above 0, or a margin below 0 or not finite.
+        ValueError: no classes, two whose names read alike, tensors that hold no ids, texts without a token, or whose
+            first dimensions differ, or prototypes of another number, with a value that is not finite, or without a
+            weight above 0, or a margin below 0 or not finite.
     """
 
     class_inputs: dict[str, torch.Tensor]
@@ -54,17 +57,17 @@ class TaskClasses:
         if count == 0:
             raise ValueError("class_inputs must hold input_ids of at least one class, but it is empty.")
         for inputs in (self.class_inputs, *self.template_inputs):
-            for key, value in inputs.items():
-                if value.ndim != 2 or len(value) != count:
-                    raise ValueError(f"{key} must have shape ({count}, tokens), but got {tuple(value.shape)}.")
+            _check_inputs(inputs, count)
         if not self.names:
             object.__setattr__(self, "names", tuple(f"class {i}" for i in range(count)))
         check_class_names(self.names)
         if len(self.names) != count:
             raise ValueError(f"There are {len(self.names)} class names for {count} texts of class_inputs.")
+        if self.templates:
+            check_templates(self.templates)
         for name in ("zero_shot_margin", "new_class_margin"):
             margin = getattr(self, name)
-            if margin is not None and not 0 <= margin < float("inf"):
+            if margin is not None and not (_is_number(margin) and 0 <= margin < float("inf")):
                 raise ValueError(f"{name} must be at least 0 and finite, but got {margin!r}.")
         if self.prototypes is not None:
             self._check_prototypes()
@@ -76,7 +79,7 @@ class TaskClasses:
         if not self.prototypes.isfinite().all():
             raise ValueError("prototypes must be finite, but some values are not. Train with a lower learning rate.")
         weight = self.prototype_logit_weight
-        if not 0 < weight < float("inf"):
+        if not (_is_number(weight) and 0 < weight < float("inf")):
             raise ValueError(f"prototype_logit_weight must be above 0 and finite, but got {weight!r}.")
 
     def __len__(self) -> int:
@@ -88,6 +91,9 @@ class TaskClasses:
     ) -> TaskClasses:
         """Tokenize class names for both branches; underscores in names are read as spaces.
 
+        A warning names classes whose tokens are the same, such as ``Cat`` and ``cat`` in lower-case vocabularies: they
+        always get the same score.
+
         Args:
             names: C class names.
             tokenizer: a tokenizer of transformers, or a processor that has one.
@@ -95,14 +101,12 @@ class TaskClasses:
             padding: how the tokenizer pads; to the longest text unless told otherwise.
 
         Raises:
-            ValueError: no names, a name twice, or a template without ``{}``.
+            ValueError: no names, a name twice, two names that are the same text, or a template without ``{}``.
         """
-        names = names if isinstance(names, str) else list(names)
+        names = names if isinstance(names, (str, bytes, Mapping)) or not isinstance(names, Iterable) else list(names)
         check_class_names(names)
-        templates = [template] if isinstance(template, str) else list(template)
-        for text in templates:
-            if text.count("{}") != 1:
-                raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {text!r}.")
+        templates = [template] if isinstance(template, str) else template
+        check_templates(templates)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 
         def tokenize(text: str) -> dict[str, torch.Tensor]:
@@ -110,7 +114,23 @@ class TaskClasses:
             encoded = tokenizer(spoken, return_tensors="pt", **({"padding": True} | padding))
             return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
 
-        return cls(tokenize(CLASS_TEMPLATE), tuple(map(tokenize, templates)), tuple(names), tuple(templates))
+        classes = cls(tokenize(CLASS_TEMPLATE), tuple(map(tokenize, templates)), tuple(names), tuple(templates))
+        classes._warn_of_equal_texts()
+        return classes
+
+    def _warn_of_equal_texts(self) -> None:
+        """Warn of classes that no image could tell apart."""
+        rows = zip(*map(_token_rows, (self.class_inputs, *self.template_inputs)), strict=True)
+        groups: dict[tuple, list[str]] = {}
+        for name, row in zip(self.names, rows, strict=True):
+            groups.setdefault(row, []).append(name)
+        alike = [", ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+        if alike and self.prototypes is None:
+            warnings.warn(
+                f"These class names have the same tokens, so their scores will always be equal: {'; '.join(alike)}. "
+                "Choose names that the tokenizer tells apart.",
+                stacklevel=3,
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, so that loading needs no tokenizer. The prototypes have a file of their own."""
@@ -133,13 +153,20 @@ class TaskClasses:
             prototypes: (C, E), where there are any.
 
         Raises:
-            ValueError: an entry is missing.
+            ValueError: an entry is missing, or is not what `to_json` writes there.
         """
         if missing := [key for key in ("names", "templates", "class_inputs", "template_inputs") if key not in data]:
             raise ValueError(f"The class list lacks {', '.join(missing)}.")
-        return cls(
-            _to_tensors(data["class_inputs"]),
-            tuple(map(_to_tensors, data["template_inputs"])),
+        for key in ("names", "templates", "template_inputs"):
+            if not isinstance(data[key], list):
+                raise ValueError(f"{key} of the class list must be a list, but got {reprlib.repr(data[key])}.")
+        if prototypes is not None and "prototype_logit_weight" not in data:
+            raise ValueError("The class list lacks prototype_logit_weight.")
+        if not data["names"]:  # which would be made up
+            raise ValueError("The class list is empty; at least one class name is needed.")
+        classes = cls(
+            _to_tensors(data["class_inputs"], "class_inputs"),
+            tuple(_to_tensors(inputs, "template_inputs") for inputs in data["template_inputs"]),
             tuple(data["names"]),
             tuple(data["templates"]),
             prototypes,
@@ -147,6 +174,8 @@ class TaskClasses:
             data.get("zero_shot_margin", 0.0),
             data.get("new_class_margin"),
         )
+        classes._warn_of_equal_texts()
+        return classes
 
 
 def check_labels(labels: torch.Tensor, count: int) -> None:
@@ -166,22 +195,106 @@ def check_labels(labels: torch.Tensor, count: int) -> None:
 def check_class_names(names: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: `names` is a single string, is empty, holds something else than text, or one name twice.
+        ValueError: `names` is no sequence, is empty, holds something else than text, or one name twice, also where only
+            underscores and spaces tell two apart.
     """
     if isinstance(names, str):
         raise ValueError(f"Class names must be a list of names, but got the single string {names!r}.")
+    if not isinstance(names, Sequence) or isinstance(names, bytes):
+        raise ValueError(f"Class names must be a list of names, but got {reprlib.repr(names)}.")
     if not names:
         raise ValueError("The class list is empty; at least one class name is needed.")
     for name in names:
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.replace("_", " ").strip():
             raise ValueError(f"A class name must be a text that is not blank, but got {name!r}.")
     if duplicates := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ValueError(f"Class names must differ, but these occur more than once: {', '.join(duplicates)}.")
+    spoken: dict[str, str] = {}
+    for name in names:
+        other = spoken.setdefault(" ".join(name.replace("_", " ").split()), name)
+        if other != name:
+            raise ValueError(
+                "Class names must differ in more than underscores and spaces, which are read alike, but got "
+                f"{other!r} and {name!r}."
+            )
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: `templates` is no list, is empty, or one of them is no text that contains ``{}`` once.
+    """
+    if not isinstance(templates, (list, tuple)) or not templates:
+        raise ValueError(f"template must be a text or a list of texts, but got {reprlib.repr(templates)}.")
+    for text in templates:
+        if not isinstance(text, str) or text.count("{}") != 1:
+            raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {text!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_inputs(inputs: Mapping[str, torch.Tensor], count: int) -> None:
+    """
+    Raises:
+        ValueError: tokenized texts without ids, with values that are no ids, of another number than `count`, or one
+            without a token.
+    """
+    for key, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{key} must be a tensor, but got {reprlib.repr(value)}.")
+        if value.ndim != 2 or len(value) != count:
+            raise ValueError(f"{key} must have shape ({count}, tokens), but got {tuple(value.shape)}.")
+    if "input_ids" not in inputs:
+        raise ValueError(f"Tokenized texts must hold input_ids, but got {sorted(inputs)}.")
+    ids = inputs["input_ids"]
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers, but got {ids.dtype}.")
+    if ids.shape[1] == 0:
+        raise ValueError("input_ids must hold a token for every text, but their length is 0.")
+    if ids.min() < 0:
+        raise ValueError(f"input_ids must be at least 0, but got {int(ids.min())}.")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, not {tuple(mask.shape)}."
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, but has other values.")
+    if len(empty := (mask.sum(1) == 0).nonzero().flatten()):
+        raise ValueError(f"attention_mask must leave every text a token, but has none for text {int(empty[0])}.")
+
+
+def _token_rows(inputs: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    """The ids of each text, without padding."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None:
+        return [tuple(row) for row in ids.tolist()]
+    return [tuple(row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
 
 
 def _to_lists(inputs: dict[str, torch.Tensor]) -> dict[str, list]:
     return {key: value.tolist() for key, value in inputs.items()}
 
 
-def _to_tensors(lists: Mapping[str, list]) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor(value, dtype=torch.long) for key, value in lists.items()}
+def _to_tensors(lists: Mapping[str, list], source: str) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ValueError: not a dict of lists of integers of one length; the message names `source` and the key.
+    """
+    if not isinstance(lists, Mapping):
+        raise ValueError(f"{source} of the class list must hold dicts of token ids, but got {reprlib.repr(lists)}.")
+    tensors = {}
+    for key, value in lists.items():
+        rows = value if isinstance(value, list) else [value]
+        if not all(isinstance(row, list) and all(type(i) is int and abs(i) < 2**31 for i in row) for row in rows):
+            raise ValueError(
+                f"{key} in {source} of the class list must hold lists of integers, but got {reprlib.repr(value)}."
+            )
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(f"{key} in {source} of the class list must hold lists of one length, but they differ.")
+        tensors[key] = torch.tensor(value, dtype=torch.long)
+    return tensors

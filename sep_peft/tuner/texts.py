@@ -94,6 +94,20 @@ class TextRules:
                 "EOS included). Shorten the text."
             )
 
+    def check_ids(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Make sure that the ids of texts (..., L) are in the tower's vocabulary, where its configuration tells that.
+
+        Raises:
+            ValueError: says which id is not, and how large the vocabulary is.
+        """
+        size = getattr(self.base.config, "vocab_size", None)
+        largest = int(inputs["input_ids"].max())
+        if isinstance(size, int) and largest >= size:
+            raise ValueError(
+                f"Token id {largest} is outside of the text tower's vocabulary of {size} ids. Tokenize with the "
+                "processor of this base model."
+            )
+
     def num_positions(self) -> int:
         """Positions that tokens can have in the tower."""
         assert self.spec.positions is not None, "a tower without a table of positions does not limit them"
