@@ -130,6 +130,17 @@ def test_missing_entries_are_named(tmp_path, missing):
     assert not os.path.exists(tmp_path / "out")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_numbers_that_overflow_in_half_precision_are_named(tmp_path, value):
+    data = torch.load(CHECKPOINT, weights_only=True)
+    name = "visual_prompts.1.scale2"
+    data["state_dict"][name] = torch.full_like(data["state_dict"][name], value, dtype=torch.float32)
+    torch.save(data, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=f"checkpoint holds numbers .* larger than 65504 in {name}"):
+        convert_reference_checkpoint(tmp_path / "checkpoint", reference_clip(), tmp_path / "out", LAYERS, LAYERS)
+    assert not os.path.exists(tmp_path / "out")
+
+
 def test_too_few_fusions_for_the_layers(tmp_path):
     data = torch.load(CHECKPOINT, weights_only=True)
     data["state_dict"] = {k: v for k, v in data["state_dict"].items() if not k.startswith("prompt_projections.2.")}

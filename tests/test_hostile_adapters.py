@@ -9,16 +9,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_classifier import CLASSES, TEMPLATES, make_model, raises
+from small_classifier import CLASSES, IMAGES, TEMPLATES, make_model, raises
 from small_clip import make_clip
 from small_sep import outputs, snapshot
+from transformers import AutoProcessor, CLIPModel
 
-from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, hotswap_adapter
-from sep_peft.classifier.files import CONFIG_FILE
+from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, TaskClasses, hotswap_adapter
+from sep_peft.classifier.files import CONFIG_FILE, load_base
+from sep_peft.classifier.prediction import Task, predict_batch
 from sep_peft.tuner.tower import SEPTower
 
 
@@ -335,3 +337,73 @@ def test_hot_swaps_swap_all_or_nothing(files, name):
     assert str(raised.value).startswith(CASES[name].message)
     assert state(model) == before
     assert all(torch.equal(value, weights_before[key]) for key, value in model.state_dict().items())
+
+
+# the base model that an adapter names
+
+
+def test_a_path_that_an_adapter_of_the_hub_names_is_refused(files, monkeypatch):
+    files.config(base_model_name_or_path=str(files.folder), auto_mapping={"base_model_class": "CLIPModel"})
+    read = PeftConfig.from_pretrained(files.folder)
+    monkeypatch.setattr(PeftConfig, "from_pretrained", lambda *args, **kwargs: read)
+    with raises(
+        f"The adapter user/name on the Hub names {str(files.folder)!r} as its base model, which is a path on this "
+        "machine or no name on the Hub. Load the model you trust and hand it in: "
+        "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
+    ):
+        load_base("user/name", None, {})
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_the_base_model_runs_only_for_the_caller(files, monkeypatch, caplog, trust):
+    files.config(base_model_name_or_path=str(files.folder), auto_mapping={"base_model_class": "CLIPModel"})
+    asked = []
+    for loader in (CLIPModel, AutoProcessor):
+        monkeypatch.setattr(loader, "from_pretrained", lambda name, **options: asked.append((name, options)))
+    load_base(str(files.folder), None, {}, **({"trust_remote_code": True} if trust else {}))
+    assert asked == [(str(files.folder), {"revision": "main", "trust_remote_code": trust})] * 2
+    path = files.folder
+    assert caplog.messages == [
+        f"The adapter {path} names its base model by a path on this machine: {str(path)!r} is loaded."
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_mapping": "CLIPModel"},
+        {"auto_mapping": {"base_model_class": 5}},
+        {"auto_mapping": {"base_model_class": "AutoModel"}},
+        {"auto_mapping": {"base_model_class": "CLIPModel"}, "base_model_name_or_path": 5},
+    ],
+)
+def test_no_base_model_of_transformers(files, options):
+    files.config(**options)
+    with raises(
+        f"The adapter {files.folder} does not name a base model of transformers. Load the model and hand it in: "
+        "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
+    ):
+        load_base(str(files.folder), None, {})
+
+
+# numbers that no file has
+
+
+@torch.no_grad()
+def test_logits_that_are_not_finite_are_no_prediction():
+    model = make_model()
+    tower = model.base_model.towers["vision"]
+    classifier = SEPClassifier(model, CLASSES, TEMPLATES).eval()
+    tower.sep_prompts["default"].fill_(float("nan"))
+    with raises(
+        "The logits are not finite. A weight of the model or its adapter is not, or one overflows in torch.float32; "
+        "run the model in torch.float32 or load its files again.",
+        FloatingPointError,
+    ):
+        predict_batch(tower, {"pixel_values": IMAGES}, [Task(None, classifier.encoder)] * len(IMAGES), None)
+
+
+@pytest.mark.parametrize("weight", [1e308, 1001])
+def test_a_weight_of_prototypes_that_overflows(weight):
+    with raises(f"prototype_logit_weight must be at most 1000, but got {weight!r}."):
+        TaskClasses(CLASSES, prototypes=torch.ones(4, 24), prototype_logit_weight=weight)

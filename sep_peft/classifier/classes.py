@@ -18,6 +18,8 @@ from ..tracing import is_traced
 CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
+#: Largest weight of the prototypes' logits beside those of the texts; the recipe's is 5.
+MAX_LOGIT_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class TaskClasses:
         weight = self.prototype_logit_weight
         if not (_is_number(weight) and 0 < weight < float("inf")):
             raise ValueError(f"prototype_logit_weight must be above 0 and finite, but got {weight!r}.")
+        if weight > MAX_LOGIT_WEIGHT:  # logits are scaled by it, and overflow in the end
+            raise ValueError(f"prototype_logit_weight must be at most {MAX_LOGIT_WEIGHT}, but got {weight!r}.")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -20,6 +20,7 @@ from ..method.mix import unit, wide
 from ..method.recipe import Recipe
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
+from ..tuner.restore import unchanged_on_error
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 from .card import CardDetails
@@ -489,6 +490,7 @@ class SEPClassifier(nn.Module):
         is_trainable: bool = False,
         subfolder: str | None = None,
         low_cpu_mem_usage: bool = False,
+        trust_remote_code: bool = False,
         options: Mapping[str, Any] | None = None,
         **hub_options,
     ) -> SEPClassifier:
@@ -503,27 +505,31 @@ class SEPClassifier(nn.Module):
             is_trainable: whether the adapter is to be trained on; otherwise it is frozen and no prototypes are made.
             subfolder: below `path`.
             low_cpu_mem_usage: make the adapter's parameters only when they are read.
+            trust_remote_code: whether code that comes with the base model that the adapter names may run. Default
+                False.
             options: keyword arguments of the class.
             hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
 
         Raises:
             TypeError: no path, something else in its place, or two models.
-            ValueError: the classes are missing or of a newer format, or the base model is not named.
+            ValueError: the classes are missing or of a newer format, the base model is not named, or an adapter from
+                the Hub names a path on this machine, or the weights hold numbers that are not finite.
             AdapterMismatchError: the weights do not fit the model.
         """
         path = os.fspath(path)
         classes = load_classes(path, subfolder, hub_options)  # first, before the model is touched
         if model is None:
-            model, found = load_base(path, subfolder, hub_options)
+            model, found = load_base(path, subfolder, hub_options, trust_remote_code)
             processor = processor or found
         arguments = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage, **hub_options}
-        if isinstance(model, PeftModel):
-            model.load_adapter(path, adapter_name, subfolder=subfolder, **arguments)
-            model.set_adapter(adapter_name, inference_mode=not is_trainable)
-        else:
-            model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
         options = {**({} if is_trainable else {"prototype_weight": 0.0}), **(options or {})}
-        classifier = cls(model, classes, processor=processor, **options).train(is_trainable)
+        with unchanged_on_error(model):
+            if isinstance(model, PeftModel):
+                model.load_adapter(path, adapter_name, subfolder=subfolder, **arguments)
+                model.set_adapter(adapter_name, inference_mode=not is_trainable)
+            else:
+                model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
+            classifier = cls(model, classes, processor=processor, **options).train(is_trainable)
         classifier.trained = classes
         return classifier
 

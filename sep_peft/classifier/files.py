@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -19,10 +20,12 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..tuner.files import cast_adapter, cast_tensor, check_save_dtype, replace_files
+from ..tuner.files import cast_adapter, cast_tensor, check_numbers, check_save_dtype, replace_files
 from .card import CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
 
+
+logger = logging.getLogger(__name__)
 
 #: File beside the adapter that holds the classes, and the version of its layout.
 CLASSES_FILE = "sep_classes.json"
@@ -239,23 +242,48 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
     file = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
     if not os.path.isfile(file):
         raise ValueError(f"{file} does not exist, but {CLASSES_FILE} says that it should. Copy or download it again.")
-    return TaskClasses.from_json(data, load_file(file)["prototypes"])
+    prototypes = load_file(file)
+    if "prototypes" not in prototypes:
+        raise ValueError(f"{file} holds no prototypes, but {CLASSES_FILE} says that it should. Download it again.")
+    check_numbers(prototypes.items(), file)
+    return TaskClasses.from_json(data, prototypes["prototypes"])
 
 
-def load_base(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+def load_base(
+    path: str, subfolder: str | None, hub_options: Mapping[str, Any], trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """The base model that an adapter was made for, and its processor.
 
+    Args:
+        path: of the adapter, a folder or the id of a repository.
+        subfolder: below `path`.
+        hub_options: keyword arguments of `hf_hub_download`.
+        trust_remote_code: whether code that comes with the base model may run. The adapter's author named it, so it is
+            the caller who decides.
+
     Raises:
-        ValueError: the adapter does not say which; the message tells how to hand in the model.
+        ValueError: the adapter does not say which, or it lies on the Hub and names a path on this machine; the message
+            tells how to hand in the model.
     """
     config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub_options)
-    name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
-    model_class = getattr(transformers, mapping.get("base_model_class", ""), None)
-    if not name or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+    name, mapping, revision = config.base_model_name_or_path, config.auto_mapping, config.revision or "main"
+    class_name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    model_class = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
+    named = isinstance(name, str) and name and isinstance(revision, str)
+    if not named or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(
             f"The adapter {path} does not name a base model of transformers. Load the model and hand it in: "
             "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
         )
+    if not is_hub_name(name):
+        if not os.path.isdir(path):
+            raise ValueError(
+                f"The adapter {path} on the Hub names {name!r} as its base model, which is a path on this machine or "
+                "no name on the Hub. Load the model you trust and hand it in: "
+                "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
+            )
+        logger.warning("The adapter %s names its base model by a path on this machine: %r is loaded.", path, name)
     options = {key: hub_options[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_options}
-    model = model_class.from_pretrained(name, revision=config.revision or "main", **options)
-    return model, transformers.AutoProcessor.from_pretrained(name, revision=config.revision or "main", **options)
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = model_class.from_pretrained(name, **options)
+    return model, transformers.AutoProcessor.from_pretrained(name, **options)

@@ -99,7 +99,16 @@ def _select(inputs: Mapping[str, Any], samples: list[int], count: int) -> dict[s
 
 
 def _ranked(logits: torch.Tensor, classes: TaskClasses, top_k: int | None) -> list[list[dict]]:
-    """Logits (B, C) -> for each sample its best classes with their probabilities."""
+    """Logits (B, C) -> for each sample its best classes with their probabilities.
+
+    Raises:
+        FloatingPointError: logits are not finite, so there are no probabilities.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            "The logits are not finite. A weight of the model or its adapter is not, or one overflows in "
+            f"{logits.dtype}; run the model in torch.float32 or load its files again."
+        )
     scores, indices = logits.softmax(dim=-1).topk(len(classes) if top_k is None else top_k, dim=-1)
     return [
         [{"label": classes.names[i], "score": score} for score, i in zip(sample_scores, sample_indices, strict=True)]

@@ -454,11 +454,13 @@ def _shown(value: Any) -> str:
 
 
 def _load_base(name: str, session: Session) -> tuple[torch.nn.Module, Any]:
-    return _load_base_model(name, session), AutoProcessor.from_pretrained(name, token=session.token)
+    return _load_base_model(name, session), AutoProcessor.from_pretrained(
+        name, token=session.token, trust_remote_code=False
+    )
 
 
 def _load_base_model(name: str, session: Session) -> torch.nn.Module:
-    return AutoModel.from_pretrained(name, token=session.token)
+    return AutoModel.from_pretrained(name, token=session.token, trust_remote_code=False)
 
 
 def _load(source: AdapterSource, base_model: str | None, session: Session) -> SEPClassifier:

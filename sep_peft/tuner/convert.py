@@ -17,7 +17,7 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from .config import SEPConfig
-from .files import AdapterMismatchError, replace_files
+from .files import AdapterMismatchError, check_numbers, replace_files
 from .model import find_towers
 
 
@@ -135,7 +135,9 @@ def convert_state_dict(
             missing.append(name)
             return None
         used.add(name)
-        value = state[name].float()
+        value = state[name]
+        check_numbers([(name, value)], source)
+        value = value.float()
         # their forward pass rounds the scales to half precision
         return value.half().float() if name.endswith(("scale1", "scale2")) else value
 
