@@ -167,6 +167,22 @@ def test_disabled_adapter_is_plain_zero_shot():
     assert (adapted - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (torch.zeros(5), "torch.float32"),
+        (torch.ones(5, dtype=torch.bool), "torch.bool"),
+        (["cup"] * 5, "list"),
+        ("cup", "str"),
+    ],
+    ids=["floats", "bool", "names", "name"],
+)
+def test_labels_that_are_no_indices(labels, kind):
+    message = f"Labels must be a tensor of integers (B,), which count in the order of the classes, but got {kind}."
+    with raises(message, TypeError):
+        make_classifier()(IMAGES, labels)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_label_out_of_range(training):
     classifier = make_classifier().train(training)
