@@ -37,7 +37,7 @@ def main() -> None:
     args = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
     state = PartialState(cpu=args.device == "cpu")
-    names = find_images(args.images)
+    names = image_names(args.images)
     settings = describe(args, names)
     if state.is_main_process:
         prepare(args.output, settings)
@@ -66,7 +66,7 @@ def main() -> None:
 # what there is to do
 
 
-def find_images(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     """Names below the folder, sorted."""
     names = sorted(path.relative_to(folder).as_posix() for path in image_files.find_images(folder))
     if not names:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel, set_seed
 
@@ -49,7 +50,7 @@ def main() -> None:
 
     saved = args.output / "adapter"
     classifier.set_classes(base).save_pretrained(saved)
-    size = (saved / "adapter_model.safetensors").stat().st_size
+    size = (saved / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     print(f"\nsaved {saved} ({size / 1e6:.1f} MB)")
     fresh = SEPClassifier.from_pretrained(saved, model=CLIPModel.from_pretrained(args.model), processor=processor)
     check_equal(classifier.eval(), fresh.to(args.device), [path for path, _ in test])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from protocols import Evaluation
+from protocols import Measurement
 from readers import UNREADABLE, ImageSet, Sample
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -55,8 +55,8 @@ def batches(data, samples, image_processor, *, shifted="", batch_size=100, worke
 
 
 @torch.no_grad()
-def evaluate(
-    classifier, evaluation: Evaluation, image_processor, accelerator: Accelerator, workers: int = 0
+def measure(
+    classifier, evaluation: Measurement, image_processor, accelerator: Accelerator, workers: int = 0
 ) -> dict[str, Any] | None:
     """Measure a classifier that has the classes of the evaluation; every process takes its share of the images.
 

@@ -11,7 +11,7 @@ from transforms import SHIFTS
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Measurement:
     """One number to measure: accuracy on the test images of `data` among its classes.
 
     Args:
@@ -33,7 +33,7 @@ class Plan:
 
     data: ImageSet
     images: Draw
-    evaluations: list[Evaluation]
+    evaluations: list[Measurement]
 
 
 def base_to_new(data: ImageSet, shots: int, seed: int) -> Plan:
@@ -41,12 +41,12 @@ def base_to_new(data: ImageSet, shots: int, seed: int) -> Plan:
     base, new = (data.only(names) for names in halves(data.classes))
     # drawn from all classes first, as the field's code does
     images = keep(draw(data, shots, seed), len(base.classes))
-    return Plan(base, images, [Evaluation("base", base), Evaluation("new", new)])
+    return Plan(base, images, [Measurement("base", base), Measurement("new", new)])
 
 
 def few_shot(data: ImageSet, shots: int, seed: int) -> Plan:
     """Train and test on all classes."""
-    return Plan(data, draw(data, shots, seed), [Evaluation("all", data)])
+    return Plan(data, draw(data, shots, seed), [Measurement("all", data)])
 
 
 def cross_dataset(data: ImageSet, shots: int, seed: int, targets: Sequence[ImageSet]) -> Plan:
@@ -57,7 +57,7 @@ def cross_dataset(data: ImageSet, shots: int, seed: int, targets: Sequence[Image
     """
     if not targets:
         raise ValueError("The cross-dataset protocol needs data sets to test on: name them with --targets.")
-    evaluations = [Evaluation(target.name, target) for target in (data, *targets)]
+    evaluations = [Measurement(target.name, target) for target in (data, *targets)]
     return Plan(data, draw(data, shots, seed), evaluations)
 
 
@@ -71,8 +71,8 @@ def domain_generalization(data: ImageSet, shots: int, seed: int, held_out: str |
         ValueError: `held_out` is no domain, or missing where there are several.
     """
     if data.domains == [""]:
-        shifted = [Evaluation(name, data, shift=name) for name in SHIFTS]
-        return Plan(data, draw(data, shots, seed), [Evaluation("source", data), *shifted])
+        shifted = [Measurement(name, data, shift=name) for name in SHIFTS]
+        return Plan(data, draw(data, shots, seed), [Measurement("source", data), *shifted])
     if held_out not in data.domains:
         raise ValueError(f"--held-out must be one of {', '.join(data.domains)}, but is {held_out!r}.")
     inside, outside = (
@@ -82,7 +82,7 @@ def domain_generalization(data: ImageSet, shots: int, seed: int, held_out: str |
     # the held-out domain is never trained on, so all of its images test
     everything = [sample for samples in outside.splits.values() for sample in samples]
     outside = replace(outside, splits={**outside.splits, "test": everything})
-    return Plan(inside, draw(inside, shots, seed), [Evaluation("source", inside), Evaluation(held_out, outside)])
+    return Plan(inside, draw(inside, shots, seed), [Measurement("source", inside), Measurement(held_out, outside)])
 
 
 PROTOCOLS = {

@@ -104,7 +104,7 @@ def read_coop(name: str, root: Path, split_file: str, images: str = ".") -> Imag
     return ImageSet(name, tuple(names[label] for label in sorted(names)), splits, file_opener(root / images))
 
 
-def read_folder(name: str, root: Path, split_seed: int = 1) -> ImageSet:
+def read_class_folders(name: str, root: Path, split_seed: int = 1) -> ImageSet:
     """One folder of images per class, or train/, val/ and test/ with such folders, called as `find_parts` has it.
 
     What is missing is made with a seed: the validation part from the training part, all three from one folder.
@@ -177,7 +177,7 @@ def read_huggingface(
     return replace(data, open=open_row)
 
 
-READERS = {"coop": read_coop, "folder": read_folder, "domains": read_domains, "huggingface": read_huggingface}
+READERS = {"coop": read_coop, "folder": read_class_folders, "domains": read_domains, "huggingface": read_huggingface}
 
 
 def file_opener(root: Path) -> Callable[[str], Image.Image]:

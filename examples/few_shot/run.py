@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from evaluation import evaluate, features
+from evaluation import features, measure
 from methods import Method, build_classifier, read_method
 from protocols import PROTOCOLS, Plan
 from readers import ImageSet, read_dataset
@@ -189,7 +189,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         else:
             margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
             classifier.set_classes(evaluation.data.classes, **margin)
-        results[evaluation.name] = evaluate(classifier, evaluation, images, accelerator, args.workers)
+        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers)
     return {
         "results": results,
         "chosen": chosen,

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,8 +34,6 @@ CLASSES_FILE = "sep_classes.json"
 #: File beside it that holds their prototypes, where predictions use any.
 PROTOTYPES_FILE = "sep_prototypes.safetensors"
 FORMAT_VERSION = 1
-CONFIG_FILE = "adapter_config.json"
-MODEL_CARD = "README.md"
 
 
 # writing
@@ -54,7 +54,7 @@ def save_files(
     """
     _check_model(model)
     check_save_dtype(save_dtype)
-    card = os.path.join(folder, MODEL_CARD)
+    card = os.path.join(folder, REPOCARD_NAME)
     old = read_card(card) if os.path.isfile(card) else None
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
@@ -147,12 +147,12 @@ def _write(
         save_file({"prototypes": kept}, os.path.join(folder, PROTOTYPES_FILE))
     base_class = type(model.get_base_model()).__name__
     card = make_card(classes, model.active_peft_config, base_class, details, subfolder=subfolder, old=old)
-    card.save(os.path.join(folder, MODEL_CARD))
+    card.save(os.path.join(folder, REPOCARD_NAME))
 
 
 def _name_base_model(folder: str, name: str) -> None:
     """Put the base model's name on the Hub into the adapter's configuration, where a folder may stand."""
-    path = os.path.join(folder, CONFIG_FILE)
+    path = os.path.join(folder, CONFIG_NAME)
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     with open(path, "w", encoding="utf-8") as file:
@@ -161,7 +161,7 @@ def _name_base_model(folder: str, name: str) -> None:
 
 def _remote_card(repo_id: str, subfolder: str | None, revision: str | None, token) -> ModelCard | None:
     try:
-        return read_card(hf_hub_download(repo_id, MODEL_CARD, subfolder=subfolder, revision=revision, token=token))
+        return read_card(hf_hub_download(repo_id, REPOCARD_NAME, subfolder=subfolder, revision=revision, token=token))
     except RemoteEntryNotFoundError:
         return None
 

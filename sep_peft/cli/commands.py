@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
@@ -21,7 +22,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 from ..classifier.card import METRIC, CardDetails, Score, read_card
 from ..classifier.classes import TEMPLATE
 from ..classifier.classifier import SEPClassifier
-from ..classifier.files import CONFIG_FILE, MODEL_CARD, find_file, load_classes
+from ..classifier.files import find_file, load_classes
 from ..classifier.images import find_images, other_endings, read_image, warn_left_out
 from ..method.recipe import Recipe
 from ..training import evaluation
@@ -194,7 +195,7 @@ def _evaluate_parts(
 def _check_output(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
-    if (folder / CONFIG_FILE).exists() and not overwrite:
+    if (folder / CONFIG_NAME).exists() and not overwrite:
         raise FileExistsError(f"{folder} has an adapter already. Pass --overwrite to replace it.")
 
 
@@ -436,7 +437,7 @@ def info(source: AdapterSource, session: Session) -> Result:
 def _scores(source: AdapterSource, options: Mapping[str, Any]) -> list[dict]:
     """As the adapter's model card gives them."""
     try:
-        card = read_card(find_file(source.name, MODEL_CARD, source.subfolder, options))
+        card = read_card(find_file(source.name, REPOCARD_NAME, source.subfolder, options))
     except (OSError, ValueError):
         return []
     results = [result for result in card.data.eval_results or () if result.metric_name == METRIC]

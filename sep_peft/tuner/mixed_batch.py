@@ -35,7 +35,7 @@ def check_adapter_names(names: Iterable[str], configs: Mapping[str, Any]) -> Non
         )
 
 
-def check_samples(names: Sequence[str], inputs: Mapping[str, Any], main_inputs: Iterable[str]) -> None:
+def check_a_name_for_each(names: Sequence[str], inputs: Mapping[str, Any], main_inputs: Iterable[str]) -> None:
     """Make sure that there is a name for each sample of every tower's input.
 
     Args:

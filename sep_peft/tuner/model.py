@@ -23,7 +23,7 @@ from .config import SEPConfig
 from .current import chosen_adapters
 from .files import check_keys, check_numbers
 from .gate import check_weights
-from .mixed_batch import check_adapter_names, check_samples
+from .mixed_batch import check_a_name_for_each, check_adapter_names
 from .registration import PREFIX
 from .restore import unchanged_on_error
 from .soup import check_combination, weighted_sum
@@ -259,7 +259,7 @@ class SEPModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         inputs = dict(zip(inspect.signature(call).parameters, args, strict=False)) | kwargs
-        check_samples(names, inputs, (tower.spec.inputs for tower in self.towers.values()))
+        check_a_name_for_each(names, inputs, (tower.spec.inputs for tower in self.towers.values()))
         check_adapter_names(names, self.peft_config)
         with chosen_adapters.set(tuple(names)):
             yield
