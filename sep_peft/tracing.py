@@ -6,8 +6,14 @@ code that asks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 from torch._guards import detect_fake_mode
+
+
+_Function = TypeVar("_Function", bound=Callable)
 
 
 def is_traced() -> bool:
@@ -18,3 +24,8 @@ def is_traced() -> bool:
     tensors, and nothing that was computed may be kept for later.
     """
     return torch.compiler.is_dynamo_compiling() or detect_fake_mode() is not None
+
+
+def untraced(function: _Function) -> _Function:
+    """`torch.compiler.disable` as a decorator that keeps the type of a function: compilers run it as it is."""
+    return cast(_Function, torch.compiler.disable(function))

@@ -419,6 +419,11 @@ def test_info_of_an_adapter_without_classes_and_card(run, adapter, tmp_path):
     assert (data["classes"], data["templates"], data["scores"]) == ([], [], [])
 
 
+def test_info_of_an_adapter_of_another_method(run, tmp_path):
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert error_of(run, "info", tmp_path) == f"{tmp_path} holds an adapter of the method LORA, but SEP is needed."
+
+
 # the program
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..method.losses import PROTOTYPE_SCALE
 from ..method.mix import mix_embeddings, unit, wide
-from ..tracing import is_traced
+from ..tracing import is_traced, untraced
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.passes import TrunkFeatures
@@ -46,6 +46,9 @@ class ClassEncoder(nn.Module):
         ValueError: a class text does not fit beside the prompts, or has an id outside of the vocabulary, `chunk_size`
             is below 1, or `kept_tokens` below 0.
     """
+
+    prototypes: torch.Tensor | None  # a buffer
+    names: TextChunks
 
     def __init__(
         self, model: nn.Module, classes: TaskClasses, chunk_size: int = TEXT_CHUNK_SIZE, kept_tokens: int = KEPT_TOKENS
@@ -116,26 +119,27 @@ class ClassEncoder(nn.Module):
 
     # Compilers run what looks into a cache as it is: their graphs could not tell when an entry gets old.
 
-    @torch.compiler.disable
+    @untraced
     def frozen_embeds(self) -> torch.Tensor:
         """Frozen text embeddings (C, E), of unit length, averaged over the templates, without dropout."""
         tower = self.tower
 
         def encode():
-            read = self.templates or [self.names]
+            read = cast(Iterable[TextChunks], self.templates or [self.names])
             embeds = [chunks.encode(tower.embed_frozen) for chunks in read]
             return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
 
         return self._cached("frozen", (), encode, tower.base_layer.parameters())
 
-    @torch.compiler.disable
+    @untraced
     def _cached_mixed(self, settings: TowerSettings, frozen_embeds: torch.Tensor) -> torch.Tensor:
         """SEP's text embeddings (C, E), of unit length, in evaluation."""
         tower, adapter = self.tower, self.tower.prompting_adapter()
+        assert adapter is not None, "there are settings, so there is an adapter"
         parameters = tower.base_layer.parameters(), tower.adapter_parameters(adapter)
         return self._cached("mixed", (adapter,), lambda: self._mixed(settings, None, frozen_embeds), *parameters)
 
-    @torch.compiler.disable
+    @untraced
     def _name_trunks(self, settings: TowerSettings) -> list[TrunkFeatures] | None:
         """What the layers below `start_layer` make of each chunk of class names; None where there is nothing to keep.
 
@@ -154,7 +158,8 @@ class ClassEncoder(nn.Module):
         """SEP's text embeddings (C, E), of unit length."""
         tower = self.tower
         if settings.batch_coupled:  # every class must see every other
-            prompted = tower.embed_prompted(**coupled_texts(tower, self.classes.class_inputs, settings.num_prompts))
+            texts = coupled_texts(tower, self.classes.class_inputs, settings.num_prompts)
+            prompted = tower.embed_prompted(**cast(dict[str, Any], texts))
         else:
             tokens = self.names.num_tokens(settings.num_prompts)
             again = torch.is_grad_enabled() and len(self.names) > 1 and tokens > self.kept_tokens
@@ -193,9 +198,9 @@ class ClassEncoder(nn.Module):
 
     def _versions(self, *parameters: Iterable[nn.Parameter]) -> tuple:
         """Changes whenever one of these or the projection is replaced, moved or written to in place."""
-        parameters = chain(*parameters, self.tower.projection_parameters())
+        watched = chain(*parameters, self.tower.projection_parameters())
         # tensors made in inference mode count no versions
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in watched)
 
 
 def padding_of(model: nn.Module) -> dict[str, Any]:
@@ -203,4 +208,4 @@ def padding_of(model: nn.Module) -> dict[str, Any]:
     tower = find_towers(model).get("text")
     if tower is None or not tower.spec.max_length_padding:
         return {"padding": True}
-    return {"padding": "max_length", "max_length": tower.base_layer.config.max_position_embeddings}
+    return {"padding": "max_length", "max_length": cast(Any, tower.base_layer).config.max_position_embeddings}

@@ -72,13 +72,13 @@ class TaskClasses:
             if margin is not None and not (_is_number(margin) and 0 <= margin < float("inf")):
                 raise ValueError(f"{name} must be at least 0 and finite, but got {margin!r}.")
         if self.prototypes is not None:
-            self._check_prototypes()
+            self._check_prototypes(self.prototypes)
 
-    def _check_prototypes(self) -> None:
-        shape = tuple(self.prototypes.shape)
+    def _check_prototypes(self, prototypes: torch.Tensor) -> None:
+        shape = tuple(prototypes.shape)
         if len(shape) != 2 or shape[0] != len(self):
             raise ValueError(f"prototypes must have shape ({len(self)}, embedding size), but got {shape}.")
-        if not self.prototypes.isfinite().all():
+        if not prototypes.isfinite().all():
             raise ValueError("prototypes must be finite, but some values are not. Train with a lower learning rate.")
         weight = self.prototype_logit_weight
         if not (_is_number(weight) and 0 < weight < float("inf")):

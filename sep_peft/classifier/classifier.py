@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
@@ -356,9 +356,10 @@ class SEPClassifier(nn.Module):
         if labels is not None:
             check_labels(labels, len(self.classes))
         weights = self.encoder.weights(training=self.training)
-        if trunk is None:
+        if pixel_values is not None:
             image, frozen_image = self.image_embeds(pixel_values, **kwargs)
         else:
+            assert trunk is not None and frozen_embeds is not None, "a TrunkCache gives both"
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
         logits = class_logits(self.vision_tower, image, frozen_image, weights)
         if labels is None:

@@ -24,5 +24,6 @@ def coupled_texts(tower: SEPTower, class_inputs: Mapping[str, torch.Tensor], num
     """
     device = next(tower.base_layer.parameters()).device
     trimmed = tower.texts.trim({key: value.to(device) for key, value in class_inputs.items()})
+    assert tower.spec.insert_at is not None, "the released code puts text prompts after BOS"
     length = tower.spec.insert_at + num_prompts
     return {"input_ids": pad_with_zeros(trimmed["input_ids"], tower.texts.span(trimmed)[1], length)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -126,14 +126,14 @@ def explain(model: nn.Module, processor, image: Any) -> Explanation:
     """
     tower = find_towers(model).get("vision")
     settings = None if tower is None else tower.active_settings
-    if settings is None or not settings.fusion_layers:
+    if tower is None or settings is None or not settings.fusion_layers:
         raise ValueError("There is nothing to explain: no active SEP adapter fuses prompts in the image tower.")
     processor = getattr(processor, "image_processor", processor)
     device = next(tower.parameters()).device
     pixel_values = processor(read_image(image), return_tensors="pt")["pixel_values"].to(device)
     trace: dict = {}
     tower.embed(pixel_values=pixel_values, trace=trace)
-    patch = tower.base_layer.config.patch_size
+    patch = cast(Any, tower.base_layer).config.patch_size
     grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
     return Explanation(
         image=_displayed(pixel_values[0], processor),

@@ -57,6 +57,10 @@ class ImageScorer(nn.Module):
         >>> torch.onnx.export(scorer, (pixel_values,), "task.onnx", dynamo=True, dynamic_shapes=batch)
     """
 
+    text_embeds: torch.Tensor
+    frozen_text_embeds: torch.Tensor
+    prototype_weights: torch.Tensor | None
+
     def __init__(self, classifier: SEPClassifier):
         super().__init__()
         self.model = classifier.model

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..tuner.config import SEPConfig
 from ..tuner.files import cast_adapter, cast_tensor, check_numbers, check_save_dtype, replace_files
 from .card import CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
@@ -52,7 +53,7 @@ def save_files(
         TypeError: the model is no `PeftModel`.
         ValueError: the metadata of the card that is there cannot be read, or the weights cannot have `save_dtype`.
     """
-    _check_model(model)
+    model = _as_peft_model(model)
     check_save_dtype(save_dtype)
     card = os.path.join(folder, REPOCARD_NAME)
     old = read_card(card) if os.path.isfile(card) else None
@@ -84,7 +85,7 @@ def push_files(
         ValueError: nobody else could load the base model, the metadata of the card that is there cannot be read, or
             the weights cannot have `save_dtype`.
     """
-    _check_model(model)
+    model = _as_peft_model(model)
     check_save_dtype(save_dtype)
     base_model = details.base_model or base_model_name(model)
     if base_model is None:
@@ -115,12 +116,13 @@ def base_model_name(model: PeftModel) -> str | None:
     return None
 
 
-def _check_model(model: nn.Module) -> None:
+def _as_peft_model(model: nn.Module) -> PeftModel:
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"Saving needs a PeftModel, but the model is a {type(model).__name__}. Wrap it with "
             "peft.get_peft_model, or save its adapter with its own save_pretrained."
         )
+    return model
 
 
 def _write(
@@ -132,7 +134,7 @@ def _write(
     save_dtype: torch.dtype | None,
     subfolder: str | None = None,
 ) -> None:
-    adapter = model.active_adapter
+    adapter = cast(str, model.active_adapter)  # PEFT allows a list as well; of SEP one is active
     model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
     if adapter != "default":  # PEFT puts those into a folder of their own
         for entry in os.scandir(os.path.join(folder, adapter)):
@@ -146,7 +148,8 @@ def _write(
         kept = cast_tensor(classes.prototypes.contiguous(), save_dtype or classes.prototypes.dtype, "prototypes")
         save_file({"prototypes": kept}, os.path.join(folder, PROTOTYPES_FILE))
     base_class = type(model.get_base_model()).__name__
-    card = make_card(classes, model.active_peft_config, base_class, details, subfolder=subfolder, old=old)
+    config = cast(SEPConfig, model.active_peft_config)
+    card = make_card(classes, config, base_class, details, subfolder=subfolder, old=old)
     card.save(os.path.join(folder, REPOCARD_NAME))
 
 

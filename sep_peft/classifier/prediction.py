@@ -31,7 +31,7 @@ class Task(NamedTuple):
         return self.encoder.classes
 
 
-def image_embeds(tower: SEPTower, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def image_embeds(tower: SEPTower, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider.
 
     Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -30,6 +31,10 @@ class Tasks(nn.Module):
         self._model = (model,)
         self._tasks: dict[str, Task] = {}
         self._encoders = nn.ModuleList()  # so that token ids follow the model to its device
+
+    def _configs(self) -> Mapping[str, Any]:
+        """The model's `peft_config`."""
+        return cast(Any, self._model[0]).peft_config
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -61,7 +66,7 @@ class Tasks(nn.Module):
             ValueError: the name is taken, there is no such adapter, or a class text does not fit.
         """
         self.check_new(name)
-        check_adapter_names([adapter], self._model[0].peft_config)
+        check_adapter_names([adapter], self._configs())
         with chosen_adapters.set(adapter):
             encoder = ClassEncoder(self._model[0], classes, chunk_size).train(self.training)
         self._tasks[name] = Task(adapter, encoder)
@@ -132,5 +137,6 @@ class Tasks(nn.Module):
         if len(names) != count:
             raise ValueError(f"task must be one name or one for each of {count} images, but got {len(names)}.")
         used = {name: self[name] for name in ([task] if isinstance(task, str) else names)}
-        check_adapter_names([found.adapter for found in used.values()], self._model[0].peft_config)
+        adapters = [found.adapter for found in used.values() if found.adapter is not None]
+        check_adapter_names(adapters, self._configs())
         return [used[name] for name in names]

@@ -24,6 +24,8 @@ class TextChunks(nn.Module):
         size: texts a chunk.
     """
 
+    places: torch.Tensor  # a buffer, (C,): where each text is among those from short to long
+
     def __init__(self, tower: SEPTower, inputs: TextInputs, size: int):
         super().__init__()
         ends, order = tower.texts.span(inputs)[1].sort(stable=True)  # both (C,)

@@ -9,6 +9,7 @@ import random
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,6 +33,14 @@ SHARD_SIZE = 256
 LAYOUT = 2
 #: What is kept of an image.
 PARTS = ("trunk", "frozen_embeds")
+
+
+class SizedImages(Protocol):
+    """A data set of known length, as `TrunkCache` goes through it by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class TrunkCache(torch.utils.data.Dataset):
@@ -67,7 +76,7 @@ class TrunkCache(torch.utils.data.Dataset):
     def __init__(
         self,
         model: nn.Module,
-        images: torch.utils.data.Dataset,
+        images: SizedImages,
         folder: str | os.PathLike | None = None,
         *,
         views: int = 1,
@@ -81,7 +90,11 @@ class TrunkCache(torch.utils.data.Dataset):
         if count == 0 or views < 1 or count % views:
             raise ValueError(f"views must divide the number of entries, but got {views} views and {count} entries.")
         self.views, self.labels = views, []
-        self._tower, self._dtype, self._folder = find_towers(model)["vision"], dtype, folder and Path(folder)
+        self._tower, self._dtype, self._folder = (
+            find_towers(model)["vision"],
+            dtype,
+            None if folder is None else Path(folder),
+        )
         self._known: dict[str, dict[str, torch.Tensor] | Path] = {}
         self._digests: dict[str, str] = {}
         self._keys: list[str] = []
@@ -117,7 +130,7 @@ class TrunkCache(torch.utils.data.Dataset):
         parts = {part: value.float() for part, value in entry.items()}
         return {**parts, "trunk_layer": self._layer, "labels": self.labels[view]}
 
-    def _read(self, images: torch.utils.data.Dataset) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(self, images: SizedImages) -> Iterator[tuple[str, torch.Tensor]]:
         shape = image_shape(self._tower)
         for index in range(len(images)):
             item = images[index]
@@ -217,7 +230,9 @@ def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
     device = next(tower.base_layer.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.sha256(f"{LAYOUT} {settings and settings.start_layer} {dtype} {autocast}".encode())
-    config = {key: value for key, value in tower.base_layer.config.to_dict().items() if key != "_name_or_path"}
+    config = {
+        key: value for key, value in cast(Any, tower.base_layer).config.to_dict().items() if key != "_name_or_path"
+    }
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for module in tower.base_layer.modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SEPLayer):
@@ -239,8 +254,7 @@ def start_layer_of(tower: SEPTower) -> int:
     Raises:
         ValueError: no adapter prompts the tower, or its prompts enter at layer 0.
     """
-    tower.check_trunk()
-    return tower.active_settings.start_layer
+    return tower.check_trunk().start_layer
 
 
 def image_shape(tower: SEPTower) -> tuple[int, int, int]:
@@ -249,13 +263,14 @@ def image_shape(tower: SEPTower) -> tuple[int, int, int]:
     Raises:
         ValueError: its configuration names no one size.
     """
-    config = tower.base_layer.config
+    config = cast(Any, tower.base_layer).config
     if not hasattr(config, "image_size") or not hasattr(config, "num_channels"):
         raise ValueError(
             f"{type(tower.base_layer).__name__} takes images of several sizes. Train it without a trunk cache."
         )
     size = config.image_size
-    return (config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return (config.num_channels, height, width)
 
 
 def embeds_from_trunk(

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
@@ -31,6 +31,9 @@ from ..training.folders import ImageFolder, Samples, read_folder, read_test, wit
 from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
 from .text import one_line
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Session:
     token: str | None = None
     quiet: bool = False
 
-    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+    def place(self, model: Model) -> Model:
         """Move a model to the device; returns it."""
         return model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -151,7 +154,7 @@ def train(
         model, processor, images.names, template=template or TEMPLATE, recipe=recipe
     )
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
-    with classifier.model.disable_adapter():
+    with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
     fit(classifier, images.train, recipe, quiet=session.quiet, cache=cache)
     adapted = measure("SEP")
@@ -321,7 +324,7 @@ def evaluate(
         classifier.set_classes(sorted({name for _, name in samples}), zero_shot_margin=zero_shot_margin)
     adapted, base = evaluation.evaluate(classifier, samples, batch_size, session.progress("SEP")), None
     if zero_shot:
-        with classifier.model.disable_adapter():
+        with cast(PeftModel, classifier.model).disable_adapter():
             base = evaluation.evaluate(classifier, samples, batch_size, session.progress("zero-shot"))
     data = {
         "images": adapted.images,
@@ -405,10 +408,14 @@ def info(source: AdapterSource, session: Session) -> Result:
 
     Raises:
         FileNotFoundError: there is no such adapter.
+        ValueError: it is one of another method.
     """
     source.check()
     options = source.hub_options(session)
     config = SEPConfig.from_pretrained(source.name, subfolder=source.subfolder, **options)
+    if not isinstance(config, SEPConfig):
+        method = PeftType(config.peft_type).value
+        raise ValueError(f"{source.name} holds an adapter of the method {method}, but SEP is needed.")
     weights = find_file(source.name, SAFETENSORS_WEIGHTS_NAME, source.subfolder, options)
     with safe_open(weights, framework="pt") as file:
         parameters = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())
@@ -440,7 +447,7 @@ def _scores(source: AdapterSource, options: Mapping[str, Any]) -> list[dict]:
         card = read_card(find_file(source.name, REPOCARD_NAME, source.subfolder, options))
     except (OSError, ValueError):
         return []
-    results = [result for result in card.data.eval_results or () if result.metric_name == METRIC]
+    results = [result for result in getattr(card.data, "eval_results", None) or () if result.metric_name == METRIC]
     return [{"dataset": r.dataset_name, "split": r.dataset_split, "accuracy": r.metric_value} for r in results]
 
 

@@ -180,7 +180,7 @@ class Architecture:
 RENAMED_FIELDS = {"pooled": "pooling", "mixes_behind_projection": "mixes_after_projection"}
 
 
-def _build(cls: type, name: str, values: Mapping[str, Any]):
+def _build(cls: type, name: str, values: Mapping[str, Any]) -> Any:
     """An instance from a dict, or an error that says what the dict may hold."""
     if isinstance(values, cls):
         return values

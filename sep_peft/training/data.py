@@ -31,6 +31,10 @@ class EpochDataset(torch.utils.data.Dataset):
         """The epoch that is shown, counted from 0."""
         return int(self._epoch)
 
+    def __len__(self) -> int:
+        """The number of images; each kind of data set has its own."""
+        raise NotImplementedError
+
     def set_epoch(self, epoch: int) -> None:
         """Show another epoch. An `EpochSampler` calls it, and so does Trainer in one process."""
         self._epoch.fill_(epoch)
@@ -178,6 +182,7 @@ class EpochCallback(TrainerCallback):
     """Tells a Trainer's `EpochDataset` the epoch; Trainer does so itself in one process, but not in several."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        assert train_dataloader is not None, "Trainer hands its data loader to callbacks"
         train_dataloader.dataset.set_epoch(int(state.epoch))
 
 

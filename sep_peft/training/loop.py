@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module | Mapping[str, nn.Parameter], recipe: Recipe
         recipe: gives the learning rates, `adam_epsilon` and `weight_decay`.
     """
     parameters = trainable(model) if isinstance(model, nn.Module) else model
-    groups = [{"params": [p for name, p in parameters.items() if name != "prototypes"]}]
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in parameters.items() if name != "prototypes"]}]
     if "prototypes" in parameters:
         groups.append({"params": [parameters["prototypes"]]})
         if recipe.prototype_learning_rate is not None:

@@ -66,11 +66,12 @@ def find_module(root: nn.Module, path: str, what: str, field: str) -> nn.Module:
     Raises:
         ValueError: there is none; the message begins with `what` and names the path, the field and the module.
     """
-    found: nn.Module | None = root
+    found = root
     for name in path.split(".") if path else ():
-        found = _child(found, name)
-        if found is None:
+        child = _child(found, name)
+        if child is None:
             raise ValueError(f"{what} names {path} as {field}, but {type(root).__name__} has no such module.")
+        found = child
     return found
 
 
@@ -101,15 +102,17 @@ def _check_embedding(module: nn.Module, path: str, what: str, field: str) -> Non
 
 def _check_layers(base: nn.Module, path: str, what: str) -> list[nn.ModuleList]:
     """The lists of encoder layers at a path that may hold "*"."""
-    found = [base]
+    found: list[nn.Module] = [base]
     for name in path.split("."):
-        found = [child for module in found for child in (module.children() if name == "*" else (_child(module, name),))]
-        if None in found:
+        below = [child for module in found for child in (module.children() if name == "*" else (_child(module, name),))]
+        found = [child for child in below if child is not None]
+        if len(found) < len(below):
             raise ValueError(f"{what} names {path} as layers, but {type(base).__name__} has no such module.")
-    if not found or not all(isinstance(module, nn.ModuleList) and len(module) for module in found):
+    lists = [module for module in found if isinstance(module, nn.ModuleList) and len(module)]
+    if not found or len(lists) < len(found):
         kinds = ", ".join(sorted({type(module).__name__ for module in found})) or "nothing"
         raise ValueError(f"{what} names {path} as layers, but there is {kinds} in the place of a list of layers.")
-    return found
+    return lists
 
 
 def _check_options(base: nn.Module, spec: TowerSpec, what: str) -> None:
