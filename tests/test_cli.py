@@ -14,7 +14,7 @@ import pytest
 import torch
 from bundled import ASSETS
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference_files import CHECKPOINT, LAYERS, REFERENCE
 from small_clip import perturb
 from transformers import AutoProcessor, CLIPModel

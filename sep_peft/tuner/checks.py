@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -114,7 +116,7 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
         if path not in known:
             raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
     check_model_paths(model, architecture)
-    found = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
+    found: dict[str, Any] = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
     for modality in target_towers(config, architecture).values():
         spec = architecture.towers[modality]
         if spec.refused is not None:
@@ -123,10 +125,11 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
         check_tower_paths(model, modality, spec)
         module = base_tower(model, spec)
         num_layers = sum(map(len, layer_lists(module, spec.layers)))
-        found[modality] = {"hidden_size": getattr(module.config, spec.hidden_size), "num_layers": num_layers}
+        hidden_size = getattr(module.config, spec.hidden_size)
+        found[modality] = {"hidden_size": hidden_size, "num_layers": num_layers}
         if config.prompts_of(modality):
             _check_tower(config, modality, spec, module, num_layers)
-            _check_sizes(config, modality, found[modality]["hidden_size"])
+            _check_sizes(config, modality, hidden_size)
     wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
@@ -160,7 +163,7 @@ def modules_to_save(config: SEPConfig, model: nn.Module) -> dict[str, nn.Module]
 def _check_modules_to_save(config: SEPConfig, architecture: Architecture, model: nn.Module) -> None:
     """Refuse what PEFT cannot copy, or what would not be used or found again."""
     found = modules_to_save(config, model)
-    for name in config.modules_to_save:
+    for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in found):
             raise ValueError(f"modules_to_save must name modules of {type(model).__name__}, but it has no {name!r}.")
     modules = list(model.named_modules(remove_duplicate=False))
