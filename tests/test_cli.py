@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 from bundled import ASSETS
+from fresh import Outcomes
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference_files import CHECKPOINT, LAYERS, REFERENCE
@@ -538,33 +540,38 @@ def test_mistakes_in_the_arguments(run, arguments, message):
 # what is imported
 
 
-def modules_after(*statements: str) -> set[str]:
-    """Modules that are there after these statements in a fresh interpreter."""
-    code = "\n".join(["import sys", *statements, "print(*sys.modules, file=sys.stderr)"])
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return set(result.stderr.splitlines()[-1].split())
-
-
 #: What only some commands, drawings or training need.
 HEAVY = {"transformers.trainer", "accelerate", "datasets", "matplotlib", "rich", "sep_peft.classifier"}
 HEAVY |= {"sep_peft.training", "sep_peft.cli.commands"}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train", "x", "--shots", "0"], ["fly"]],
-    ids=" ".join,
-)
-def test_help_and_mistakes_do_not_wait_for_what_commands_need(arguments):
-    modules = modules_after("from sep_peft.cli import main", f"assert main({arguments}) in (0, 2)")
-    assert "sep_peft.cli.app" in modules
-    assert HEAVY & modules - modules_after("import peft") == set()
+LIGHT = [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train", "x", "--shots", "0"], ["fly"]]
 
 
-def test_a_command_imports_what_it_needs(adapter):
-    modules = modules_after("from sep_peft.cli import main", f"assert main(['info', {str(adapter)!r}]) == 0")
-    assert {"sep_peft.classifier", "sep_peft.cli.commands"} <= modules
+@pytest.fixture(scope="module")
+def modules(adapter) -> Callable[..., set[str]]:
+    """Modules that a command adds to those of PEFT, in a process of its own."""
+    code = """
+import sys
+before = set(sys.modules)
+from sep_peft.cli import main
+assert main({}) in {}
+print(*sorted(set(sys.modules) - before))
+"""
+    statements = {" ".join(arguments): code.format(arguments, {0, 2}) for arguments in LIGHT}
+    statements["info"] = code.format(["info", str(adapter)], {0})
+    outcomes = Outcomes("import peft", statements)
+    return lambda *arguments: set(outcomes.of(" ".join(arguments)).splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_help_and_mistakes_do_not_wait_for_what_commands_need(arguments, modules):
+    assert "sep_peft.cli.app" in modules(*arguments)
+    assert HEAVY & modules(*arguments) == set()
+
+
+def test_a_command_imports_what_it_needs(modules):
+    assert {"sep_peft.classifier", "sep_peft.cli.commands"} <= modules("info")
 
 
 # text from outside

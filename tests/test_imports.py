@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import sys
 
 import pytest
+from fresh import Outcomes
 
 import sep_peft
 
 
-def fresh(*statements: str) -> str:
-    """What these statements print in a fresh interpreter."""
-    result = subprocess.run([sys.executable, "-c", "\n".join(statements)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 HEAVY = ["transformers.trainer", "matplotlib", "typer", "sep_peft.classifier", "sep_peft.training", "sep_peft.cli"]
-
-
-def test_importing_the_package_registers_the_method_and_no_more():
-    code = [
+PICKLED = pickle.dumps(sep_peft.TaskClasses)
+FRESH = {
+    "registers": [
         "import peft, sys",
         "before = set(sys.modules)",
         "import sep_peft",
         "print(peft.PeftType('SEP') in peft.PEFT_TYPE_TO_CONFIG_MAPPING)",
         f"print(*[name for name in {HEAVY} if name in set(sys.modules) - before])",
-    ]
-    assert fresh(*code).split("\n") == ["True", "", ""]
+    ],
+    "names": [
+        "import sep_peft",
+        "before = dir(sep_peft)",
+        "assert set(sep_peft.__all__) <= set(before)",
+        "from sep_peft import *",
+        "from sep_peft import SEPClassifier, explain",
+        "assert SEPClassifier is sep_peft.classifier.SEPClassifier",
+        "print(*[name for name in sep_peft.__all__ if name not in globals()])",
+    ],
+    "room": ["import sep_peft", "print(sep_peft.classifier.SEPClassifier.__name__)"],
+    "pickle": ["import pickle, sep_peft", f"print(pickle.loads({PICKLED!r}) is sep_peft.TaskClasses)"],
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Outcomes:
+    """Of `FRESH`, each where only PEFT is imported."""
+    return Outcomes("import peft", {name: "\n".join(statements) for name, statements in FRESH.items()})
+
+
+def test_importing_the_package_registers_the_method_and_no_more(outcomes):
+    assert outcomes.of("registers").split("\n") == ["True", "", ""]
 
 
 @pytest.mark.parametrize("name", sep_peft.__all__)
@@ -43,26 +56,16 @@ def test_every_name_can_be_imported_first(name):
         assert pickle.loads(pickle.dumps(thing)) is thing
 
 
-def test_all_names_in_a_fresh_interpreter():
-    code = [
-        "import sep_peft",
-        "before = dir(sep_peft)",
-        "assert set(sep_peft.__all__) <= set(before)",
-        "from sep_peft import *",
-        "from sep_peft import SEPClassifier, explain",
-        "assert SEPClassifier is sep_peft.classifier.SEPClassifier",
-        "print(*[name for name in sep_peft.__all__ if name not in globals()])",
-    ]
-    assert fresh(*code) == "\n"
+def test_all_names_in_a_fresh_interpreter(outcomes):
+    assert outcomes.of("names") == "\n"
 
 
-def test_the_room_of_classifiers_is_an_attribute():
-    assert fresh("import sep_peft", "print(sep_peft.classifier.SEPClassifier.__name__)") == "SEPClassifier\n"
+def test_the_room_of_classifiers_is_an_attribute(outcomes):
+    assert outcomes.of("room") == "SEPClassifier\n"
 
 
-def test_pickled_classes_come_back_where_only_the_package_is_imported():
-    data = pickle.dumps(sep_peft.TaskClasses)
-    assert fresh("import pickle, sep_peft", f"print(pickle.loads({data!r}) is sep_peft.TaskClasses)") == "True\n"
+def test_pickled_classes_come_back_where_only_the_package_is_imported(outcomes):
+    assert outcomes.of("pickle") == "True\n"
 
 
 def test_a_name_that_does_not_exist():
