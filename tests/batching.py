@@ -1,6 +1,7 @@
 """One step of transformers' Trainer over 16 images, cut into micro-batches and shared out among processes.
 
-`python -m torch.distributed.run --nproc_per_node 2 tests/batching.py 4 2 RESULT.json` takes it in two processes.
+`python -m torch.distributed.run --nproc_per_node 2 tests/batching.py "[[4, 2]]" RESULT.json` takes it in two processes,
+for each pair of a batch size and a number of micro-batches.
 """
 
 from __future__ import annotations
@@ -77,12 +78,14 @@ def step(batch_size: int, accumulation: int, classifier: nn.Module | None = None
         "gradients": gradients.vector.tolist(),
         "eval_loss": evaluated,
         "processes": trainer.args.world_size,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
         "first": trainer.args.process_index == 0,
     }
 
 
 if __name__ == "__main__":
-    found = step(int(sys.argv[1]), int(sys.argv[2]))
-    if found["first"]:
-        with open(sys.argv[3], "w", encoding="utf-8") as file:
+    found = [step(batch_size, accumulation) for batch_size, accumulation in json.loads(sys.argv[1])]
+    if found[0]["first"]:
+        with open(sys.argv[2], "w", encoding="utf-8") as file:
             json.dump(found, file)

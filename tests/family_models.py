@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import CASES, Case
@@ -22,7 +24,25 @@ FIRST = [pytest.param(name, id=name) for name in CASES]
 PROMPTS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
+_ADAPTED: dict[tuple, tuple[Case, PeftModel]] = {}
+
+
 def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **options) -> PeftModel:
+    """A model of its own for who asks; the usual one of a case is made once and copied."""
+    if options or not perturbed:
+        return _adapt(case, attention, perturbed, **options)
+    return copy.deepcopy(adapt_once(case, attention))
+
+
+def adapt_once(case: Case, attention: str | None = None) -> PeftModel:
+    """The usual model of a case, the same object for all; nobody may change it."""
+    key = id(case), attention or case.attentions[-1]
+    if key not in _ADAPTED:
+        _ADAPTED[key] = case, _adapt(case, attention)  # the case too, so that no other one gets its identity
+    return _ADAPTED[key][1]
+
+
+def _adapt(case: Case, attention: str | None, perturbed: bool = True, **options) -> PeftModel:
     model = get_peft_model(case.build(attention), SEPConfig.published(**(PROMPTS | case.options | options)))
     if perturbed:
         perturb(model)

@@ -41,20 +41,30 @@ def test_micro_batches(batch_size, accumulation, expected):
     check(step(batch_size, accumulation), expected)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
-def test_two_processes(batch_size, accumulation, expected, tmp_path):
-    script, result = Path(__file__).with_name("batching.py"), tmp_path / "result.json"
+SHARED_OUT = [(8, 1), (2, 4)]
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory) -> list[dict]:
+    """What the steps of `SHARED_OUT` find in two processes, which are launched once for all of them."""
+    script, result = Path(__file__).with_name("batching.py"), tmp_path_factory.mktemp("launch") / "result.json"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = subprocess.run(
-        [*launcher, str(script), str(batch_size), str(accumulation), str(result)],
+        [*launcher, str(script), json.dumps(SHARED_OUT), str(result)],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(result.read_text())
-    assert found["processes"] == 2
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("index", range(len(SHARED_OUT)), ids=["8-1", "2-4"])
+def test_two_processes(index, shared_out, expected):
+    assert len(shared_out) == len(SHARED_OUT)
+    found = shared_out[index]
+    assert (found["processes"], found["batch_size"], found["accumulation"]) == (2, *SHARED_OUT[index])
     check(found, expected)
 
 

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from families import CASES, LAYERS, Case, patches
-from family_models import FIRST, PROMPTS, READING, TOWERS, adapt, find_features, one_input, tower_inputs, tower_of
+from family_models import (
+    FIRST,
+    PROMPTS,
+    READING,
+    TOWERS,
+    adapt,
+    adapt_once,
+    find_features,
+    one_input,
+    tower_inputs,
+    tower_of,
+)
 from peft import PeftModel, get_peft_model
 
 from sep_peft import SEPConfig
@@ -28,8 +39,7 @@ def run(model: PeftModel, tower: str, inputs: dict) -> torch.Tensor:
 
 def base_features(case: Case, attention: str, tower: str, inputs: dict) -> torch.Tensor:
     """The unmodified model's projected embeddings."""
-    model = adapt(case, attention)
-    return tower_of(model, tower).embed_frozen(**inputs)
+    return tower_of(adapt_once(case, attention), tower).embed_frozen(**inputs)
 
 
 def variants_of_inputs(case: Case, tower: str) -> list[dict]:
@@ -417,7 +427,7 @@ def test_hidden_states_have_the_length_and_count_of_the_base_model(name, tower, 
 def test_compiles_without_graph_breaks(name):
     case = CASES[name]
     model = adapt(case)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = case.inputs()
     torch.testing.assert_close(compiled(**inputs).logits_per_image, model(**inputs).logits_per_image)
     torch._dynamo.reset()
