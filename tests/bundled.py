@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
@@ -15,3 +20,17 @@ def scores_of(prediction: list[dict], names: list[str] = NAMES) -> list[float]:
     """In the order of the classes."""
     scores = {entry["label"]: entry["score"] for entry in prediction}
     return [scores[name] for name in names]
+
+
+def save_shallow_clip(folder: Path, layers: int = 4) -> Path:
+    """The small CLIP's first layers, where what is tested does not depend on how deep a model is."""
+    shutil.copytree(ASSETS / "clip-small", folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    found = {name: re.search(r"\.layers\.(\d+)\.", name) for name in weights}
+    kept = {name: weights[name] for name, match in found.items() if match is None or int(match[1]) < layers}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

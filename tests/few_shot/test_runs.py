@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,27 @@ import pytest
 import run as run_script
 import torch
 from accelerate.state import AcceleratorState
+from bundled import ASSETS, save_shallow_clip
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a shallow CLIP, and with few images of each class."""
+    folder = tmp_path_factory.mktemp("small")
+    save_shallow_clip(folder / "clip")
+    for part, count in (("train", 8), ("test", 4)):
+        for name in NAMES:
+            (folder / "caltech101" / part / name).mkdir(parents=True)
+            for path in sorted((ASSETS / "caltech101" / part / name).iterdir())[:count]:
+                shutil.copy(path, folder / "caltech101" / part / name)
+    return folder
+
+
 @pytest.fixture
-def command(assets, scripts, describe, tmp_path):
+def command(small, scripts, describe, tmp_path):
     """Arguments of a small run; `launcher` stands before the script."""
     data = describe("four", reader="folder", root="caltech101", classes=NAMES)
 
@@ -34,8 +49,8 @@ def command(assets, scripts, describe, tmp_path):
             | {"prototype_learning_rate": 0.02, "views": views or 8},
             **cached,
         )
-        arguments = ["--protocol", "base-to-new", "--data-root", assets, "--dataset", data, "--method", method]
-        arguments += ["--model", assets / "clip-small", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
+        arguments = ["--protocol", "base-to-new", "--data-root", small, "--dataset", data, "--method", method]
+        arguments += ["--model", small / "clip", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
         return [str(part) for part in (*launcher, scripts / "run.py", *arguments, *options)]
 
     return make
@@ -84,7 +99,7 @@ def test_killed_run_goes_on_and_ends_the_same(command, run_here, tmp_path):
     assert not list(killed.rglob("results.json"))
     done = len(torch.load(checkpoint, weights_only=True)["log"])
     assert 1 <= done < 3
-    assert "3/3" not in run(command(killed))
+    assert "3/3" not in run_here(command(killed))
     assert results(killed) == results(whole)
     assert not list(killed.rglob("checkpoint.pt")) and not list(killed.rglob("*.tmp"))
 
