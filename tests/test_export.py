@@ -17,7 +17,8 @@ BATCH = {"pixel_values": {0: torch.export.Dim("batch")}}
 
 
 def make_module(kind: type, config: dict) -> torch.nn.Module:
-    classifier = make_classifier(config=config).eval()
+    """Of two layers, since the time of an export grows with them."""
+    classifier = make_classifier(config=config | {"clip": make_clip(text_layers=2, vision_layers=2)}).eval()
     return (ImageEmbedder(classifier.model) if kind is ImageEmbedder else ImageScorer(classifier)).eval()
 
 

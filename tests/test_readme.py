@@ -15,7 +15,7 @@ import pytest
 import rooms
 import support_matrix
 import typer
-from bundled import ASSETS
+from bundled import ASSETS, save_shallow_clip
 from hub_server import File, HubServer, Repo
 
 from sep_peft import SEPConfig
@@ -45,11 +45,12 @@ def lines(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def hub():
-    """A Hub whose CLIP is the small one."""
+def hub(tmp_path_factory):
+    """A Hub whose CLIP is the small one, with few of its layers, since the time of an export grows with them."""
+    small = save_shallow_clip(tmp_path_factory.mktemp("hub") / "clip", layers=2)
     with HubServer({"hf_docs": "me"}) as server:
         clip = server.repos[CLIP] = Repo()
-        contents = {path.name: File(path.read_bytes(), False) for path in (ASSETS / "clip-small").iterdir()}
+        contents = {path.name: File(path.read_bytes(), False) for path in small.iterdir()}
         clip.commit("main", contents, "small")
         yield server
 
