@@ -249,7 +249,7 @@ NO_JSON = "{file} is no valid JSON ("
         (b'{"names": ["a"]}', VERSION.format(None)),
         (b"[]", VERSION.format(None)),
         (
-            b'{"format_version": 1, "names": ["a"], "templates": []}',
+            b'{"format_version": 1, "sep_save_id": "ID", "names": ["a"], "templates": []}',
             "The class list lacks class_inputs, template_inputs.",
         ),
     ],
@@ -259,9 +259,10 @@ NO_JSON = "{file} is no valid JSON ("
 def test_broken_class_file(adapted, content, message, saved):
     """Found out before the model is touched."""
     file = saved / "sep_classes.json"
+    save_id = json.loads(file.read_text())["sep_save_id"]
     file.unlink()
     if content is not None:
-        file.write_bytes(content)
+        file.write_bytes(content.replace(b"ID", save_id.encode()))
     model = make_model("first") if adapted else make_clip()
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(file=file))}"):

@@ -11,6 +11,7 @@ from small_classifier import IMAGES, contents, logits_of, make_classifier, raise
 from small_clip import make_clip
 
 from sep_peft import SEPClassifier, cast_adapter
+from sep_peft.tuner.save_id import read_save_id
 
 
 WEIGHTS, PROTOTYPES = "adapter_model.safetensors", "sep_prototypes.safetensors"
@@ -26,10 +27,14 @@ def test_every_value_is_rounded_and_nothing_else_changes(dtype, tmp_path):
         full, half = load_file(tmp_path / "full" / name), load_file(tmp_path / "half" / name)
         assert full.keys() == half.keys()
         assert all(torch.equal(half[key], full[key].to(dtype)) and half[key].dtype == dtype for key in full)
-    others = [{k: v for k, v in contents(tmp_path / f).items() if "safetensors" not in k} for f in ("full", "half")]
+    ids = {f: read_save_id(tmp_path / f / WEIGHTS).encode() for f in ("full", "half")}
+    assert ids["full"] != ids["half"]  # they are two saves
+    others = [
+        {k: v.replace(ids[f], b"") for k, v in contents(tmp_path / f).items() if "safetensors" not in k} for f in ids
+    ]
     assert others[0] == others[1]
     with safe_open(tmp_path / "half" / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "sep_save_id": ids["half"].decode()}
 
 
 @pytest.mark.parametrize("low", [False, True])

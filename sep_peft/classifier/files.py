@@ -18,12 +18,13 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..tuner.config import SEPConfig
-from ..tuner.files import cast_adapter, cast_tensor, check_numbers, check_save_dtype, replace_files
+from ..tuner.files import cast_adapter, cast_tensor, check_file, check_numbers, check_save_dtype, replace_files
+from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
 
@@ -150,6 +151,11 @@ def _write(
     base_class = type(model.get_base_model()).__name__
     config = cast(SEPConfig, model.active_peft_config)
     card = make_card(classes, config, base_class, details, subfolder=subfolder, old=old)
+    save_id = stamp_files(folder)
+    with open(os.path.join(folder, CLASSES_FILE), encoding="utf-8") as file:
+        data = json.load(file)
+    with open(os.path.join(folder, CLASSES_FILE), "w", encoding="utf-8") as file:
+        json.dump({**data, SAVE_ID: save_id}, file, indent=1)
     card.save(os.path.join(folder, REPOCARD_NAME))
 
 
@@ -216,7 +222,8 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
 
     Raises:
         ValueError: there are none, they are no JSON, incomplete, or of a newer format.
-        SafetensorError: the file of their prototypes is cut short.
+        MixedSaveError: they belong to another save than the weights or the prototypes.
+        SafetensorError: the weights or the prototypes are cut short.
     """
     try:
         file = find_file(path, CLASSES_FILE, subfolder, hub_options)
@@ -240,16 +247,31 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
             f"{file} has format version {version!r}, but this version of sep_peft reads "
             f"{FORMAT_VERSION}. Upgrade sep_peft."
         )
+    weights = _find_weights(path, subfolder, hub_options)
+    if weights is not None:
+        check_file(weights)
+        check_save_id(weights, file, data.get(SAVE_ID))
     if not data.get("prototype_logit_weight"):
         return TaskClasses.from_json(data)
+    classes_file = file
     file = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
     if not os.path.isfile(file):
         raise ValueError(f"{file} does not exist, but {CLASSES_FILE} says that it should. Copy or download it again.")
+    check_save_id(file, classes_file, data.get(SAVE_ID))
     prototypes = load_file(file)
     if "prototypes" not in prototypes:
         raise ValueError(f"{file} holds no prototypes, but {CLASSES_FILE} says that it should. Download it again.")
     check_numbers(prototypes.items(), file)
     return TaskClasses.from_json(data, prototypes["prototypes"])
+
+
+def _find_weights(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> str | None:
+    """The adapter's weights in safetensors, as a path on this machine; None where there are none."""
+    try:
+        file = find_file(path, SAFETENSORS_WEIGHTS_NAME, subfolder, hub_options)
+    except RemoteEntryNotFoundError:
+        return None
+    return file if os.path.isfile(file) else None
 
 
 def load_base(

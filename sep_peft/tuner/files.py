@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from .save_id import FIRST_PARTS, SAVE_ID, check_save_id, config_save_id, read_save_id
 
 
 #: What adapters can be saved in.
@@ -176,10 +182,19 @@ def check_file(path: str | os.PathLike) -> None:
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """`check_file` for the weights in a local adapter folder, where there are any."""
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.isfile(path):
-        check_file(path)
+    """`check_file` for the weights in a local adapter folder, where there are any.
+
+    Raises:
+        SafetensorError: the weights are cut short.
+        MixedSaveError: weights and configuration belong to two saves.
+    """
+    path, config = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        return
+    check_file(path)
+    if os.path.isfile(config):
+        with open(config, encoding="utf-8") as file:
+            check_save_id(path, config, config_save_id(json.load(file)))
 
 
 def check_save_dtype(dtype: torch.dtype | None) -> None:
@@ -217,7 +232,9 @@ def cast_adapter(folder: str | os.PathLike, dtype: torch.dtype) -> None:
     check_file(path)
     with replace_files(folder) as temporary:
         cast = {key: cast_tensor(value, dtype, key) for key, value in load_file(path).items()}
-        save_file(cast, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        save_id = read_save_id(path)
+        metadata = {"format": "pt"} | ({} if save_id is None else {SAVE_ID: save_id})
+        save_file(cast, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), metadata=metadata)
 
 
 def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -237,7 +254,7 @@ def replace_files(folder: str | os.PathLike) -> Iterator[str]:
     """A temporary folder whose files take their places in `folder` when the block ends without an error.
 
     The temporary folder lies inside its target, so that files are renamed, never copied. If one cannot take its place,
-    all others go back to where they were.
+    all others go back to where they were. Temporary folders that killed processes of this machine left are removed.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -246,18 +263,40 @@ def replace_files(folder: str | os.PathLike) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    mark = f"{_node()}-{os.getpid()}-"
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary,
-        tempfile.TemporaryDirectory(dir=folder, prefix=".replaced-") as replaced,
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".saving-{mark}") as temporary,
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".replaced-{mark}") as replaced,
     ):
         yield temporary
         _move_files(Path(temporary), folder, Path(replaced))
 
 
+def _node() -> str:
+    """This machine, in letters for the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary folders of processes of this machine that are gone; those of others may be in use."""
+    leftover = re.compile(rf"\.(?:saving|replaced)-{_node()}-(\d+)-[^-]+")
+    for path in folder.iterdir():
+        match = leftover.fullmatch(path.name)
+        if match is not None and path.is_dir() and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(path)
+
+
+def _move_order(file: Path) -> tuple:
+    """Weights and configuration come first, files of classes last: see `save_id`."""
+    first = FIRST_PARTS.index(file.name) if file.name in FIRST_PARTS else len(FIRST_PARTS)
+    return first, file.suffix == ".json", file
+
+
 def _move_files(source: Path, target: Path, replaced: Path) -> None:
     """Move all files of `source` to the same places in `target`, whose own go to `replaced`; all of them or none."""
     with ExitStack() as undo:
-        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        for file in sorted((path for path in source.rglob("*") if path.is_file()), key=_move_order):
             name = file.relative_to(source)
             for folder in (target, replaced):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
