@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_classifier import CLASSES, IMAGES, TEMPLATES, make_model, raises
@@ -19,7 +19,7 @@ from small_sep import outputs, snapshot
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, TaskClasses, hotswap_adapter
-from sep_peft.classifier.files import CONFIG_FILE, load_base
+from sep_peft.classifier.files import load_base
 from sep_peft.classifier.prediction import Task, predict_batch
 from sep_peft.tuner.tower import SEPTower
 
@@ -66,7 +66,7 @@ class Files:
             (folder / file.name).write_bytes(file.read_bytes())
 
     def config(self, **options) -> None:
-        file = self.folder / CONFIG_FILE
+        file = self.folder / CONFIG_NAME
         file.write_text(json.dumps(json.loads(file.read_text()) | options))
 
     def weights(self, change: Callable[[dict], None]) -> None:
