@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from small_classifier import contents, logits_of, with_prototypes
 from small_clip import make_clip
 
 from sep_peft import SEPClassifier
-from sep_peft.tuner.save_id import MixedSaveError, read_save_id
+from sep_peft.tuner.save_id import MixedSaveError, read_save_id, save_stamped
 
 
 def make_two() -> tuple[SEPClassifier, SEPClassifier]:
@@ -134,3 +135,13 @@ def test_killed_saves_leave_one_save_or_are_refused(tmp_path):
     first.save_pretrained(folder)
     left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
     assert left == [f".saving-other_machine-{process.pid}-x"]  # of another machine: it may be in use
+
+
+def test_the_same_save_makes_the_same_bytes(tmp_path):
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
+    for number in range(8):
+        save_stamped(tensors, tmp_path / f"{number}.safetensors", "0" * 32)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read_save_id(tmp_path / "0.safetensors") == "0" * 32
+    loaded = load_file(tmp_path / "0.safetensors")
+    assert {name for name in tensors if torch.equal(loaded[name], tensors[name])} == {"a", "b"}

@@ -20,9 +20,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from .save_id import FIRST_PARTS, SAVE_ID, check_save_id, config_save_id, read_save_id
+from .save_id import FIRST_PARTS, check_save_id, config_save_id, read_save_id, save_stamped
 
 
 #: What adapters can be saved in.
@@ -233,8 +233,7 @@ def cast_adapter(folder: str | os.PathLike, dtype: torch.dtype) -> None:
     with replace_files(folder) as temporary:
         cast = {key: cast_tensor(value, dtype, key) for key, value in load_file(path).items()}
         save_id = read_save_id(path)
-        metadata = {"format": "pt"} | ({} if save_id is None else {SAVE_ID: save_id})
-        save_file(cast, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), metadata=metadata)
+        save_stamped(cast, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), save_id)
 
 
 def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 
 #: Key of the id: in the metadata of weights, and in the configuration's `auto_mapping`, of which PEFT reads other keys
@@ -39,12 +40,27 @@ def stamp_files(folder: str | os.PathLike) -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     save_id = digest.hexdigest()[:32]
     for path in Path(folder).glob("*.safetensors"):
-        save_file(load_file(path), path, metadata={"format": "pt", SAVE_ID: save_id})
+        save_stamped(load_file(path), path, save_id)
     path = Path(folder) / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_mapping"] = (config.get("auto_mapping") or {}) | {SAVE_ID: save_id}
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return save_id
+
+
+def save_stamped(tensors: dict[str, torch.Tensor], file: str | os.PathLike, save_id: str | None) -> None:
+    """Write a safetensors file with the id of its save; the same tensors and id make the same bytes.
+
+    safetensors writes several entries of metadata in an order that changes from save to save, so they are sorted here.
+    """
+    data = save(tensors, metadata={"format": "pt"} | ({} if save_id is None else {SAVE_ID: save_id}))
+    end = 8 + int.from_bytes(data[:8], "little")  # eight bytes hold the length of the header, which is JSON
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    if len(ordered) != end - 8:
+        raise ValueError(f"The header of {os.fspath(file)} cannot be sorted in its place.")
+    Path(file).write_bytes(data[:8] + ordered + data[end:])
 
 
 def read_save_id(file: str | os.PathLike) -> str | None:
