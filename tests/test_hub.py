@@ -412,7 +412,7 @@ def test_card_runs_as_printed(hub, pushed, tmp_path):
     shutil.copy(IMAGE, tmp_path / "image.jpg")
     blocks = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].content.decode(), re.DOTALL)
     assert len(blocks) == 2
-    with environment(**environment_of(hub, tmp_path / "home"), HF_TOKEN=TOKEN):
+    with environment(**environment_of(hub, tmp_path / "home"), HF_TOKEN=TOKEN, OMP_NUM_THREADS="1"):
         for block, printed in zip(blocks, [f"{pushed['prediction'][:1]}\n", ""], strict=True):
             command = [sys.executable, "-c", block]
             result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
