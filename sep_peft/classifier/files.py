@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..tuner.config import SEPConfig
+from ..tuner.disk import try_folder
 from ..tuner.files import cast_adapter, cast_tensor, check_file, check_numbers, check_save_dtype, replace_files
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CardDetails, is_hub_name, make_card, read_card
@@ -61,6 +62,28 @@ def save_files(
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
         _write(model, classes, temporary, details, old, save_dtype)
+
+
+def try_output(folder: str | os.PathLike, needed: int = 0) -> None:
+    """Find out before long work whether `save_files` can save into a folder; nothing in it is changed.
+
+    Args:
+        folder: may be missing.
+        needed: bytes that its disk must have room for.
+
+    Raises:
+        NotADirectoryError, PermissionError, DiskFullError: as `try_folder`.
+        IsADirectoryError: a folder is in the place of a file that is to be written.
+        ValueError: the metadata of the card that is there cannot be read.
+    """
+    try_folder(folder, needed)
+    names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CLASSES_FILE, PROTOTYPES_FILE, REPOCARD_NAME)
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{path} is a folder, but a file of that name is to be saved. Rename or remove it.")
+    card = os.path.join(folder, REPOCARD_NAME)
+    if os.path.isfile(card):
+        read_card(card)
 
 
 def push_files(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
@@ -30,6 +30,7 @@ from ..training.fit import fit
 from ..training.folders import ImageFolder, Samples, read_folder, read_test, without_unreadable
 from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
+from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .text import one_line
 
 
@@ -141,9 +142,10 @@ def train(
     Raises:
         NotADirectoryError: there is no `folder`, or `output` is a file.
         FileExistsError: `output` has an adapter, and `overwrite` was not asked for.
+        OSError: nothing can be saved in `output`, or its disk has too little room; found out before training.
         ValueError: a cache without a trunk to keep, or images that cannot be trained on.
     """
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     if cache is not None and config.start_layer == 0:
         raise ValueError("--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache.")
     images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
@@ -153,6 +155,7 @@ def train(
     classifier = SEPClassifier.from_class_names(
         model, processor, images.names, template=template or TEMPLATE, recipe=recipe
     )
+    check_output(output, overwrite, needed=saved_bytes(classifier))
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
@@ -164,26 +167,28 @@ def train(
         for part, found in adapted.items()
     ]
     details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), scores=scores, license=license)
-    classifier.save_pretrained(output, details, save_dtype)
-    return _trained(output, images, scores, broken)
+    return _trained(save_somewhere(classifier, output, details, save_dtype), images, scores, broken)
 
 
-def _trained(output: Path, folder: ImageFolder, scores: list[Score], broken: dict[Path, str]) -> Result:
-    size = (output / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+def _trained(saved: Saved, folder: ImageFolder, scores: list[Score], broken: dict[Path, str]) -> Result:
+    size = (saved.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     data = {
-        "adapter": str(output),
+        "adapter": str(saved.folder),
+        "error": saved.error,
         "bytes": size,
         "classes": folder.names,
         "training_images": len(folder.train),
         "scores": [asdict(score) for score in scores],
         "unreadable": _listed(broken),
     }
-    lines = [f"saved {output} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
+    lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
     lines += [
         f"{score.split}: {score.accuracy:.1f} % with SEP, {score.zero_shot:.1f} % zero-shot, {score.images} images"
         for score in scores
     ]
-    return Result(data, lines)
+    if saved.error is not None:
+        warn(f"the adapter is in {saved.folder}, because saving where it was asked for failed: {saved.error}")
+    return Result(data, lines, code=0 if saved.error is None else 1)
 
 
 def _evaluate_parts(
@@ -193,13 +198,6 @@ def _evaluate_parts(
         part: evaluation.evaluate(classifier, samples, batch_size, session.progress(f"{title}, {part}"))
         for part, samples in folder.tests.items()
     }
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
-    if (folder / CONFIG_NAME).exists() and not overwrite:
-        raise FileExistsError(f"{folder} has an adapter already. Pass --overwrite to replace it.")
 
 
 def _readable(folder: ImageFolder, session: Session) -> tuple[ImageFolder, dict[Path, str]]:
@@ -372,7 +370,7 @@ def import_reference(
         FileExistsError: `output` has an adapter, and `overwrite` was not asked for.
         ValueError: the names do not fit; `output` is left as it is.
     """
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     names = [] if classes is None else [line.strip() for line in classes.read_text("utf-8").splitlines()]
     names = [name for name in names if name]
     base, processor = _load_base(base_model, session) if names else (_load_base_model(base_model, session), None)
@@ -491,9 +489,14 @@ def _check_images(samples: Samples, session: Session) -> tuple[Samples, dict[Pat
 def _warn(broken: Mapping[Any, str]) -> None:
     """Name and count images on standard error."""
     for error in broken.values():
-        print(f"sep-peft: warning: {one_line(error)}", file=sys.stderr)
+        warn(error)
     if broken:
-        print(f"sep-peft: warning: {len(broken)} images cannot be read and are left out", file=sys.stderr)
+        warn(f"{len(broken)} images cannot be read and are left out")
+
+
+def warn(message: str) -> None:
+    """Tell something that does not end the command, on standard error."""
+    print(f"sep-peft: warning: {one_line(message)}", file=sys.stderr)
 
 
 def _listed(broken: Mapping[Path, str]) -> list[dict[str, str]]:

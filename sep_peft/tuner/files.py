@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from .disk import full_disk_named
 from .save_id import FIRST_PARTS, check_save_id, config_save_id, read_save_id, save_stamped
 
 
@@ -257,6 +258,7 @@ def replace_files(folder: str | os.PathLike) -> Iterator[str]:
 
     Raises:
         NotADirectoryError: `folder` is a file.
+        DiskFullError: its disk is full; the folder is as it was.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -265,6 +267,7 @@ def replace_files(folder: str | os.PathLike) -> Iterator[str]:
     _remove_leftovers(folder)
     mark = f"{_node()}-{os.getpid()}-"
     with (
+        full_disk_named(folder),
         tempfile.TemporaryDirectory(dir=folder, prefix=f".saving-{mark}") as temporary,
         tempfile.TemporaryDirectory(dir=folder, prefix=f".replaced-{mark}") as replaced,
     ):
