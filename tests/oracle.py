@@ -65,7 +65,7 @@ def run_layers(x, tower, causal, prompts, **options):
     return reference.prompted_tower(x, prompts, layers, **options)
 
 
-def image_features(clip, pixels, prompts=None, fusions=None, start=0):
+def image_features(clip, pixels, prompts=None, fusions=None, start=0, fusion_tokens="selected"):
     """Projected embedding (E,) of one image (3, H, W); `fusions`: layer -> fusion module."""
     tower = clip.vision_model
     e = tower.embeddings
@@ -78,11 +78,12 @@ def image_features(clip, pixels, prompts=None, fusions=None, start=0):
     x = layer_norm(torch.stack(tokens) + e.position_embedding.weight, tower.pre_layrnorm)
     if prompts is not None and start == 0:
         prompts = layer_norm(prompts, tower.pre_layrnorm)
-    x = run_layers(x, tower, False, prompts, fusions=fusions or {}, prompt_index=len(x), start_layer=start)
+    options = {"prompt_index": len(x), "start_layer": start, "fusion_tokens": fusion_tokens}
+    x = run_layers(x, tower, False, prompts, fusions=fusions or {}, **options)
     return clip.visual_projection.weight @ layer_norm(x[0], tower.post_layernorm)
 
 
-def text_features(clip, ids, prompts=None, fusions=None, start=0):
+def text_features(clip, ids, prompts=None, fusions=None, start=0, fusion_tokens="selected"):
     """Projected embedding (E,) of one text, a list of token ids from BOS to EOS."""
     tower = clip.text_model
     words, positions = tower.embeddings.token_embedding.weight, tower.embeddings.position_embedding.weight
@@ -90,6 +91,6 @@ def text_features(clip, ids, prompts=None, fusions=None, start=0):
     x = torch.stack([words[token] + positions[i if i == 0 else i + moved] for i, token in enumerate(ids)])
     if moved:
         prompts = prompts + positions[1 : 1 + moved]
-    options = {"fusions": fusions or {}, "prompt_index": 1, "start_layer": start, "is_text": True}
-    x = run_layers(x, tower, True, prompts, **options)
+    options = {"prompt_index": 1, "start_layer": start, "is_text": True, "fusion_tokens": fusion_tokens}
+    x = run_layers(x, tower, True, prompts, fusions=fusions or {}, **options)
     return clip.text_projection.weight @ layer_norm(x[-1], tower.final_layer_norm)

@@ -28,6 +28,16 @@ SETTINGS = {
     "mostly frozen": {"num_text_prompts": 2, "num_vision_prompts": 2, "frozen_weight": 0.8},
     "shallow": {"num_text_prompts": 4, "num_vision_prompts": 3, "fusion": "none", "frozen_weight": 0.0},
     "start alone": {"num_text_prompts": 3, "num_vision_prompts": 2, "start_layer": 1, "frozen_weight": 0.0},
+    "independent": {
+        "num_text_prompts": 3,
+        "num_vision_prompts": 2,
+        "fusion": "independent",
+        "text_layers": [2],
+        "frozen_weight": 0.3,
+    },
+    "random": {"num_text_prompts": 3, "num_vision_prompts": 4, "fusion_tokens": "random"},
+    "mean": {"num_text_prompts": 4, "num_vision_prompts": 3, "fusion_tokens": "mean", "start_layer": 1},
+    "noise": {"num_text_prompts": 2, "num_vision_prompts": 3, "fusion_tokens": "noise", "share_fusion": True},
     "vision only": {"num_text_prompts": 0, "num_vision_prompts": 3},
     "text only": {"num_text_prompts": 3, "num_vision_prompts": 0},
 }

@@ -21,6 +21,7 @@ from sep_peft import SEPConfig
 AT_LEAST_0 = "an integer of at least 0"
 AT_LEAST_1 = "an integer of at least 1"
 RANK = "None or an integer of at least 1"
+SOURCES = '"selected", "random", "mean" or "noise"'
 SHARE = "a number of at least 0 and below 1"
 LAYERS = "None or a list of layer indices of at least 0"
 NAMES = "None or a list of module names"
@@ -33,7 +34,11 @@ BAD_VALUES = [
         for name in ("num_text_prompts", "num_vision_prompts", "start_layer")
         for value in (-1, True, False, 2.0, math.nan, "2", None, [2])
     ),
-    *(("fusion", value, '"attention" or "none"') for value in ("Attention", "", None, True, 0, ["attention"])),
+    *(
+        ("fusion", value, '"attention", "independent" or "none"')
+        for value in ("Attention", "", None, True, 0, ["attention"])
+    ),
+    *(("fusion_tokens", value, SOURCES) for value in ("Mean", "", None, True, 0, ["mean"])),
     *(("fusion_rank", value, RANK) for value in (0, -1, True, 4.0, "4")),
     *(("fusion_hidden_size", value, AT_LEAST_1) for value in (0, -1, True, 64.0, "64", None)),
     *(
@@ -98,7 +103,25 @@ BAD_COMBINATIONS = [
             ("fusion_hidden_size", 256, 32),
             ("share_fusion", True, False),
             ("batch_coupled", True, False),
+            ("fusion_tokens", "mean", "selected"),
         )
+    ),
+    *(
+        (
+            {"fusion": "independent", name: value},
+            f'{name} must be left at {unset!r} with fusion="independent", but got {value!r}.',
+        )
+        for name, value, unset in (
+            ("fusion_tokens", "noise", "selected"),
+            ("fusion_rank", None, 4),
+            ("fusion_hidden_size", 256, 32),
+            ("share_fusion", True, False),
+            ("batch_coupled", True, False),
+        )
+    ),
+    (
+        {"batch_coupled": True, "fusion_tokens": "random"},
+        "fusion_tokens must be \"selected\" with batch_coupled=True, as the released code has it, but got 'random'.",
     ),
 ]
 
@@ -119,6 +142,7 @@ def test_bad_combination(options, message):
         {"fusion_rank": 1, "fusion_hidden_size": 1},
         {"text_layers": [], "vision_layers": []},
         {"fusion": "none", "fusion_hidden_size": 32, "start_layer": 3},
+        {"fusion": "independent", "text_layers": [2], "vision_layers": []},
     ],
     ids=str,
 )

@@ -146,7 +146,7 @@ def test_a_whole_processor_and_a_whole_classifier_serve_as_well(processor):
         assert [entry.layer for entry in explain(model, whole, IMAGE).layers] == [1, 2, 3]
 
 
-NOTHING = "There is nothing to explain: no active SEP adapter fuses prompts in the image tower."
+NOTHING = "There is nothing to explain: no active SEP adapter selects tokens in the image tower."
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,9 @@ NOTHING = "There is nothing to explain: no active SEP adapter fuses prompts in t
     [
         None,
         {"fusion": "none"},
+        {"fusion": "independent"},
+        {"fusion_tokens": "mean"},
+        {"fusion_tokens": "noise"},
         {"num_vision_prompts": 0},
         {"target_modules": ["text_model"]},
         {"vision_layers": []},

@@ -44,7 +44,8 @@ def oracle_features(model, texts, images):
         for layer in settings.fusion_layers:
             fusions[layer] = tower.sep_fusion["default"]["shared" if settings.share_fusion else str(layer)]
         prompts = tower.sep_prompts["default"]
-        prompted = [encode(clip, item, prompts, fusions, settings.start_layer) for item in inputs]
+        options = {"start": settings.start_layer, "fusion_tokens": settings.fusion_tokens}
+        prompted = [encode(clip, item, prompts, fusions, **options) for item in inputs]
         found[name] = torch.stack(
             [reference.mix(a, b, settings.frozen_weight) for a, b in zip(prompted, frozen, strict=True)]
         )
@@ -69,7 +70,7 @@ def test_forward_is_the_method(name, attention, texts):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["published", "layers", "start", "shallow"])
+@pytest.mark.parametrize("name", ["published", "layers", "start", "shallow", "independent", "random", "mean", "noise"])
 @torch.no_grad()
 def test_padding_changes_nothing(name, attention):
     model = make_model(SETTINGS[name], attention)

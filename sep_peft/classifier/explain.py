@@ -122,12 +122,12 @@ def explain(model: nn.Module, processor, image: Any) -> Explanation:
         Explanation.
 
     Raises:
-        ValueError: the adapter has no fusion in the image tower, or the image cannot be read.
+        ValueError: the adapter selects no tokens in the image tower, or the image cannot be read.
     """
     tower = find_towers(model).get("vision")
     settings = None if tower is None else tower.active_settings
-    if tower is None or settings is None or not settings.fusion_layers:
-        raise ValueError("There is nothing to explain: no active SEP adapter fuses prompts in the image tower.")
+    if tower is None or settings is None or not settings.selects_tokens:
+        raise ValueError("There is nothing to explain: no active SEP adapter selects tokens in the image tower.")
     processor = getattr(processor, "image_processor", processor)
     device = next(tower.parameters()).device
     pixel_values = processor(read_image(image), return_tensors="pt")["pixel_values"].to(device)

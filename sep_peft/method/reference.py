@@ -15,34 +15,55 @@ import torch
 import torch.nn.functional as F
 
 from .fusion import TokenFusion
+from .independent import LearnedPrompts
+from .sources import noise_tokens, scattered
 
 
 def prompted_tower(
     tokens: torch.Tensor,
     prompts: torch.Tensor,
     layers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-    fusions: Mapping[int, TokenFusion],
+    fusions: Mapping[int, TokenFusion | LearnedPrompts],
     prompt_index: int,
     start_layer: int = 0,
     is_text: bool = False,
+    fusion_tokens: str = "selected",
 ) -> torch.Tensor:
     """Run one input through a tower with prompts: tokens (L, D) and prompts (n, D) -> tokens (L, D).
 
     The prompts stand before index `prompt_index` from layer `start_layer` on. Before each layer that has a fusion they
-    are made anew from n tokens of this very input, and after the last layer they are cut off.
+    are made anew from n tokens of this very input, or are learned, and after the last layer they are cut off.
     """
     n = len(prompts)
     for index, layer in enumerate(layers):
         if index < start_layer:
             tokens = layer(tokens)
             continue
-        if index in fusions:
-            chosen = following(tokens[prompt_index:], n) if is_text else strongest(tokens, n)
-            prompts = fuse(prompts, chosen, fusions[index])
+        fusion = fusions.get(index)
+        if isinstance(fusion, LearnedPrompts):
+            prompts = fusion.prompts
+        elif fusion is not None:
+            own = tokens[prompt_index:] if is_text else tokens
+            prompts = fuse(prompts, read(own, n, is_text, fusion_tokens, index), fusion)
         states = layer(torch.cat([tokens[:prompt_index], prompts, tokens[prompt_index:]]))  # (L + n, D)
         prompts = states[prompt_index : prompt_index + n]
         tokens = torch.cat([states[:prompt_index], states[prompt_index + n :]])
     return tokens
+
+
+def read(tokens: torch.Tensor, n: int, is_text: bool, fusion_tokens: str, layer: int) -> torch.Tensor:
+    """What a fusion reads of the tokens (L, D) of an image, or of the words of a text: (n, D)."""
+    if fusion_tokens == "noise":
+        return noise_tokens(n, tokens.shape[1], layer)
+    if fusion_tokens == "mean":
+        size = len(tokens)
+        return torch.stack([tokens[k * size // n : -(-(k + 1) * size // n)].mean(dim=0) for k in range(n)])
+    if fusion_tokens == "random" and is_text:
+        return tokens[[int(share * len(tokens)) for share in scattered(torch.arange(n)).tolist()]]
+    if fusion_tokens == "random":
+        ranks = scattered(torch.arange(len(tokens))).tolist()
+        return tokens[sorted(range(len(tokens)), key=lambda index: -ranks[index])[:n]]
+    return following(tokens, n) if is_text else strongest(tokens, n)
 
 
 def strongest(tokens: torch.Tensor, n: int) -> torch.Tensor:

@@ -60,11 +60,16 @@ def largest_tokens(hidden: torch.Tensor, count: int, visible: torch.Tensor | Non
     Raises:
         ValueError: `count` is larger than L.
     """
-    strongest = token_energies(hidden, count, visible).topk(count, dim=1)
-    positions = strongest.indices
-    if visible is not None:
-        positions = torch.where(strongest.values < 0, positions[:, :1], positions)
-    return positions
+    return spread_first(token_energies(hidden, count, visible), count)
+
+
+def spread_first(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions (B, K) of the `count` largest ranks (B, L), largest first.
+
+    A rank below 0 is never chosen: the position of the largest one is repeated in its place.
+    """
+    largest = ranks.topk(count, dim=1)
+    return torch.where(largest.values < 0, largest.indices[:, :1], largest.indices)
 
 
 def token_energies(hidden: torch.Tensor, count: int, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,14 +78,22 @@ def token_energies(hidden: torch.Tensor, count: int, visible: torch.Tensor | Non
     Raises:
         ValueError: there are fewer than `count` tokens.
     """
-    if count > hidden.shape[1]:
-        raise ValueError(
-            f"{count} prompts need {count} tokens to select from, but the input has only {hidden.shape[1]}. "
-            "Use fewer prompts (num_vision_prompts) or a larger image."
-        )
+    check_count(count, hidden.shape[1])
     # (B, L), read in one go and summed in fp32: fp16 squares would overflow
     energy = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide_dtype(hidden)).pow(2)
     return energy if visible is None else energy.masked_fill(~visible, -1.0)  # below every energy
+
+
+def check_count(count: int, length: int) -> None:
+    """
+    Raises:
+        ValueError: there are fewer than `count` tokens to select from.
+    """
+    if count > length:
+        raise ValueError(
+            f"{count} prompts need {count} tokens to select from, but the input has only {length}. "
+            "Use fewer prompts (num_vision_prompts) or a larger image."
+        )
 
 
 def following_tokens(first: torch.Tensor, last: torch.Tensor, count: int) -> torch.Tensor:

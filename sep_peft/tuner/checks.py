@@ -9,7 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
-from .config import SEPConfig
+from .config import CHOSEN_TOKENS, SEPConfig
 from .paths import check_model_paths, check_tower_paths
 from .registration import PREFIX
 from .tower import ROOT_CHILD, SEPTower
@@ -205,7 +205,7 @@ def _check_sizes(config: SEPConfig, modality: str, width: int) -> None:
             f"num_{modality}_prompts must be at most {MAX_PROMPTS}, because prompts join the tokens of every layer, "
             f"but got {count}."
         )
-    if config.fusion == "none":
+    if config.fusion != "attention":
         return
     if config.fusion_rank is not None and config.fusion_rank > width:
         raise ValueError(
@@ -252,7 +252,7 @@ def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.M
                 f"num_{modality}_prompts must be at most {room}, because the {modality} tower has {positions} "
                 f"positions and needs two for BOS and EOS, but got {count}."
             )
-    elif spec.inputs == "pixel_values" and config.fusion == "attention":
+    elif spec.inputs == "pixel_values" and config.fusion == "attention" and config.fusion_tokens in CHOSEN_TOKENS:
         tokens = _num_image_tokens(module)
         if tokens is not None and count > tokens:
             raise ValueError(

@@ -25,7 +25,11 @@ PUBLISHED = {
 #: One small fusion for all layers of a tower, whatever the defaults of `SEPConfig` are.
 COMPACT = {"fusion_rank": 4, "fusion_hidden_size": 16, "share_fusion": True}
 #: Options that say something about fusions only.
-FUSION_OPTIONS = ("text_layers", "vision_layers", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
+FUSION_OPTIONS = ("fusion_tokens", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
+#: Value of `fusion` -> options that say nothing beside it.
+UNUSED_OPTIONS = {"none": ("text_layers", "vision_layers", *FUSION_OPTIONS), "independent": FUSION_OPTIONS}
+#: Values of `fusion_tokens` that are tokens chosen from those of an input.
+CHOSEN_TOKENS = ("selected", "random")
 #: Options that loading fills in.
 FILLED_IN = ("base_architecture", "base_model_name_or_path", "auto_mapping", "inference_mode", "revision")
 
@@ -41,14 +45,20 @@ class SEPConfig(PeftConfig):
     Args:
         num_text_prompts (`int`): prompts of the text tower, 0 leaves it as it is. Default 6.
         num_vision_prompts (`int`): prompts of the image tower, 0 leaves it as it is. Default 4.
-        text_layers (`list[int]`, *optional*): encoder layers of the text tower before which the prompts are fused anew,
+        text_layers (`list[int]`, *optional*): encoder layers of the text tower before which the prompts are made anew,
             counted from 0. None: every layer after `start_layer`.
         vision_layers (`list[int]`, *optional*): the same for the image tower.
         start_layer (`int`): the layer before which the prompts enter. Below it the prompted and the frozen tower are
             the same and are computed once. With 0 the text prompts take positions 1..n and move the text up, as
             published; above 0 positions are spent already, so they carry none. Default 0.
-        fusion (`"attention"` or `"none"`): "attention" fuses prompts with selected tokens, "none" lets the prompts run
-            through the layers as they are (shallow prompts as in CoOp and VPT). Default "attention".
+        fusion (`"attention"`, `"independent"` or `"none"`): how prompts are made anew before a layer. "attention" fuses
+            them with tokens of the input, "independent" puts learned prompts of that layer in their place (deep prompts
+            as in VPT-deep, arXiv 2203.12119), "none" lets them run through the layers as they are (shallow prompts as
+            in CoOp and VPT). Default "attention".
+        fusion_tokens (`"selected"`, `"random"`, `"mean"` or `"noise"`): what fusions read. "selected" are the tokens
+            that represent the input, as published; "random" are tokens at pseudo-random positions, "mean" averages of
+            equal stretches of all tokens, "noise" is the same noise for every input, which tells what reading the input
+            is worth (arXiv 2506.23856). Default "selected".
         fusion_rank (`int`, *optional*): r factors the four projections of each fusion to rank r, None leaves them at
             full width as published. Default 4.
         fusion_hidden_size (`int`): width of the fusion's MLP, 256 as published. Default 32.
@@ -80,8 +90,14 @@ class SEPConfig(PeftConfig):
         default=None, metadata={"help": "Image layers before which prompts are fused; None: all after start_layer."}
     )
     start_layer: int = field(default=0, metadata={"help": "The layer before which the prompts enter."})
-    fusion: Literal["attention", "none"] = field(
-        default="attention", metadata={"help": "'attention' fuses prompts with tokens, 'none' leaves them shallow."}
+    fusion: Literal["attention", "independent", "none"] = field(
+        default="attention",
+        metadata={
+            "help": "'attention' fuses prompts with tokens, 'independent' learns them, 'none' leaves them shallow."
+        },
+    )
+    fusion_tokens: Literal["selected", "random", "mean", "noise"] = field(
+        default="selected", metadata={"help": "What fusions read: 'selected', 'random', 'mean' or 'noise'."}
     )
     fusion_rank: int | None = field(
         default=4, metadata={"help": "Rank of the fusion's projections; None for full width."}
@@ -123,7 +139,10 @@ class SEPConfig(PeftConfig):
             self._require(name, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
         if self.num_text_prompts == 0 and self.num_vision_prompts == 0:
             raise ValueError("num_text_prompts and num_vision_prompts must not both be 0: nothing would be adapted.")
-        self._require("fusion", lambda v: v in ("attention", "none"), '"attention" or "none"')
+        fusions = ("attention", "independent", "none")
+        self._require("fusion", lambda v: v in fusions, '"attention", "independent" or "none"')
+        sources = ("selected", "random", "mean", "noise")
+        self._require("fusion_tokens", lambda v: v in sources, '"selected", "random", "mean" or "noise"')
         self._require("fusion_rank", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer of at least 1")
         self._require("fusion_hidden_size", lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
         for name in ("share_fusion", "batch_coupled", "inference_mode"):
@@ -140,15 +159,19 @@ class SEPConfig(PeftConfig):
         if self.architecture is not None:
             # read and written back: a spec with a mistake is found here, and what is saved is plain JSON
             self.architecture = Architecture.from_dict(self.architecture).to_dict()
-        if self.fusion == "none":
-            self._settle_unused_fusion_options()
+        self._settle_unused_options()
+        if self.batch_coupled and self.fusion_tokens != "selected":
+            raise ValueError(
+                f'fusion_tokens must be "selected" with batch_coupled=True, as the released code has it, but got '
+                f"{self.fusion_tokens!r}."
+            )
 
     @classmethod
     def published(cls, **overrides) -> SEPConfig:
         """The setting of the paper: full-width fusions, one of its own for each layer.
 
         Args:
-            overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
+            overrides: options that differ; with ``fusion="independent"`` or "none" those of fusions stay unset.
         """
         return cls._setting(PUBLISHED, overrides)
 
@@ -157,14 +180,14 @@ class SEPConfig(PeftConfig):
         """A setting of a fifteenth of the default's size: one fusion of rank 4 for all layers of a tower.
 
         Args:
-            overrides: options that differ; with ``fusion="none"`` those of fusions stay unset.
+            overrides: options that differ; with ``fusion="independent"`` or "none" those of fusions stay unset.
         """
         return cls._setting(COMPACT, overrides)
 
     @classmethod
     def _setting(cls, options: dict, overrides: dict) -> SEPConfig:
-        if overrides.get("fusion") == "none":
-            options = {name: value for name, value in options.items() if name not in FUSION_OPTIONS}
+        unused = UNUSED_OPTIONS.get(str(overrides.get("fusion")), ())
+        options = {name: value for name, value in options.items() if name not in unused}
         return cls(**(options | overrides))
 
     @classmethod
@@ -235,11 +258,11 @@ class SEPConfig(PeftConfig):
             raise ValueError(f"modules_to_save must name modules, but got an empty name in {list(value)!r}.")
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
-    def _settle_unused_fusion_options(self) -> None:
+    def _settle_unused_options(self) -> None:
         """An option that would be read and ignored is an error; a file may hold an earlier default: it is dropped."""
-        for name in FUSION_OPTIONS:
+        for name in UNUSED_OPTIONS.get(self.fusion, ()):
             value, unset = getattr(self, name), self.__dataclass_fields__[name].default
             if self.made_for is not None:
                 setattr(self, name, unset)
             elif value != unset:
-                raise ValueError(f'{name} must be left at {unset!r} with fusion="none", but got {value!r}.')
+                raise ValueError(f'{name} must be left at {unset!r} with fusion="{self.fusion}", but got {value!r}.')

@@ -64,7 +64,7 @@ def expected_shapes(config: SEPConfig, architecture: Architecture, model: nn.Mod
         settings = TowerSettings.from_config(config, modality, sum(map(len, layer_lists(tower, spec.layers))))
         shapes[f"{KEY_PREFIX}{path}.sep_prompts"] = torch.Size([settings.num_prompts, width])
         if keys := fusion_keys(settings):
-            fusion = new_fusion(config, width, device="meta").state_dict()
+            fusion = new_fusion(config, modality, width, device="meta").state_dict()
             shapes |= {f"{KEY_PREFIX}{path}.sep_fusion.{key}.{n}": v.shape for key in keys for n, v in fusion.items()}
     for path, module in modules_to_save(config, model).items():
         shapes |= {_plain(f"{KEY_PREFIX}{path}.{key}"): value.shape for key, value in module.state_dict().items()}

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..method.coupled import CoupledTokenFusion
 from ..method.fusion import TokenFusion
+from ..method.independent import LearnedPrompts
 from .config import SEPConfig
 from .settings import TowerSettings
 
@@ -24,8 +25,10 @@ def fusion_keys(settings: TowerSettings) -> list[str]:
     return [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
 
 
-def new_fusion(config: SEPConfig, width: int, device: str | None = None) -> TokenFusion:
-    """One fresh fusion in fp32, for a tower of `width` D."""
+def new_fusion(config: SEPConfig, modality: str, width: int, device: str | None = None) -> TokenFusion | LearnedPrompts:
+    """What makes the prompts anew before one layer, fresh and in fp32, for the tower of `modality` and `width` D."""
+    if config.fusion == "independent":
+        return LearnedPrompts(config.prompts_of(modality), width, device=device, dtype=torch.float32)
     kind = CoupledTokenFusion if config.batch_coupled else TokenFusion
     return kind(width, config.fusion_hidden_size, config.fusion_rank, device=device, dtype=torch.float32)
 
@@ -37,7 +40,7 @@ class LayerFusions(nn.ModuleDict):
         fusions: key -> fusion; none is added or taken out later.
     """
 
-    def __init__(self, fusions: Mapping[str, TokenFusion]):
+    def __init__(self, fusions: Mapping[str, TokenFusion | LearnedPrompts]):
         super().__init__(fusions)
         # Adapters are switched, and cached class texts are compared, by way of all parameters. A search through some 20
         # modules a layer takes longer than either, so the modules that own parameters are found once. Their

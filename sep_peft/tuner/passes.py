@@ -14,8 +14,11 @@ from torch import nn
 
 from ..families.spec import TowerSpec
 from ..method.fusion import TokenFusion
+from ..method.independent import LearnedPrompts
 from ..method.select import Selection, gather_tokens
 from ..method.sequence import beside_prompts, extend_mask, insert_prompts, replace_prompts, split_prompts
+from ..method.sources import noise_tokens, segment_means
+from .config import CHOSEN_TOKENS
 
 
 class EncoderLayer(Protocol):
@@ -85,14 +88,15 @@ class PromptedPass:
     Attributes:
         spec: of the tower.
         prompts: (n, D), as they enter the first prompted layer.
-        fusions: layer index -> its fusion module.
+        fusions: layer index -> the module that makes the prompts anew before it.
         start_layer: index of the first prompted layer.
         last_layers: index of the last layer of the tower, or of each of its stages.
         span: first and last position of each text, both (B,); None for images.
         visible: (B, L), False for tokens of an image that are padding; None where all are real.
         frozen: the frozen pass, where it has computed everything below `start_layer` already.
         position_shift: how far positions after `spec.insert_at` move up.
-        selection: chooses the tokens that fusions read.
+        fusion_tokens: what fusions read; see `SEPConfig`.
+        selection: chooses the tokens that fusions read, where they read chosen ones.
         trace: collects what every fusion saw where somebody wants to look at it.
         rotary: makes the rotary embedding of as many positions as there are hidden states; None without one.
         read_token: index beside the prompts of the one token that is read after the last layer, for all inputs or
@@ -102,13 +106,14 @@ class PromptedPass:
 
     spec: TowerSpec
     prompts: torch.Tensor
-    fusions: dict[int, TokenFusion]
+    fusions: dict[int, TokenFusion | LearnedPrompts]
     start_layer: int
     last_layers: tuple[int, ...]
     span: tuple[torch.Tensor, torch.Tensor] | None = None
     visible: torch.Tensor | None = None
     frozen: FrozenPass | None = None
     position_shift: int = 0
+    fusion_tokens: str = "selected"
     selection: Selection = field(default_factory=Selection)
     trace: dict[int, FusionTrace] | None = None
     rotary: nn.Module | None = None
@@ -169,15 +174,42 @@ class PromptedPass:
         else:
             prompt_index = self._prompt_index(hidden.shape[1] - count)
         if index in self.fusions:
-            hidden = replace_prompts(hidden, self._fuse(index, hidden, prompt_index), prompt_index)
+            hidden = replace_prompts(hidden, self._new_prompts(index, hidden, prompt_index), prompt_index)
         return hidden, prompt_index
 
     def _prompt_index(self, length: int) -> int:
         return length if self.spec.insert_at is None else self.spec.insert_at
 
-    def _fuse(self, index: int, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
+    def _new_prompts(self, index: int, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
         """Hidden states with prompts (B, L + n, D) before this layer -> new prompts (B, n, D)."""
         fusion, count = self.fusions[index], self.prompts.shape[0]
+        if isinstance(fusion, LearnedPrompts):
+            return fusion(hidden.shape[0])
+        if self.fusion_tokens in CHOSEN_TOKENS:
+            return self._fuse_chosen(index, fusion, hidden, prompt_index)
+        tokens, prompts = split_prompts(hidden, count, prompt_index)
+        if self.fusion_tokens == "noise":
+            noise = noise_tokens(count, hidden.shape[2], index, hidden.device)
+            return fusion(prompts, noise.expand(hidden.shape[0], -1, -1))  # (n, D) -> (B, n, D)
+        return fusion(prompts, segment_means(tokens, self._own_tokens(tokens, prompt_index), count))
+
+    def _own_tokens(self, tokens: torch.Tensor, prompt_index: int) -> torch.Tensor:
+        """Which tokens (B, L, D) belong to the image, or to the words and the end of the text, (B, L)."""
+        if self.span is None:
+            return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if self.visible is None else self.visible
+        first, last = self._words(prompt_index)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return (places >= first[:, None]) & (places <= last[:, None])
+
+    def _words(self, prompt_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last position of each text after BOS, both (B,), counted without prompts."""
+        assert self.span is not None, "the tower reads texts"
+        first, last = self.span
+        return torch.minimum(first + prompt_index, last), last
+
+    def _fuse_chosen(self, index: int, fusion: TokenFusion, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
+        """New prompts (B, n, D) from tokens that `selection` chooses of hidden states (B, L + n, D)."""
+        count = self.prompts.shape[0]
         positions = self._select(hidden.detach(), prompt_index)  # (B, K)
         own = torch.arange(prompt_index, prompt_index + count, device=hidden.device)  # (n,)
         own = own.expand(hidden.shape[0], -1)  # (n,) -> (B, n)
@@ -194,9 +226,7 @@ class PromptedPass:
         if self.span is None:
             tokens, _ = split_prompts(hidden, count, prompt_index)
             return self.selection.of_images(tokens, count, self.visible)
-        first, last = self.span
-        first = torch.minimum(first + prompt_index, last)  # after BOS
-        return self.selection.of_texts(first, last, hidden.shape[1] - count, count)
+        return self.selection.of_texts(*self._words(prompt_index), hidden.shape[1] - count, count)
 
 
 class FusionTrace(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..families.spec import TowerSpec
-from .config import SEPConfig
+from .config import CHOSEN_TOKENS, SEPConfig
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,8 @@ class TowerSettings:
     """What one adapter wants of one tower; `num_prompts=0` leaves the tower alone."""
 
     num_prompts: int
+    fusion: str
+    fusion_tokens: str
     start_layer: int
     fusion_layers: tuple[int, ...]
     share_fusion: bool
@@ -29,12 +31,19 @@ class TowerSettings:
             layers = range(config.start_layer + 1, num_layers)
         return cls(
             num_prompts=config.prompts_of(modality),
+            fusion=config.fusion,
+            fusion_tokens=config.fusion_tokens,
             start_layer=config.start_layer,
             fusion_layers=tuple(layers),
             share_fusion=config.share_fusion,
             frozen_weight=config.frozen_weight,
             batch_coupled=config.batch_coupled,
         )
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether fusions read tokens that are chosen from those of an input."""
+        return self.fusion == "attention" and self.fusion_tokens in CHOSEN_TOKENS and bool(self.fusion_layers)
 
     def position_shift(self, spec: TowerSpec) -> int:
         """How far tokens after the prompts move up in the positions of a tower with this spec."""

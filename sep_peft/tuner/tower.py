@@ -21,8 +21,10 @@ from torch import nn
 from ..families.spec import Architecture, TowerSpec
 from ..method.coupled import CoupledSelection
 from ..method.fusion import TokenFusion
+from ..method.independent import PROMPT_STD, LearnedPrompts
 from ..method.select import Selection
 from ..method.sequence import beside_prompts
+from ..method.sources import ScatteredSelection
 from ..tracing import is_traced
 from . import outputs
 from .config import SEPConfig
@@ -38,8 +40,6 @@ from .wrappers import SEPLayer, SEPPositionEmbedding, layer_lists
 from .wrapping import unwrap_tower, wrap_after, wrap_tower
 
 
-#: Standard deviation of fresh prompts.
-PROMPT_STD = 0.02
 #: Name of the `SEPTower` inside a model that is a tower itself.
 ROOT_CHILD = "prompted"
 
@@ -69,7 +69,7 @@ class SEPTower(SEPLayer):
 
     Attributes:
         selection: chooses the tokens that fusions read; None: by the rule of the paper. Another one serves all adapters
-            that are not `batch_coupled`; it is not saved.
+            whose fusions read "selected" tokens and that are not `batch_coupled`; it is not saved.
     """
 
     adapter_layer_names = ("sep_prompts", "sep_fusion")
@@ -147,7 +147,7 @@ class SEPTower(SEPLayer):
             prompts = torch.empty(settings.num_prompts, self.hidden_size, dtype=torch.float32)
             self.sep_prompts[adapter_name] = nn.Parameter(nn.init.normal_(prompts, std=PROMPT_STD))
             if keys := fusion_keys(settings):
-                fusions = {key: new_fusion(config, self.hidden_size) for key in keys}
+                fusions = {key: new_fusion(config, self.modality, self.hidden_size) for key in keys}
                 self.sep_fusion[adapter_name] = LayerFusions(fusions)
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -426,7 +426,8 @@ class SEPTower(SEPLayer):
             visible=None if is_text or mask is None else mask.bool(),
             frozen=frozen,
             position_shift=settings.position_shift(self.spec),
-            selection=CoupledSelection() if settings.batch_coupled else self.selection or Selection(),
+            fusion_tokens=settings.fusion_tokens,
+            selection=self._selection_of(settings),
             trace=trace,
             rotary=None if self.spec.rotary is None else getattr(self.base_layer, self.spec.rotary),
             read_token=None if read_token is None else beside_prompts(read_token, count, self.spec.insert_at),
@@ -436,6 +437,12 @@ class SEPTower(SEPLayer):
         assert prompted_pass.prompted_shape is not None, "the pass has run layer start_layer"
         outputs.strip(output, self.spec, count, prompted_pass.prompted_shape)
         return output
+
+    def _selection_of(self, settings: TowerSettings) -> Selection:
+        """What chooses the tokens that an adapter's fusions read."""
+        if settings.batch_coupled:
+            return CoupledSelection()
+        return ScatteredSelection() if settings.fusion_tokens == "random" else self.selection or Selection()
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
         """The learned prompts (n, D) as they enter the first prompted layer."""
@@ -454,9 +461,9 @@ class SEPTower(SEPLayer):
             prompts = norm(prompts.to(norm.weight.dtype))
         return prompts
 
-    def _fusions(self, adapter: str) -> dict[int, TokenFusion]:
+    def _fusions(self, adapter: str) -> dict[int, TokenFusion | LearnedPrompts]:
         if adapter not in self.sep_fusion:
             return {}
-        fusions = cast(Mapping[str, TokenFusion], self.sep_fusion[adapter])
+        fusions = cast(Mapping[str, TokenFusion | LearnedPrompts], self.sep_fusion[adapter])
         settings = self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
