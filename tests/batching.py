@@ -1,7 +1,7 @@
 """One step of transformers' Trainer over 16 images, cut into micro-batches and shared out among processes.
 
-`python -m torch.distributed.run --nproc_per_node 2 tests/batching.py "[[4, 2]]" RESULT.json` takes it in two processes,
-for each pair of a batch size and a number of micro-batches.
+`python -m torch.distributed.run --nproc_per_node 2 tests/batching.py '[[4, 2, "plain"]]' RESULT.json` takes it in two
+processes, for each batch size, number of micro-batches and way of `WAYS`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,22 @@ class SixteenImages(torch.utils.data.Dataset):
         return {"pixel_values": IMAGES[index], "labels": LABELS[index]}
 
 
+#: What may be said of the processes, and done before, without a change of the result.
+WAYS = {
+    "plain": {},
+    "evaluated before": {},
+    "options of DDP": {
+        "average_tokens_across_devices": False,
+        "ddp_backend": "gloo",
+        "ddp_broadcast_buffers": False,
+        "ddp_bucket_cap_mb": 1,
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": 60,
+    },
+    "checkpointed": {"ddp_static_graph": True, "activation_checkpointing": True},
+}
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradients of the step, one vector, as the optimizer is given them."""
 
@@ -46,7 +62,7 @@ def make_classifier() -> SEPClassifier:
     return SEPClassifier(model, make_texts([5, 3, 7, 4]), make_texts([9, 7, 11, 8], seed=5))
 
 
-def step(batch_size: int, accumulation: int, classifier: nn.Module | None = None) -> dict:
+def step(batch_size: int, accumulation: int, way: str = "plain", classifier: nn.Module | None = None) -> dict:
     """What Trainer logs of one step, its gradients, and the loss that it finds in evaluation."""
     gradients = Gradients()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,11 +80,14 @@ def step(batch_size: int, accumulation: int, classifier: nn.Module | None = None
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
+            **WAYS[way],
         )
         data = SixteenImages()
         trainer = Trainer(
             classifier or make_classifier(), arguments, train_dataset=data, eval_dataset=data, callbacks=[gradients]
         )
+        if way == "evaluated before":
+            trainer.evaluate()
         trainer.train()
         evaluated = trainer.evaluate()["eval_loss"]
     (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
@@ -80,12 +99,13 @@ def step(batch_size: int, accumulation: int, classifier: nn.Module | None = None
         "processes": trainer.args.world_size,
         "batch_size": batch_size,
         "accumulation": accumulation,
+        "wrapped": type(trainer.model_wrapped).__name__,
         "first": trainer.args.process_index == 0,
     }
 
 
 if __name__ == "__main__":
-    found = [step(batch_size, accumulation) for batch_size, accumulation in json.loads(sys.argv[1])]
+    found = [step(*options) for options in json.loads(sys.argv[1])]
     if found[0]["first"]:
         with open(sys.argv[2], "w", encoding="utf-8") as file:
             json.dump(found, file)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from batching import IMAGES, LABELS, make_classifier, step
+from batching import IMAGES, LABELS, WAYS, make_classifier, step
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_micro_batches(batch_size, accumulation, expected):
     check(step(batch_size, accumulation), expected)
 
 
-SHARED_OUT = [(8, 1), (2, 4)]
+SHARED_OUT = [(8, 1, "plain"), (2, 4, "plain"), *((8, 1, way) for way in WAYS if way != "plain")]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,12 @@ def shared_out(tmp_path_factory) -> list[dict]:
     return json.loads(result.read_text())
 
 
-@pytest.mark.parametrize("index", range(len(SHARED_OUT)), ids=["8-1", "2-4"])
+@pytest.mark.parametrize("index", range(len(SHARED_OUT)), ids=lambda index: "-".join(map(str, SHARED_OUT[index])))
 def test_two_processes(index, shared_out, expected):
     assert len(shared_out) == len(SHARED_OUT)
     found = shared_out[index]
-    assert (found["processes"], found["batch_size"], found["accumulation"]) == (2, *SHARED_OUT[index])
+    assert (found["processes"], found["batch_size"], found["accumulation"]) == (2, *SHARED_OUT[index][:2])
+    assert found["wrapped"] == "DistributedDataParallel"
     check(found, expected)
 
 

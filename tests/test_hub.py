@@ -21,7 +21,7 @@ from hub_server import File, HubServer
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from small_clip import perturb
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, CLIPModel, Trainer, TrainingArguments
 
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig
 
@@ -29,6 +29,7 @@ from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig
 IMAGE = sorted((ASSETS / "caltech101" / "test" / "cup").iterdir())[0]
 NAMES = ["cup", "lamp", "umbrella"]
 BASE, REPO, TOKEN = "ann/clip-small", "ann/household", "hf_ann"
+BY_TRAINER = "ann/by-trainer"
 TOKENS = {TOKEN: "ann", "hf_bob": "bob"}
 FILES = [".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "sep_classes.json"]
 DETAILS = CardDetails(shots=16, scores=[Score("Caltech 101", 61.7, 36.1)], license="mit")
@@ -72,6 +73,34 @@ def push(
         "embedding": embedding(classifier.model),
         "base embedding": embedding(base_model()),
     }
+
+
+def push_by_trainer(folder: str) -> list[float]:
+    """One step of Trainer that leaves its checkpoint and its result on the Hub; the classifier's embedding after it."""
+    HfApi(token=TOKEN).create_repo(BY_TRAINER, private=True)
+    HfApi(token=TOKEN).create_branch(BY_TRAINER, branch="trained")
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=1,
+        save_steps=1,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        push_to_hub=True,
+        hub_model_id=BY_TRAINER,
+        hub_token=TOKEN,
+        hub_private_repo=True,
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        hub_revision="trained",
+    )
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    samples = [{"pixel_values": image, "labels": label} for label, image in enumerate(images)]
+    classifier = make_classifier()
+    trainer = Trainer(classifier.train(), arguments, train_dataset=samples)
+    trainer.train()
+    trainer.push_to_hub(revision="trained")
+    return embedding(classifier.eval().model)
 
 
 def predict(repo: str = REPO, with_model: bool = False, **options) -> list:
@@ -220,6 +249,19 @@ def downloads(hub: HubServer, since: int) -> list[str]:
 
 
 # uploads
+
+
+def test_trainer_pushes(hub, call, pushed, tmp_path):
+    """Its draft of a card, the weights, and the last checkpoint to go on from."""
+    trained = call(push_by_trainer, str(tmp_path))
+    repo, files = hub.repos[BY_TRAINER], hub.files(BY_TRAINER, "trained")
+    assert repo.private
+    weights = [path for path in files if path.endswith(".safetensors") and "/" not in path]
+    assert weights and all(files[f"last-checkpoint/{path}"] == files[path] for path in weights)
+    card = ModelCard(files["README.md"].content.decode())
+    assert set(card.data.tags) == {"sep", "sep_peft", "clip", "few-shot", "prompt-learning", "generated_from_trainer"}
+    assert card.data.base_model == BASE
+    assert len(trained) == len(pushed["embedding"]) and trained != pushed["embedding"]
 
 
 def test_what_is_uploaded(hub, pushed):

@@ -26,12 +26,13 @@ from ..tuner.tower import SEPTower
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses, check_labels
-from .files import load_base, load_classes, path_first, push_files, save_files
+from .files import load_base, load_classes, path_first, push_files, save_files, update_card
 from .images import as_images, read_image
 from .logits import class_logits
 from .prediction import Task, check_top_k, image_embeds, predict_batch
 from .processors import processor_part
 from .tasks import Tasks
+from .trainer_mixin import TrainerMixin
 from .trunk_cache import embeds_from_trunk
 
 
@@ -49,7 +50,7 @@ class SEPClassifierOutput(ModelOutput):
     parts: SEPLoss | None = None
 
 
-class SEPClassifier(nn.Module):
+class SEPClassifier(TrainerMixin):
     """Classifies images by a SEP model and a list of classes.
 
     The prompted branch of the text tower reads the bare class name, the frozen branch a template. While training all
@@ -79,9 +80,6 @@ class SEPClassifier(nn.Module):
         >>> classifier.predict("image.jpg", top_k=1)
         [{'label': 'lobster', 'score': 0.98}]
     """
-
-    #: Tells transformers' Trainer that `forward` takes `num_items_in_batch` and normalizes the loss by it.
-    accepts_loss_kwargs = True
 
     def __init__(
         self,
@@ -363,6 +361,7 @@ class SEPClassifier(nn.Module):
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
         logits = class_logits(self.vision_tower, image, frozen_image, weights)
         if labels is None:
+            self.tell_that_there_is_no_loss()
             return SEPClassifierOutput(logits=logits)
         if not self.training:
             return SEPClassifierOutput(_share(F.cross_entropy(logits, labels), labels, num_items_in_batch), logits)
@@ -474,6 +473,15 @@ class SEPClassifier(nn.Module):
         return push_files(
             self.model, self._saved_classes, repo_id, details or CardDetails(), **options, **commit_options
         )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write the model card in a folder anew, as `PeftModel` does for Trainer; what others wrote into it stays.
+
+        Raises:
+            TypeError: the model is no `PeftModel`.
+            ValueError: the metadata of the model card in the folder cannot be read.
+        """
+        update_card(self.model, self._saved_classes, output_dir)
 
     @property
     def _saved_classes(self) -> TaskClasses:

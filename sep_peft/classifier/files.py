@@ -86,6 +86,21 @@ def try_output(folder: str | os.PathLike, needed: int = 0) -> None:
         read_card(card)
 
 
+def update_card(model: nn.Module, classes: TaskClasses, folder: str | os.PathLike) -> None:
+    """Write the model card of a folder anew; what its owner or another program wrote into it stays.
+
+    Raises:
+        TypeError: the model is no `PeftModel`.
+        ValueError: the metadata of the card that is there cannot be read.
+    """
+    model = _as_peft_model(model)
+    path = os.path.join(folder, REPOCARD_NAME)
+    old = read_card(path) if os.path.isfile(path) else None
+    details = CardDetails(base_model=base_model_name(model))
+    base_class, config = type(model.get_base_model()).__name__, cast(SEPConfig, model.active_peft_config)
+    make_card(classes, config, base_class, details, old=old).save(path)
+
+
 def push_files(
     model: nn.Module,
     classes: TaskClasses,

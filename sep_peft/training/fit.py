@@ -44,7 +44,7 @@ def fit(
         for each epoch its "epoch" from 1, "loss", "accuracy" in percent and "lr"; see `train`.
 
     Raises:
-        TypeError: `recipe` is no `Recipe`.
+        TypeError: `recipe` is no `Recipe`, or the samples are no list.
         ValueError: nothing of the classifier is to be trained, it has no processor, there are no samples, one has no
             name or one that is not among the classes, or the adapter has no trunk to cache; nothing is changed then.
             Or the checkpoint is of another training; no parameter but the prototypes is changed then.
