@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from batching import IMAGES, LABELS, WAYS, make_classifier, step
+from fresh import usual
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +46,8 @@ SHARED_OUT = [(8, 1, "plain"), (2, 4, "plain"), *((8, 1, way) for way in WAYS if
 def shared_out(tmp_path_factory) -> list[dict]:
     """What the steps of `SHARED_OUT` find in two processes, which are launched once for all of them."""
     script, result = Path(__file__).with_name("batching.py"), tmp_path_factory.mktemp("launch") / "result.json"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [*launcher, str(script), json.dumps(SHARED_OUT), str(result)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    for process in usual().start_group(2, script, json.dumps(SHARED_OUT), result):
+        assert process.wait() == 0, process.err.read_text()
     return json.loads(result.read_text())
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh import usual
 
 
 BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark.py"
@@ -46,8 +46,7 @@ ROWS = {
 
 def test_every_figure_is_written(tmp_path):
     output = tmp_path / "benchmark.json"
-    command = [sys.executable, str(BENCHMARK), "--fast", "--threads", "1", "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = usual().run(BENCHMARK, "--fast", "--threads", "1", "--output", output)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
 

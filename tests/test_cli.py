@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 from bundled import ASSETS
-from fresh import Outcomes
+from fresh import usual
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference_files import CHECKPOINT, LAYERS, REFERENCE
@@ -548,30 +547,28 @@ HEAVY |= {"sep_peft.training", "sep_peft.cli.commands"}
 LIGHT = [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train", "x", "--shots", "0"], ["fly"]]
 
 
-@pytest.fixture(scope="module")
-def modules(adapter) -> Callable[..., set[str]]:
+def modules_of(arguments: list[str], codes: set[int]) -> set[str]:
     """Modules that a command adds to those of PEFT, in a process of its own."""
-    code = """
+    result = usual().run(f"""
 import sys
 before = set(sys.modules)
 from sep_peft.cli import main
-assert main({}) in {}
+assert main({arguments}) in {codes}
 print(*sorted(set(sys.modules) - before))
-"""
-    statements = {" ".join(arguments): code.format(arguments, {0, 2}) for arguments in LIGHT}
-    statements["info"] = code.format(["info", str(adapter)], {0})
-    outcomes = Outcomes("import peft", statements)
-    return lambda *arguments: set(outcomes.of(" ".join(arguments)).splitlines()[-1].split())
+""")
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
-def test_help_and_mistakes_do_not_wait_for_what_commands_need(arguments, modules):
-    assert "sep_peft.cli.app" in modules(*arguments)
-    assert HEAVY & modules(*arguments) == set()
+def test_help_and_mistakes_do_not_wait_for_what_commands_need(arguments):
+    modules = modules_of(arguments, {0, 2})
+    assert "sep_peft.cli.app" in modules
+    assert HEAVY & modules == set()
 
 
-def test_a_command_imports_what_it_needs(modules):
-    assert {"sep_peft.classifier", "sep_peft.cli.commands"} <= modules("info")
+def test_a_command_imports_what_it_needs(adapter):
+    assert {"sep_peft.classifier", "sep_peft.cli.commands"} <= modules_of(["info", str(adapter)], {0})
 
 
 # text from outside
@@ -688,6 +685,13 @@ def test_as_a_module():
 
 def test_reader_that_has_seen_enough(adapter):
     """The pipe is closed before the result is printed."""
-    command = f"{sys.executable} -m sep_peft info {adapter} | true; echo ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
-    assert result.stdout == "0\n" and "BrokenPipe" not in result.stderr
+    code = f"""
+import os, runpy, sys
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+sys.argv = ["sep_peft", "info", {str(adapter)!r}]
+runpy.run_module("sep_peft", run_name="__main__", alter_sys=True)
+"""
+    result = usual().run(code)
+    assert (result.returncode, result.stderr) == (0, "")

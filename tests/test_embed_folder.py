@@ -6,8 +6,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from bundled import ASSETS
+from fresh import usual
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors import safe_open
@@ -56,33 +55,19 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
-def command(images: Path, adapter: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
-    launch = [sys.executable]
-    if processes > 1:  # on a CPU accelerate starts several only where it is told that these are GPUs, or by mpirun
-        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"]  # any that is free
+def make_arguments(images: Path, adapter: Path, output: Path, *options: str) -> list[str]:
     arguments = ["--model", str(ASSETS / "clip-small"), "--adapter", str(adapter), "--output", str(output)]
     sizes = ["--shard-size", str(SHARD_SIZE), "--batch-size", "2", "--workers", "0", "--device", "cpu"]
-    return [*launch, str(SCRIPT), str(images), *arguments, *sizes, *options]
-
-
-def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment())
+    return [str(images), *arguments, *sizes, *options]
 
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Runs a command in this process, which need not import everything anew: what ended it, and what it printed."""
+    """Runs the script in this process, which need not import everything anew: what ended it, and what it printed."""
 
     def main(arguments: list[str]) -> tuple[int | str | None, str]:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", arguments[1:])
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as error:
@@ -111,26 +96,25 @@ def read(output: Path) -> tuple[list[str], list[str], torch.Tensor]:
 
 def kill_after_shards(arguments: list[str], output: Path, count: int) -> None:
     """Start it, and kill it when it has written some shards."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    process = usual().start(SCRIPT, *arguments)
     end = time.monotonic() + 300
     while len(shards(output)) < count and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    process.kill()
 
 
 @torch.no_grad()
 def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
     output = tmp_path / "embeds"
-    kill_after_shards(command(images, adapter, output), output, 3)
+    kill_after_shards(make_arguments(images, adapter, output), output, 3)
     written = {path: path.stat().st_mtime_ns for path in shards(output)}
     assert 3 <= len(written) < COUNT // SHARD_SIZE
     assert not (output / "summary.json").exists()
     read(output)  # every shard that is there is whole
     (output / "shard-000100.part").write_bytes(b"half a shard")
 
-    result = run(command(images, adapter, output, processes=2))
-    assert result.returncode == 0, result.stderr
+    first, second = (p.result() for p in usual().start_group(2, SCRIPT, *make_arguments(images, adapter, output)))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert {path: path.stat().st_mtime_ns for path in written} == written
     names, unreadable, embeddings = read(output)
     found = sorted(path.relative_to(images).as_posix() for path in images.rglob("*") if path.suffix in (".PNG", ".jpg"))
@@ -139,8 +123,8 @@ def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
     assert len(embeddings) == COUNT - 2
     summary = {"embedded": COUNT - 2, "unreadable": unreadable, "shards": -(-(COUNT + 1) // SHARD_SIZE)}
     assert json.loads((output / "summary.json").read_text(encoding="utf-8")) == summary
-    assert "done by 2 processes\n" in result.stdout
-    assert f"{COUNT - 2} images embedded in {summary['shards']} shards, 3 could not be read" in result.stdout
+    assert "done by 2 processes\n" in first.stdout and second.stdout == ""
+    assert f"{COUNT - 2} images embedded in {summary['shards']} shards, 3 could not be read" in first.stdout
     assert sorted({path.suffix for path in output.iterdir()}) == [".json", ".safetensors"]
 
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(ASSETS / "clip-small"), adapter).eval()
@@ -154,12 +138,12 @@ def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
 def test_a_folder_made_from_something_else_is_left_alone(images, adapter, run_here, tmp_path):
     output, few = tmp_path / "embeds", tmp_path / "few"
     shutil.copytree(images / "2", few)
-    assert run_here(command(few, adapter, output, "--shard-size", "200"))[0] is None
+    assert run_here(make_arguments(few, adapter, output, "--shard-size", "200"))[0] is None
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     assert sorted(before) == ["settings.json", "shard-000000.safetensors", "summary.json"]
     (few / "new.png").write_bytes((few / "ünder" / "002.PNG").read_bytes())
     message = f"{output} was made from other shard_size, images. Choose another --output, or empty it.\n"
-    assert run_here(command(few, adapter, output, "--shard-size", "100")) == (1, message)
+    assert run_here(make_arguments(few, adapter, output, "--shard-size", "100")) == (1, message)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
@@ -167,7 +151,7 @@ def test_a_folder_without_images(adapter, run_here, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
     message = f"{folder} holds no images ({', '.join(sorted(ENDINGS))})."
-    assert run_here(command(folder, adapter, tmp_path / "embeds")) == (message, "")
+    assert run_here(make_arguments(folder, adapter, tmp_path / "embeds")) == (message, "")
     assert not (tmp_path / "embeds").exists()
 
 
@@ -182,7 +166,7 @@ def test_names_that_are_no_utf8_and_endings_that_are_left_out(images, adapter, r
         pytest.skip("the file system takes UTF-8 alone")
     bad.write_bytes(b"no image")
     (folder / "photo.xyz").write_bytes(b"")
-    code, printed = run_here(command(folder, adapter, output))
+    code, printed = run_here(make_arguments(folder, adapter, output))
     assert code is None
     assert "left out, by their endings: 1 file: 1 .xyz\n" in printed
     assert "1 images embedded in 1 shards, 1 could not be read\n  bad-\\udcff\\x1b.png\n" in printed
@@ -190,4 +174,4 @@ def test_names_that_are_no_utf8_and_endings_that_are_left_out(images, adapter, r
     assert (names, unreadable) == ([good.name], [bad.name]) and (folder / names[0]).is_file()
     summary = json.loads((output / "summary.json").read_bytes())  # valid UTF-8
     assert summary == {"embedded": 1, "unreadable": [bad.name], "shards": 1}
-    assert run_here(command(folder, adapter, output))[0] is None  # again, with nothing to do
+    assert run_here(make_arguments(folder, adapter, output))[0] is None  # again, with nothing to do

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from bundled import ASSETS
+from fresh import Parent
 from hub_server import File, HubServer
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel, get_peft_model
@@ -454,8 +453,8 @@ def test_card_runs_as_printed(hub, pushed, tmp_path):
     shutil.copy(IMAGE, tmp_path / "image.jpg")
     blocks = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].content.decode(), re.DOTALL)
     assert len(blocks) == 2
-    with environment(**environment_of(hub, tmp_path / "home"), HF_TOKEN=TOKEN, OMP_NUM_THREADS="1"):
-        for block, printed in zip(blocks, [f"{pushed['prediction'][:1]}\n", ""], strict=True):
-            command = [sys.executable, "-c", block]
-            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-            assert (result.returncode, result.stdout) == (0, printed), result.stderr
+    parent = Parent(**environment_of(hub, tmp_path / "home"), HF_TOKEN=TOKEN)
+    for block, printed in zip(blocks, [f"{pushed['prediction'][:1]}\n", ""], strict=True):
+        result = parent.run(block, folder=tmp_path)
+        assert (result.returncode, result.stdout) == (0, printed), result.stderr
+    parent.close()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bundled import IMAGE_FILES, scores_of
+from fresh import usual
 from huggingface_hub.utils import httpx
 from PIL import Image
 from small_classifier import raises
@@ -476,9 +475,7 @@ try:
 except ValueError:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "image.png")], capture_output=True, text=True, timeout=120
-    )
+    result = usual().run(code, tmp_path / "image.png")
     assert int(result.stdout) < 300_000, result.stderr  # KiB
 
 

@@ -6,7 +6,7 @@ import pickle
 import sys
 
 import pytest
-from fresh import Outcomes
+from fresh import usual
 
 import sep_peft
 
@@ -35,14 +35,13 @@ FRESH = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
-    """Of `FRESH`, each where only PEFT is imported."""
-    return Outcomes("import peft", {name: "\n".join(statements) for name, statements in FRESH.items()})
+def output_of(name: str) -> str:
+    """What `FRESH` prints where only PEFT is imported."""
+    return usual().output("\n".join(FRESH[name]))
 
 
-def test_importing_the_package_registers_the_method_and_no_more(outcomes):
-    assert outcomes.of("registers").split("\n") == ["True", "", ""]
+def test_importing_the_package_registers_the_method_and_no_more():
+    assert output_of("registers").split("\n") == ["True", "", ""]
 
 
 @pytest.mark.parametrize("name", sep_peft.__all__)
@@ -56,16 +55,16 @@ def test_every_name_can_be_imported_first(name):
         assert pickle.loads(pickle.dumps(thing)) is thing
 
 
-def test_all_names_in_a_fresh_interpreter(outcomes):
-    assert outcomes.of("names") == "\n"
+def test_all_names_in_a_fresh_interpreter():
+    assert output_of("names") == "\n"
 
 
-def test_the_room_of_classifiers_is_an_attribute(outcomes):
-    assert outcomes.of("room") == "SEPClassifier\n"
+def test_the_room_of_classifiers_is_an_attribute():
+    assert output_of("room") == "SEPClassifier\n"
 
 
-def test_pickled_classes_come_back_where_only_the_package_is_imported(outcomes):
-    assert outcomes.of("pickle") == "True\n"
+def test_pickled_classes_come_back_where_only_the_package_is_imported():
+    assert output_of("pickle") == "True\n"
 
 
 def test_a_name_that_does_not_exist():

@@ -6,14 +6,12 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import usual
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_classifier import contents, logits_of, with_prototypes
@@ -119,16 +117,13 @@ def test_killed_saves_leave_one_save_or_are_refused(tmp_path):
     first.save_pretrained(folder)
     expected = logits_of(first), logits_of(second)
     delays = random.Random(0)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", LOOP, str(folder)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
+        process = usual().start(LOOP, folder)
+        while process.out.read_text() != "ready\n":
+            assert process.poll() is None, process.err.read_text()
+            time.sleep(0.01)
         time.sleep(delays.uniform(0.05, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
         found = logits_in(folder)
         assert found is None or any(torch.equal(found, logits) for logits in expected)
     (folder / f".saving-other_machine-{process.pid}-x").mkdir()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import peft
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from bundled import ASSETS
+from fresh import usual
 from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 from peft import get_peft_model
@@ -334,7 +333,7 @@ def test_the_base_model_s_folder_is_not_in_the_card(tmp_path):
     image = next((ASSETS / "caltech101" / "test" / "cup").iterdir())
     block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     code = block.replace("path/to/this/folder", str(tmp_path / "saved")).replace("image.jpg", str(image))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = usual().run(code)
     assert (result.returncode, result.stdout) == (0, f"{classifier.predict(image, top_k=1)}\n"), result.stderr
 
 

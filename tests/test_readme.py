@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import rooms
 import support_matrix
 import typer
 from bundled import ASSETS, save_shallow_clip
+from fresh import Parent
 from hub_server import File, HubServer, Repo
 
 from sep_peft import SEPConfig
@@ -56,7 +54,26 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(hub, tmp_path_factory):
+def run_blocks(hub, tmp_path_factory):
+    """Runs blocks one after the other in one process; the traceback of a failure shows its line."""
+    parent = Parent(
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(tmp_path_factory.mktemp("home")),
+        HF_TOKEN="hf_docs",
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_OFFLINE="0",
+    )
+
+    def run(folder: Path, code: list[str]) -> None:
+        result = parent.run("\n".join(code), folder=folder)
+        assert result.returncode == 0, result.stderr
+
+    yield run
+    parent.close()
+
+
+@pytest.fixture(scope="module")
+def start(hub, run_blocks, tmp_path_factory):
     """A folder as the examples find it: images, and what README's example saved, which is on the Hub as well."""
     folder = tmp_path_factory.mktemp("docs")
     images = ASSETS / "caltech101" / "test"
@@ -66,32 +83,11 @@ def start(hub, tmp_path_factory):
         (folder / "my_images" / name).mkdir(parents=True)
         for path in sorted((images / name).iterdir())[:4]:
             shutil.copy(path, folder / "my_images" / name)
-    run_blocks(hub, folder, blocks(README, "python"))
+    run_blocks(folder, blocks(README, "python"))
     saved = {path.name: File(path.read_bytes(), False) for path in (folder / "my-task").iterdir()}
     hub.repos["me/clothing"] = Repo()
     hub.repos["me/clothing"].commit("main", saved, "adapter")
     return folder
-
-
-def run_blocks(hub: HubServer, folder: Path, code: list[str]) -> None:
-    """Run blocks one after the other in one process; the traceback of a failure shows its line."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "hub"),
-        "HF_TOKEN": "hf_docs",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def test_readme_runs_as_printed(start):
@@ -101,9 +97,9 @@ def test_readme_runs_as_printed(start):
 
 
 @pytest.mark.parametrize("page", [page for page, text in DOCS.items() if blocks(text, "python")])
-def test_docs_run_as_printed(page, hub, start, tmp_path):
+def test_docs_run_as_printed(page, run_blocks, start, tmp_path):
     shutil.copytree(start, tmp_path, dirs_exist_ok=True)
-    run_blocks(hub, tmp_path, blocks(DOCS[page], "python"))
+    run_blocks(tmp_path, blocks(DOCS[page], "python"))
 
 
 COMMANDS = [line for text in PAGES.values() for line in lines(text)]

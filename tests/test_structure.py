@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from fresh import Outcomes
+from fresh import usual
 
 import sep_peft
 
@@ -99,23 +99,16 @@ def test_no_file_reaches_into_private_parts_of_another(file):
 PUBLIC_PATHS = ["losses", "training", "folders", "evaluation", "families", "classifier", "cli"]
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
-    """Of importing each public path first of all; "" is the package without matplotlib."""
-    code = (
-        "import sep_peft.{0} as m; missing = [n for n in m.__all__ if not hasattr(m, n)]; assert not missing, missing"
-    )
-    alone = "import sys; sys.modules.update(matplotlib=None); import sep_peft; print(sep_peft.__version__)"
-    return Outcomes("import peft", {name: code.format(name) for name in PUBLIC_PATHS} | {"": alone})
-
-
 @pytest.mark.parametrize("name", PUBLIC_PATHS)
-def test_public_paths_stay(name, outcomes):
-    assert outcomes.of(name) == ""
+def test_public_paths_stay(name):
+    """Each can be imported first of all."""
+    code = f"import sep_peft.{name} as m; missing = [n for n in m.__all__ if not hasattr(m, n)]"
+    assert usual().output(f"{code}; assert not missing, missing") == ""
 
 
-def test_importing_does_not_need_matplotlib(outcomes):
-    assert outcomes.of("").strip() == sep_peft.__version__
+def test_importing_does_not_need_matplotlib():
+    code = "import sys; sys.modules.update(matplotlib=None); import sep_peft; print(sep_peft.__version__)"
+    assert usual().output(code).strip() == sep_peft.__version__
 
 
 def test_public_names_exist_and_are_documented():

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -16,6 +13,7 @@ import run as run_script
 import torch
 from accelerate.state import AcceleratorState
 from bundled import ASSETS, save_shallow_clip
+from fresh import usual
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
@@ -36,10 +34,10 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def command(small, scripts, describe, tmp_path):
-    """Arguments of a small run; `launcher` stands before the script."""
+    """The script of a small run, and its arguments."""
     data = describe("four", reader="folder", root="caltech101", classes=NAMES)
 
-    def make(output, *options, launcher=(sys.executable,), start_layer=0, views=0):
+    def make(output, *options, start_layer=0, views=0):
         cached = {"cached": True} if views else {}
         method = describe(
             "tiny",
@@ -51,25 +49,18 @@ def command(small, scripts, describe, tmp_path):
         )
         arguments = ["--protocol", "base-to-new", "--data-root", small, "--dataset", data, "--method", method]
         arguments += ["--model", small / "clip", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
-        return [str(part) for part in (*launcher, scripts / "run.py", *arguments, *options)]
+        return [scripts / "run.py", *arguments, *options]
 
     return make
 
 
-def run(command, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, **options)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Runs a command of the Python of this process in it, without the seconds that a new one takes to import all."""
+    """Runs a command in this process, without the seconds that a new one takes to import all."""
 
     def main(command):
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", command[1:])
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         try:
             run_script.main()
         finally:
@@ -88,13 +79,11 @@ def results(output):
 def test_killed_run_goes_on_and_ends_the_same(command, run_here, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_here(command(whole))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = usual().start(*command(killed))
     deadline = time.monotonic() + 300
     while not list(killed.rglob("checkpoint.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     (checkpoint,) = killed.rglob("checkpoint.pt")
     assert not list(killed.rglob("results.json"))
     done = len(torch.load(checkpoint, weights_only=True)["log"])
@@ -129,11 +118,10 @@ def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, run
 
 def test_two_processes_equal_one(command, run_here, tmp_path):
     """Ten images in batches of five: the processes get three and two of each."""
-    # on CPUs `accelerate launch` starts one process; torchrun starts them as it does where there are several GPUs
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     one, two = tmp_path / "one", tmp_path / "two"
     run_here(command(one))
-    run(command(two, launcher=launcher))
+    for process in usual().start_group(2, *command(two)):
+        assert process.wait() == 0, process.err.read_text()
     single, double = results(one), results(two)
     assert json.loads(next(two.rglob("results.json")).read_text())["processes"] == 2
     for a, b in zip(single["log"], double["log"], strict=True):
