@@ -38,6 +38,7 @@ def raises(message: str):
         ("views", [0], "an integer of at least 1"),
         ("warmup_epochs", [-1, 0.5], "an integer of at least 0"),
         ("max_steps", [0, 1.0], "None or an integer of at least 1"),
+        ("calibration_folds", [1, -1, 2.0, True, None], "0 or an integer of at least 2"),
         ("seed", [-1, 2**31, 1.0], "an integer from 0 to 2147483647"),
         ("learning_rate", [0, float("nan"), float("inf"), "0.1", None], "a finite number above 0"),
         ("adam_epsilon", [0.0, -1e-8], "a finite number above 0"),
@@ -60,6 +61,7 @@ def test_values_that_are_not_allowed(name, values, allowed):
 
 def test_limits_are_allowed():
     zeros = ("warmup_epochs", "weight_decay", "text_weight", "vision_weight", "prototype_weight", "zero_shot_margin")
+    zeros = (*zeros, "calibration_folds")
     recipe = Recipe(1, 1, 1, prototype_learning_rate=0, smallest_crop=1, max_steps=1, **dict.fromkeys(zeros, 0))
     assert recipe.loss_weights == {"text_weight": 0, "vision_weight": 0, "prototype_weight": 0}
 
@@ -69,6 +71,7 @@ def test_the_papers_recipe():
     assert recipe.loss_weights == {"text_weight": 8, "vision_weight": 6, "prototype_weight": 0.5}
     assert (recipe.epochs, recipe.learning_rate, recipe.adam_epsilon, recipe.smallest_crop) == (50, 2.5e-3, 1e-3, 0.08)
     assert (recipe.prototype_learning_rate, recipe.prototype_logit_weight, recipe.zero_shot_margin) == (None, 0, 0)
+    assert Recipe.published().calibration_folds == 0
     assert Recipe.published(epochs=3).epochs == 3
 
 

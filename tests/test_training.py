@@ -169,7 +169,7 @@ def test_all_doors_give_the_losses_of_the_quickstarts_first_epoch(make, folder, 
 
 def test_trainer_shows_the_epochs_of_fit(make, samples, processor, tmp_path):
     """Order and augmentation of later epochs too, with and without the callback that many processes need."""
-    recipe = Recipe(epochs=3, batch_size=4)
+    recipe = Recipe(epochs=3, batch_size=4, calibration_folds=0)
     found = []
     for door in (by_fit, by_trainer, partial(by_trainer, callbacks=[EpochCallback()])):
         classifier = make(recipe=recipe)
@@ -232,7 +232,7 @@ def test_shares_are_the_whole(count, batch, processes):
 
 
 def test_what_is_told_of_each_epoch(make, samples):
-    recipe = Recipe(epochs=3, batch_size=4, max_steps=7, learning_rate=0.01)
+    recipe = Recipe(epochs=3, batch_size=4, calibration_folds=0, max_steps=7, learning_rate=0.01)
     classifier = make(recipe=recipe)
     losses = record(classifier)
     entries = fit(classifier, samples, quiet=True)
@@ -247,7 +247,7 @@ def test_what_is_told_of_each_epoch(make, samples):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_bit_for_bit(workers, make, samples, tmp_path, monkeypatch):
     """Killed after the first epoch, gone on with workers or without."""
-    recipe = Recipe(epochs=3, batch_size=4)
+    recipe = Recipe(epochs=3, batch_size=4, calibration_folds=0)
     whole = make(recipe=recipe)
     expected = fit(whole, samples, quiet=True)
 
@@ -277,11 +277,11 @@ def test_resumed_bit_for_bit(workers, make, samples, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_training(make, samples, tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
-    fit(make(), samples, Recipe(epochs=1, batch_size=4), quiet=True, checkpoint=checkpoint)
+    fit(make(), samples, Recipe(epochs=1, batch_size=4, calibration_folds=0), quiet=True, checkpoint=checkpoint)
     for classifier, given, recipe, differ in (
-        (make(), samples, Recipe(epochs=2, batch_size=3), "batch_size, epochs"),
-        (make(), samples[1:], Recipe(epochs=1, batch_size=4), "images"),
-        (make(fusion_rank=2), samples, Recipe(epochs=1, batch_size=4), "parameters"),
+        (make(), samples, Recipe(epochs=2, batch_size=3, calibration_folds=0), "batch_size, epochs"),
+        (make(), samples[1:], Recipe(epochs=1, batch_size=4, calibration_folds=0), "images"),
+        (make(fusion_rank=2), samples, Recipe(epochs=1, batch_size=4, calibration_folds=0), "parameters"),
     ):
         adapter = state(classifier.model)
         message = f"{checkpoint} is a checkpoint of another training ({differ} differ). Go on as it was begun, or "
@@ -317,7 +317,8 @@ def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(make, sample
     for views, cache in ((3, None), (3, "memory"), (2, "memory"), (2, tmp_path)):
         classifier = make(start_layer=3)
         losses = record(classifier)
-        fit(classifier, samples, Recipe(epochs=3, batch_size=4, views=views), quiet=True, cache=cache)
+        recipe = Recipe(epochs=3, batch_size=4, calibration_folds=0, views=views)
+        fit(classifier, samples, recipe, quiet=True, cache=cache)
         found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2][:6] == pytest.approx(found[0][:6], rel=1e-4)

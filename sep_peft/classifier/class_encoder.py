@@ -86,9 +86,10 @@ class ClassEncoder(nn.Module):
         Args:
             training: encode SEP's texts anew, for a step that trains the adapter; the texts alone then make logits.
                 Otherwise they are taken from the cache, until a weight or the active adapter changes, and kept
-                prototypes and the margin of zero-shot take part. The mode of the modules does not matter.
+                prototypes, the margin of zero-shot and the calibration take part. The modules' mode does not matter.
         """
         settings, frozen_embeds = self.tower.active_settings, self.frozen_embeds()
+        calibration = self.classes.calibration
         if settings is None:
             embeds = frozen_embeds
         elif training:
@@ -97,7 +98,9 @@ class ClassEncoder(nn.Module):
             embeds = self._cached_mixed(settings, frozen_embeds)
         if training:
             return ClassWeights(embeds, frozen_embeds)
-        return ClassWeights(embeds, frozen_embeds, self.prototype_weights(), self.classes.zero_shot_margin)
+        # without an adapter it is zero-shot, which was not calibrated
+        temperature = 1.0 if settings is None or calibration is None else calibration.temperature
+        return ClassWeights(embeds, frozen_embeds, self.prototype_weights(), self.classes.zero_shot_margin, temperature)
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.

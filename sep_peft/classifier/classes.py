@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..tracing import is_traced
+from .calibration import Calibration
 
 
 #: What the prompted branch reads: the bare class name, as published.
@@ -38,6 +39,7 @@ class TaskClasses:
             decides alone. `ZERO_SHOT_MARGIN` suits classes that the adapter was not trained on.
         new_class_margin: the margin for classes that take the place of these, of the recipe that the adapter was
             trained by; None: not known.
+        calibration: how their logits become scores; None: as they are.
 
     Raises:
         ValueError: no classes, two whose names read alike, tensors that hold no ids, texts without a token, or whose
@@ -53,6 +55,7 @@ class TaskClasses:
     prototype_logit_weight: float = 0.0
     zero_shot_margin: float = 0.0
     new_class_margin: float | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -146,6 +149,7 @@ class TaskClasses:
             "prototype_logit_weight": self.prototype_logit_weight,
             "zero_shot_margin": self.zero_shot_margin,
             "new_class_margin": self.new_class_margin,
+            "calibration": self.calibration and self.calibration.to_json(),
         }
 
     @classmethod
@@ -168,6 +172,7 @@ class TaskClasses:
             raise ValueError("The class list lacks prototype_logit_weight.")
         if not data["names"]:  # which would be made up
             raise ValueError("The class list is empty; at least one class name is needed.")
+        calibration = data.get("calibration")
         classes = cls(
             _to_tensors(data["class_inputs"], "class_inputs"),
             tuple(_to_tensors(inputs, "template_inputs") for inputs in data["template_inputs"]),
@@ -177,6 +182,7 @@ class TaskClasses:
             0.0 if prototypes is None else data["prototype_logit_weight"],
             data.get("zero_shot_margin", 0.0),
             data.get("new_class_margin"),
+            None if calibration is None else Calibration.from_json(calibration),
         )
         classes._warn_of_equal_texts()
         return classes

@@ -23,6 +23,7 @@ from ..tuner.modes import evaluating
 from ..tuner.restore import unchanged_on_error
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
+from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses, check_labels
@@ -182,20 +183,43 @@ class SEPClassifier(TrainerMixin):
         """
         named = not isinstance(classes, TaskClasses)
         classes = self._tokenized(classes, template, zero_shot_margin)
-        if named and zero_shot_margin is None:
-            classes = self._as_trained(classes)
+        if named:
+            classes = self._in_place_of_trained(classes, zero_shot_margin is None)
         self._encode(classes)
         if self.prototypes is not None:
             self.reset_prototypes()
         return self
 
-    def _as_trained(self, classes: TaskClasses) -> TaskClasses:
-        """The trained classes for their own names, no margin for some of them, the recipe's margin for others."""
+    def _in_place_of_trained(self, classes: TaskClasses, choose_margin: bool) -> TaskClasses:
+        """Names with what training left for them.
+
+        The trained classes for their own names; for others the temperature of new classes, and where the margin is to
+        be chosen, none for some of the trained names and the recipe's otherwise.
+        """
         trained = self.trained
+        if trained is not None and trained.calibration is not None:
+            classes = replace(classes, calibration=trained.calibration.for_new_classes())
+        if not choose_margin:
+            return classes
         if trained is not None and (classes.names, classes.templates) == (trained.names, trained.templates):
             return trained
         known = trained is not None and not trained.zero_shot_margin and set(classes.names) <= set(trained.names)
         return replace(classes, zero_shot_margin=0.0 if known else self.recipe.zero_shot_margin)
+
+    def calibrate(self, calibration: Calibration | None) -> SEPClassifier:
+        """Let logits become scores by a calibration; `sep_peft.training.calibrate` finds one. Returns self.
+
+        It belongs to the present classes and their prototypes, is saved with them, and is silent without an adapter.
+        Classes that take their place have its `new_class_temperature`. Labels stay as they are.
+
+        Args:
+            calibration: of the present classes; None: logits as they are.
+        """
+        classes = replace(self.classes, calibration=calibration)
+        if self.trained is self.classes:
+            self.trained = classes
+        self._encode(classes)
+        return self
 
     def _encode(self, classes: TaskClasses) -> None:
         sizes = self.encoder.chunk_size, self.encoder.kept_tokens
@@ -312,7 +336,7 @@ class SEPClassifier(TrainerMixin):
         return self.eval()
 
     def _take_as_trained(self, classes: TaskClasses) -> None:
-        self.trained = replace(classes, zero_shot_margin=0.0)
+        self.trained = replace(classes, zero_shot_margin=0.0, calibration=None)  # which was that of other logits
         self._encode(self.trained)
 
     # forward

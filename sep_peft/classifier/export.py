@@ -70,12 +70,16 @@ class ImageScorer(nn.Module):
         self.register_buffer("text_embeds", weights.text_embeds.clone(), persistent=False)
         self.register_buffer("frozen_text_embeds", weights.frozen_text_embeds.clone(), persistent=False)
         self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
-        self._zero_shot_margin = weights.zero_shot_margin
+        self._zero_shot_margin, self._temperature = weights.zero_shot_margin, weights.temperature
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
         weights = ClassWeights(
-            self.text_embeds, self.frozen_text_embeds, self.prototype_weights, self._zero_shot_margin
+            self.text_embeds,
+            self.frozen_text_embeds,
+            self.prototype_weights,
+            self._zero_shot_margin,
+            self._temperature,
         )
         tower = find_towers(self.model)["vision"]
         return image_logits(tower, {"pixel_values": pixel_values}, weights).softmax(dim=-1)

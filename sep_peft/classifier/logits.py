@@ -21,12 +21,14 @@ class ClassWeights(NamedTuple):
         prototypes: (C, E), whose products with the mean of SEP's and the frozen image embedding are added; None:
             nothing is.
         zero_shot_margin: how many times zero-shot's confidence counts beside SEP's; 0: SEP alone.
+        temperature: that the logits are divided by, so that their softmax is right as often as it says.
     """
 
     text_embeds: torch.Tensor
     frozen_text_embeds: torch.Tensor
     prototypes: torch.Tensor | None = None
     zero_shot_margin: float = 0.0
+    temperature: float = 1.0
 
 
 def class_logits(
@@ -34,7 +36,8 @@ def class_logits(
 ) -> torch.Tensor:
     """Logits (B, C) of image embeddings, in fp32 or wider.
 
-    With a margin of zero-shot the more confident of both decides each image (`more_confident`).
+    With a margin of zero-shot the more confident of both decides each image (`more_confident`). The temperature comes
+    last and changes no order.
 
     Args:
         tower: of the images; its architecture names the scale and the bias of the model.
@@ -49,7 +52,7 @@ def class_logits(
     if weights.zero_shot_margin:
         zero_shot = _scaled(tower, frozen_embeds @ weights.frozen_text_embeds.T)
         logits = more_confident(logits, zero_shot, weights.zero_shot_margin)
-    return logits
+    return logits if weights.temperature == 1 else logits / weights.temperature
 
 
 def more_confident(logits: torch.Tensor, zero_shot: torch.Tensor, margin: float) -> torch.Tensor:

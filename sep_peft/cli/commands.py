@@ -159,7 +159,7 @@ def train(
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
-    fit(classifier, images.train, recipe, quiet=session.quiet, cache=cache)
+    fit(classifier, images.train, recipe, quiet=session.quiet, cache=cache, eval_samples=images.tests.get("val"))
     adapted = measure("SEP")
     name = name or folder.resolve().name
     scores = [

@@ -22,6 +22,7 @@ and ``seed=recipe.seed``; in several processes it needs ``callbacks=[EpochCallba
 """
 
 from ..method.recipe import Recipe
+from .calibrate import calibrate
 from .data import CachedImages, EpochCallback, EpochDataset, EpochSampler, LabelledImages
 from .evaluation import Evaluation, evaluate
 from .fit import fit
@@ -36,6 +37,7 @@ __all__ = [
     "Evaluation",
     "LabelledImages",
     "Recipe",
+    "calibrate",
     "evaluate",
     "fit",
     "make_optimizer",

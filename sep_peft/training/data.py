@@ -35,6 +35,10 @@ class EpochDataset(torch.utils.data.Dataset):
         """The number of images; each kind of data set has its own."""
         raise NotImplementedError
 
+    def __getitem__(self, index: int) -> Any:
+        """An image as it is in this epoch; each kind of data set has its own."""
+        raise NotImplementedError
+
     def set_epoch(self, epoch: int) -> None:
         """Show another epoch. An `EpochSampler` calls it, and so does Trainer in one process."""
         self._epoch.fill_(epoch)
@@ -128,6 +132,29 @@ class CachedImages(EpochDataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         return self._cache[index + self.epoch % self._views * self._count]
+
+
+class ImagePart(EpochDataset):
+    """Some of the images of a data set, each augmented as in the whole.
+
+    Args:
+        images: the whole.
+        indices: of the images of the part, in order.
+    """
+
+    def __init__(self, images: EpochDataset, indices: Sequence[int]):
+        super().__init__()
+        self._images, self._indices = images, list(indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self._images.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        return self._images[self._indices[index]]
 
 
 class _FirstEpochs(torch.utils.data.Dataset):

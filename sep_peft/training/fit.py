@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from ..classifier.classifier import SEPClassifier
 from ..method.recipe import Recipe
+from .calibrate import calibrate, cross_fit, values_of
 from .data import CachedImages, LabelledImages
 from .evaluation import check_samples
 from .folders import Samples
@@ -26,10 +28,13 @@ def fit(
     checkpoint: str | os.PathLike | None = None,
     workers: int = 0,
     accelerator: Accelerator | None = None,
+    eval_samples: Samples | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the adapter; afterwards the classifier is in evaluation, with the prototypes that predict.
+    """Train the adapter; afterwards the classifier is in evaluation, with the prototypes that predict, and calibrated.
 
-    The prototypes start at the class means of the frozen image embeddings, as published.
+    The prototypes start at the class means of the frozen image embeddings, as published. Scores are calibrated on
+    `eval_samples`, or without them by cross-fitting on `samples`, which trains again for a while; see `cross_fit`.
+    A warning tells if that fails.
 
     Args:
         classifier: with a processor, on the device to train on.
@@ -39,6 +44,7 @@ def fit(
         cache: for adapters with `start_layer` above 0: what is below it is computed once, for `recipe.views`
             augmentations of each image. A folder to keep it in, or "memory"; None: no cache.
         checkpoint, workers, accelerator: as for `train`.
+        eval_samples: images that are not trained on and names of their classes, to calibrate scores; None: none.
 
     Returns:
         for each epoch its "epoch" from 1, "loss", "accuracy" in percent and "lr"; see `train`.
@@ -62,6 +68,8 @@ def fit(
             "SEPClassifier.from_pretrained(..., is_trainable=True)."
         )
     check_samples(classifier, samples, "train on")
+    if eval_samples is not None:
+        check_samples(classifier, eval_samples, "calibrate on")
     if cache is not None:
         classifier.vision_tower.check_trunk()
     names, processor = classifier.class_names, classifier.processor
@@ -74,7 +82,17 @@ def fit(
     images = LabelledImages(samples, names, processor, recipe)
     if cache is not None:
         images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
-    options = {"accelerator": accelerator, "checkpoint": checkpoint, "workers": workers, "quiet": quiet}
-    entries = train(classifier, images, recipe, **options)
+    start = values_of(classifier)
+    options = {"accelerator": accelerator, "workers": workers, "quiet": quiet}
+    entries = train(classifier, images, recipe, checkpoint=checkpoint, **options)
     classifier.finish_training()
+    if eval_samples is not None:
+        calibrate(classifier, LabelledImages(eval_samples, names, processor), workers=workers)
+    elif recipe.calibration_folds and len(samples) > 1:
+        try:
+            calibrate(classifier, cross_fit(classifier, plain, images, recipe, start, **options))
+        except ValueError as error:  # what was trained is right all the same
+            warnings.warn(
+                f"Scores are not calibrated, because a training without some images failed: {error}", stacklevel=2
+            )
     return entries

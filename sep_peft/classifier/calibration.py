@@ -1,0 +1,121 @@
+"""Scores that are right as often as they say: a temperature for logits, found on images that training did not see.
+
+Temperature scaling: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks" (ICML 2017).
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+
+#: Limits of a temperature. Logits of CLIP and of prototypes differ by 150 at most, so that the lowest makes every score
+#: 0 or 1 and the highest makes all alike.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
+#: Where the images of a calibration came from.
+SOURCES = ("held-out images", "cross-fitting")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the logits of a class list become scores: divided by a temperature, which leaves their order as it is.
+
+    Args:
+        temperature: of these classes, from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`; above 1 scores are less sure.
+        new_class_temperature: of classes that take the place of these.
+        images: how many it was found on, each of which was not trained on.
+        source: "held-out images", or "cross-fitting" for training images, each seen by a model that was trained on
+            others.
+
+    Raises:
+        ValueError: a value is not allowed; the message names it and what is.
+    """
+
+    temperature: float
+    new_class_temperature: float = 1.0
+    images: int = 0
+    source: str = SOURCES[0]
+
+    def __post_init__(self):
+        for name in ("temperature", "new_class_temperature"):
+            value = getattr(self, name)
+            if not (_is_number(value) and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
+                raise ValueError(
+                    f"{name} of the calibration must be a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:.0f}, but "
+                    f"got {reprlib.repr(value)}."
+                )
+        if type(self.images) is not int or self.images < 0:
+            raise ValueError(
+                f"images of the calibration must be a whole number of at least 0, but got {reprlib.repr(self.images)}."
+            )
+        if self.source not in SOURCES:
+            raise ValueError(
+                f"source of the calibration must be one of {', '.join(SOURCES)}, but got {reprlib.repr(self.source)}."
+            )
+
+    def for_new_classes(self) -> Calibration:
+        """That of classes that take the place of these."""
+        return Calibration(self.new_class_temperature, self.new_class_temperature, self.images, self.source)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the class file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Calibration:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: no dict, no temperature, an entry that is not known, or a value that is not allowed.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"calibration of the class list must be a dict, but got {reprlib.repr(data)}.")
+        if unknown := sorted(set(map(str, data)) - {field.name for field in fields(cls)}):
+            raise ValueError(f"calibration of the class list has unknown entries: {reprlib.repr(unknown)}.")
+        if "temperature" not in data:
+            raise ValueError("calibration of the class list lacks temperature.")
+        return cls(**data)
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The temperature T of least cross entropy of ``logits / T``.
+
+    The images count with one more that shows every class alike, so that few images that are all told do not promise
+    that every image will be; Platt ("Probabilistic Outputs for Support Vector Machines", 1999) smooths his two classes
+    so. The loss is convex in 1 / T, so the place where its slope changes sign is found by halving.
+
+    Args:
+        logits: (N, C), of images that training did not see.
+        labels: (N,), their classes.
+
+    Raises:
+        ValueError: there are no images, or a logit is not finite.
+    """
+    if not len(logits):
+        raise ValueError("A temperature needs at least one image, but there is none.")
+    if not logits.isfinite().all():
+        raise ValueError("A temperature needs finite logits, but some are not. Train with a lower learning rate.")
+    logits = logits.double()
+    logits = logits - logits.mean(dim=1, keepdim=True)  # no change of softmax; what shows every class alike gives 0
+    wanted = logits.gather(1, labels.long()[:, None]).sum()
+    share = 1 + 1 / len(logits)  # each image, and its part of the one that shows every class alike
+
+    def is_too_hot(temperature: float) -> bool:
+        """Whether the images say more than the scores do: the slope of the loss in 1 / T is below 0."""
+        given = ((logits / temperature).softmax(dim=1) * logits).sum()
+        return bool(share * given < wanted)
+
+    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_too_hot(math.exp(middle)) else (middle, high)
+    return min(max(math.exp((low + high) / 2), MIN_TEMPERATURE), MAX_TEMPERATURE)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,197 @@
+"""Fitting a classifier's calibration: on held-out images, or by cross-fitting on the training images.
+
+Training images themselves say nothing about scores: the adapter and the prototypes were fitted to them, and on images
+of few shots the adapter is nearly always right and sure of it. What it makes of an image that it did not see is found
+by training it anew, for a shorter time, without a part of the images: every image is then told by a model that did not
+see it. Shorter training overfits less, but a model of fewer images is wrong more often; measured, the two together give
+a temperature near that of test images (docs/scores.md).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from ..classifier.calibration import Calibration, fit_temperature
+from ..classifier.classifier import SEPClassifier
+from ..classifier.logits import ClassWeights, class_logits
+from ..method.recipe import Recipe
+from ..tuner.modes import evaluating
+from .data import EpochDataset, ImagePart, LabelledImages
+from .loop import train, trainable
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a classifier makes of N images that it did not see.
+
+    Args:
+        logits: (N, C), not calibrated.
+        new_logits: (N, C), as if the classes had not been trained: by texts alone and with the margin of zero-shot.
+        labels: (N,).
+        source: of the images, as `Calibration` has it.
+    """
+
+    logits: torch.Tensor
+    new_logits: torch.Tensor
+    labels: torch.Tensor
+    source: str
+
+    def calibration(self) -> Calibration:
+        """
+        Raises:
+            ValueError: there are no images, or a logit is not finite.
+        """
+        return Calibration(
+            fit_temperature(self.logits, self.labels),
+            fit_temperature(self.new_logits, self.labels),
+            len(self.labels),
+            self.source,
+        )
+
+
+def calibrate(
+    classifier: SEPClassifier, images: LabelledImages | HeldOut, *, batch_size: int = 32, workers: int = 0
+) -> SEPClassifier:
+    """Fit a calibration and give it to the classifier; `fit` ends with it. Returns the classifier.
+
+    Labels stay as they are, and so does accuracy.
+
+    Args:
+        classifier: trained, with the classes of the images.
+        images: that were not trained on, as they are, or what `cross_fit` gave.
+        batch_size: images at a time.
+        workers: processes that read images.
+
+    Raises:
+        ValueError: there are no images, or a logit is not finite; the classifier is as before.
+
+    Example:
+        >>> classifier.finish_training()  # after a loop of one's own
+        >>> calibrate(classifier, LabelledImages(validation, classifier.class_names, processor))
+    """
+    if not isinstance(images, HeldOut):
+        images = HeldOut(*_logits(classifier, images, batch_size, workers), "held-out images")
+    return classifier.calibrate(images.calibration())
+
+
+def cross_fit(
+    classifier: SEPClassifier,
+    plain: LabelledImages,
+    images: EpochDataset,
+    recipe: Recipe,
+    start: Mapping[str, torch.Tensor],
+    *,
+    accelerator: Accelerator | None = None,
+    workers: int = 0,
+    quiet: bool = False,
+) -> HeldOut:
+    """What models that are trained without an image make of it, for every training image.
+
+    The images are dealt into `recipe.calibration_folds` parts, each class as evenly as can be. For each part the
+    classifier starts from `start`, is trained on the others for a third of the recipe's length, and is shown the part.
+    Afterwards it is as it was.
+
+    Args:
+        classifier: trained; its class names are those of the images.
+        plain: N training images as they are.
+        images: the same as they are trained on.
+        recipe: how the classifier was trained.
+        start: what `values_of` gave before it was.
+        accelerator, workers, quiet: as for `train`.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    labels = [label for _, label in plain.samples]
+    parts = deal(labels, recipe.calibration_folds, recipe.seed)
+    if len(parts) < 2:
+        raise ValueError(f"Cross-fitting needs at least two images, but there are {len(labels)}.")
+    shorter = _shortened(recipe)
+    found = []
+    with as_it_was(classifier):
+        for part in tqdm(parts, desc="calibrating", disable=quiet, file=sys.stderr):
+            others = sorted(set(range(len(labels))) - set(part))
+            classifier.prototypes = None  # those of the parameters that were there at the start
+            _set_values(classifier, start)
+            if shorter.prototype_weight:
+                classifier.reset_prototypes(DataLoader(Subset(plain, others), recipe.batch_size, num_workers=workers))
+            options = {"accelerator": accelerator, "workers": workers}
+            train(classifier, ImagePart(images, others), shorter, quiet=True, **options)
+            classifier.finish_training()
+            found.append(_logits(classifier, Subset(plain, part), recipe.batch_size, workers))
+    logits, new_logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    return HeldOut(logits, new_logits, labels, "cross-fitting")
+
+
+def values_of(classifier: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> a copy of every trained parameter beside the prototypes, which start anew in each training."""
+    return {name: p.detach().clone() for name, p in trainable(classifier).items() if name != "prototypes"}
+
+
+def deal(labels: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """Indices of N images in at most `count` parts, at random; no class has two more in one part than in another.
+
+    Parts are as even as can be, and none is empty.
+    """
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda index: labels[index])  # keeps the random order within a class
+    count = min(count, len(order))
+    return [sorted(order[part::count]) for part in range(count)]
+
+
+def _shortened(recipe: Recipe) -> Recipe:
+    """A third of a recipe's length."""
+    steps = None if recipe.max_steps is None else math.ceil(recipe.max_steps / 3)
+    return replace(recipe, epochs=math.ceil(recipe.epochs / 3), max_steps=steps)
+
+
+@torch.no_grad()
+def _set_values(classifier: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(classifier.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+@contextmanager
+def as_it_was(classifier: SEPClassifier) -> Iterator[None]:
+    """After the block the classifier's weights, prototypes and classes are those of before it, whatever happens."""
+    values = values_of(classifier)
+    prototypes, encoder, trained = classifier.prototypes, classifier.encoder, classifier.trained
+    try:
+        yield
+    finally:
+        _set_values(classifier, values)
+        classifier.prototypes, classifier.encoder, classifier.trained = prototypes, encoder, trained
+        classifier.eval()
+
+
+@torch.no_grad()
+def _logits(
+    classifier: SEPClassifier, images: LabelledImages | Subset, batch_size: int, workers: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (N, C) of trained and of new classes, and labels (N,), on the CPU; none of them calibrated."""
+    tower, found = classifier.vision_tower, []
+    weights = classifier.encoder.weights(training=False)
+    texts = weights.text_embeds, weights.frozen_text_embeds
+    trained = ClassWeights(*texts, weights.prototypes, weights.zero_shot_margin)
+    as_new = ClassWeights(*texts, zero_shot_margin=classifier.recipe.zero_shot_margin)
+    with evaluating(classifier.model):
+        for batch in DataLoader(images, batch_size, num_workers=workers):
+            labels = batch.pop("labels")
+            embeds = classifier.image_embeds(**{name: value.to(classifier.device) for name, value in batch.items()})
+            logits = [class_logits(tower, *embeds, each).cpu() for each in (trained, as_new)]
+            found.append((*logits, labels))
+    logits, new_logits, labels = map(torch.cat, zip(*found, strict=True))
+    return logits, new_logits, labels
