@@ -42,6 +42,33 @@ def replace_data(classifier: SEPClassifier) -> None:
     prompts.data = prompts.data + 0.5
 
 
+def write_to_prompts_by_data(classifier: SEPClassifier) -> None:
+    """Torch counts no version of it."""
+    prompts = find_towers(classifier.model)["text"].sep_prompts["default"]
+    before = prompts._version
+    prompts.data.add_(0.5)
+    assert prompts._version == before
+
+
+def average_by_data(classifier: SEPClassifier) -> None:
+    """As moving averages of weights do."""
+    for parameter in find_towers(classifier.model)["text"].sep_fusion["default"].parameters():
+        parameter.data.mul_(0.9).add_(torch.full_like(parameter, 0.1))
+
+
+def negate_projection_by_data(classifier: SEPClassifier) -> None:
+    classifier.model.get_base_model().text_projection.weight.data.neg_()
+
+
+def scale_frozen_tower_by_data(classifier: SEPClassifier) -> None:
+    find_towers(classifier.model)["text"].base_layer.encoder.layers[1].base_layer.mlp.fc2.weight.data.mul_(2)
+
+
+def read_data(classifier: SEPClassifier) -> None:
+    """Nothing is written, so nothing is encoded anew."""
+    assert all(parameter.data.isfinite().all() for parameter in classifier.parameters())
+
+
 def add_and_set_adapter(classifier: SEPClassifier) -> None:
     classifier.model.add_adapter("other", SEPConfig.published(**SMALL))
     perturb(classifier.model, "other", seed=7)
@@ -80,6 +107,11 @@ EVENTS = [
     (optimizer_step, False, True),
     (load_state_dict, True, True),
     (replace_data, False, True),
+    (write_to_prompts_by_data, False, True),
+    (average_by_data, False, True),
+    (negate_projection_by_data, True, True),
+    (scale_frozen_tower_by_data, True, True),
+    (read_data, False, False),
     (add_and_set_adapter, False, True),
     (delete_and_add_adapter, False, True),
     (change_projection, True, True),

@@ -149,6 +149,7 @@ WRONG_FIELDS = [
     ("needed_options", {"a": None}, "a dict of option names and reasons"),
     ("mixes_after_projection", None, "True or False"),
     ("pooler_repeats", 0, "True or False"),
+    ("videos", "yes", "True or False"),
     ("mask_input", "", "a name without leading underscore"),
     ("rotary", "a b", f"None or {ALLOWED_PATH}"),
     ("projected", "__dict__", "None or a name without leading underscore"),

@@ -58,6 +58,19 @@ def test_image_classification(training, small_model, processor):
     assert best["label"] == expected[0][0]["label"]
 
 
+def test_labels_follow_the_classifier(small_model, processor):
+    """A pipeline that is there when other classes are set, more of them, fewer and the first ones again."""
+    classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).eval()
+    model = ImageClassifier(classifier)
+    classify = pipeline("image-classification", model=model, image_processor=processor.image_processor, device="cpu")
+    images = [str(path) for path in IMAGE_FILES]
+    for names in (NAMES, ["zebra", "okapi", *NAMES], ["ant", "bee"], NAMES):
+        classifier.set_classes(names)
+        found, expected = classify(images, top_k=len(names)), classifier.predict(IMAGE_FILES)
+        assert_close(found, expected, names)
+        assert model.config.num_labels == len(names) and sorted(model.config.label2id) == sorted(names)
+
+
 def test_what_the_pipeline_reads(small_model, processor):
     classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).train()
     model = ImageClassifier(classifier)

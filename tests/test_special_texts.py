@@ -8,6 +8,7 @@ from families import CASES
 from family_models import adapt, tower_inputs, tower_of
 
 from sep_peft import SEPClassifier
+from sep_peft.classifier.class_encoder import padding_of
 from sep_peft.method.mix import mix_embeddings
 from sep_peft.method.sequence import extend_mask
 
@@ -60,6 +61,22 @@ def test_causal_masks_take_prompts_before_the_first_token(dtype):
     assert torch.equal(extend_mask(visible[None, None], 2, 0, causal=True)[0, 0], expected)
 
 
+@torch.no_grad()
+def test_padding_counts_where_it_does_in_the_model_itself():
+    """As docs say of SigLIP; a classifier pads its classes to the full length."""
+    case = CASES["siglip"]
+    model = adapt(case)
+    short, long = (case.text([4], total=total, mask=False) for total in (6, 8))
+    with model.disable_adapter():
+        base = [model.get_text_features(**text).pooler_output for text in (short, long)]
+    found = [model.get_text_features(**text).pooler_output for text in (short, long)]
+    assert not torch.allclose(*base, atol=1e-2) and not torch.allclose(*found, atol=1e-2)
+    assert padding_of(model) == {
+        "padding": "max_length",
+        "max_length": model.config.text_config.max_position_embeddings,
+    }
+
+
 def test_speech_is_not_classified():
     case = CASES["clvp"]
     with pytest.raises(ValueError) as caught:
@@ -67,4 +84,15 @@ def test_speech_is_not_classified():
     assert str(caught.value) == (
         "SEPClassifier classifies images, but ClvpModelForConditionalGeneration has a tower that reads input_ids in "
         "the place of the one that sees."
+    )
+
+
+@pytest.mark.parametrize(("name", "model"), [("xclip", "XCLIPModel"), ("videoprism", "VideoPrismClipModel")])
+def test_videos_are_not_classified(name, model):
+    case = CASES[name]
+    with pytest.raises(ValueError) as caught:
+        SEPClassifier(adapt(case), case.text([3, 4]))
+    assert str(caught.value) == (
+        f"SEPClassifier classifies images, but {model} sees videos, of several frames each. Train its adapter with the "
+        "model's own loss."
     )

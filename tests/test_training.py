@@ -293,12 +293,20 @@ def test_a_checkpoint_of_another_training(make, samples, tmp_path):
 # fit
 
 
+def in_order(prediction: list[dict]) -> list[dict]:
+    """Of the classes, not of their scores."""
+    return sorted(prediction, key=lambda entry: NAMES.index(entry["label"]))
+
+
 def test_fit_ends_in_evaluation_with_prototypes_that_predict(make, samples):
     classifier = make(["crab", *NAMES], Recipe(epochs=1)).set_classes(NAMES)
     fit(classifier, samples, quiet=True)
     assert not classifier.training
     assert classifier.classes.prototype_logit_weight == 5 and classifier.classes.zero_shot_margin == 0
     assert classifier.predict(samples[0][0], top_k=1)[0]["label"] == "butterfly"
+    images = torch.stack([LabelledImages(samples, NAMES, classifier.processor)[0]["pixel_values"]])
+    scores = classifier(images).logits.softmax(dim=-1)[0].tolist()  # no call of eval() in between
+    assert scores == pytest.approx([entry["score"] for entry in in_order(classifier.predict(samples[0][0]))], abs=1e-5)
 
 
 def test_the_recipe_of_fit_becomes_the_classifiers(make, samples):

@@ -23,6 +23,7 @@ from .classes import TaskClasses
 from .coupled import coupled_texts
 from .logits import ClassWeights
 from .text_chunks import TextChunks
+from .value_sample import ValueSample
 
 
 #: Class texts encoded at a time.
@@ -185,25 +186,26 @@ class ClassEncoder(nn.Module):
         if is_traced():
             with torch.no_grad():
                 return compute()
-        key = (*key, self._autocast(), *self._versions(*parameters))
+        watched = list(chain(*parameters, self.tower.projection_parameters()))
+        key = (*key, self._autocast(), *_versions(watched))
         entry = self._cache.get(name)
-        if entry is None or entry[0] != key:
+        if entry is None or entry[0] != key or entry[1].has_changed():
             # an inference tensor could not take part in a later training step
             with torch.inference_mode(False), torch.no_grad(), evaluating(self._model[0]):
-                entry = (key, compute())
+                entry = (key, ValueSample(watched), compute())
             self._cache[name] = entry
-        return entry[1]
+        return entry[2]
 
     def _autocast(self) -> torch.dtype | None:
         """What this thread computes in under autocast; None without."""
         device = self.names.places.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    def _versions(self, *parameters: Iterable[nn.Parameter]) -> tuple:
-        """Changes whenever one of these or the projection is replaced, moved or written to in place."""
-        watched = chain(*parameters, self.tower.projection_parameters())
-        # tensors made in inference mode count no versions
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in watched)
+
+def _versions(parameters: Iterable[nn.Parameter]) -> tuple:
+    """Changes whenever one of these is replaced, moved or written to in place, but not by way of its `data`."""
+    # tensors made in inference mode count no versions
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def padding_of(model: nn.Module) -> dict[str, Any]:

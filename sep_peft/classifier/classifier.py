@@ -113,6 +113,11 @@ class SEPClassifier(TrainerMixin):
                 f"SEPClassifier classifies images, but {type(seeing.owner).__name__} has a tower that reads "
                 f"{seeing.spec.inputs} in the place of the one that sees."
             )
+        if seeing.spec.videos:
+            raise ValueError(
+                f"SEPClassifier classifies images, but {type(seeing.owner).__name__} sees videos, of several frames "
+                "each. Train its adapter with the model's own loss."
+            )
         self.model = model
         self.processor = processor
         self.recipe = recipe

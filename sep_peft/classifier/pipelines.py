@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ImageClassifier(nn.Module):
-    """For `pipeline("image-classification", ...)`: a `SEPClassifier` with its present classes.
+    """For `pipeline("image-classification", ...)`: a `SEPClassifier` with the classes that it has when it is asked.
 
     The pipeline says in its log that it does not know this class; it works all the same.
 
@@ -37,12 +37,15 @@ class ImageClassifier(nn.Module):
     def __init__(self, classifier: SEPClassifier):
         super().__init__()
         self.classifier = classifier
-        names = dict(enumerate(classifier.class_names))
-        self.config = PreTrainedConfig(
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
-            problem_type="single_label_classification",
-        )
+        self._config = PreTrainedConfig(problem_type="single_label_classification")
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """With the labels of the classifier's present classes."""
+        names = dict(enumerate(self.classifier.class_names))
+        if self._config.id2label != names:
+            self._config.id2label, self._config.label2id = names, {name: index for index, name in names.items()}
+        return self._config
 
     @property
     def device(self) -> torch.device:

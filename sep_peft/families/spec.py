@@ -57,6 +57,7 @@ class TowerSpec:
             tokens take positions in it. None where positions are not rotary.
         projected: output of the tower that is its projected pooled output, so that it takes the mix as well.
         unit_option: option of the tower's configuration by which its pooled output, and so the mix, has unit length.
+        videos: it sees the frames of videos, several of which belong together, and no single images.
         reader: the module that stands between the tower and its projection and reads all tokens of the tower by cross
             attention, below the model. It makes one embedding per query, and each is mixed (`SEPReader`);
             `pooling` says nothing then.
@@ -98,6 +99,7 @@ class TowerSpec:
     unit_option: str | None = None
     layer_tokens: int = 0
     mlp_norm: str | None = None
+    videos: bool = False
     reader: str | None = None
     queries: str | None = None
 
@@ -260,7 +262,7 @@ TOWER_FIELDS = {
     "text_end": _one_of("eos", "first_eos", "highest").or_none(),
     "insert_at": _COUNT.or_none(),
     **dict.fromkeys(("leading_tokens", "layer_tokens"), _COUNT),
-    **dict.fromkeys(("causal", "max_length_padding", "mixes_after_projection", "pooler_repeats"), _FLAG),
+    **dict.fromkeys(("causal", "max_length_padding", "mixes_after_projection", "pooler_repeats", "videos"), _FLAG),
     **dict.fromkeys(
         ("projection", "positions", "entry_embedding", "entry_norm", "rotary", "mlp_norm", "reader", "queries"),
         _PLACE.or_none(),

@@ -150,7 +150,7 @@ OWL_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm")
 XCLIP_TEXT = replace(CLIP_TEXT, text_end="highest")
 #: Prompts and the mix concern each frame of a video alone: the model relates frames after its projection, and layers
 #: by a message token.
-XCLIP_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm", layer_tokens=1)
+XCLIP_VISION = replace(CLIP_VISION, entry_norm="pre_layernorm", layer_tokens=1, videos=True)
 
 #: Padding is masked and left out of the mean that the tower pools, so the text may move up.
 TIPS_2_TEXT = TowerSpec(
@@ -223,6 +223,7 @@ VIDEOPRISM_VIDEO = TowerSpec(
     path="video_model",
     layers="vision_model.spatial_layers",
     inputs="pixel_values",
+    videos=True,
     unit_option="apply_l2norm",
 )
 

@@ -1,0 +1,47 @@
+"""`ValueSample`: finds out that parameters were written to where torch counts no version, as through `p.data`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+#: Values that are looked at of each parameter, from first to last in even steps.
+SAMPLE_SIZE = 64
+
+
+class ValueSample:
+    """Some values of each of many parameters, as they were when this was made.
+
+    ``p.data.add_(x)``, as in moving averages of weights, changes a parameter and not its version, and so does whatever
+    is written to a tensor that was made in inference mode. What writes to all of a parameter is found here; what writes
+    to single entries by way of ``.data`` may not be.
+
+    Parameters that have no plain values, such as quantized ones and those on the meta device, are left out.
+
+    Args:
+        parameters: whose values are remembered. Their storage is kept; one that gets another is told by its address.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        kinds: dict[tuple, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if _has_plain_values(parameter):
+                values = parameter.detach().flatten()  # of the storage, not a copy: checked in `_has_plain_values`
+                step = -(-len(values) // SAMPLE_SIZE)
+                kinds.setdefault((values.device, values.dtype), []).append(values[::step])
+        self._views = list(kinds.values())
+        self._then = [torch.cat(views) for views in self._views]
+
+    def has_changed(self) -> bool:
+        """Whether one of the values is another now."""
+        # not a number is equal to nothing, and is looked up anew each time
+        pairs = zip(self._views, self._then, strict=True)
+        return not all(torch.equal(torch.cat(views), then) for views, then in pairs)
+
+
+def _has_plain_values(parameter: nn.Parameter) -> bool:
+    plain = type(parameter.data) is torch.Tensor and parameter.layout is torch.strided
+    return plain and not parameter.is_meta and parameter.numel() > 0 and parameter.is_contiguous()
