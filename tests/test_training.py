@@ -20,11 +20,12 @@ from sep_peft.training import (
     LabelledImages,
     Recipe,
     fit,
-    loop,
     make_optimizer,
     make_schedule,
 )
+from sep_peft.training.epochs import share_out
 from sep_peft.training.folders import read_folder
+from sep_peft.training.optimizer import count_steps, trainable
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -82,7 +83,7 @@ def record(classifier: torch.nn.Module, steps: int | None = None) -> list[float]
 
 
 def state(classifier: SEPClassifier) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in loop.trainable(classifier).items()}
+    return {name: p.detach().clone() for name, p in trainable(classifier).items()}
 
 
 # doors
@@ -204,7 +205,7 @@ def test_learning_rates():
     ):
         optimizer = make_optimizer({"weight": weight}, recipe)
         schedule, rates = make_schedule(optimizer, recipe, 4), []
-        assert loop.count_steps(recipe, 4) == len(expected)
+        assert count_steps(recipe, 4) == len(expected)
         for _ in expected:
             rates.append(schedule.get_last_lr()[0])
             optimizer.step()
@@ -221,7 +222,7 @@ def test_weight_decay_of_the_recipe():
 @pytest.mark.parametrize(("count", "batch", "processes"), [(10, 5, 2), (7, 4, 3), (4, 4, 1), (9, 4, 4)])
 def test_shares_are_the_whole(count, batch, processes):
     order = torch.randperm(count).tolist()
-    shared = [loop.share_out(order, batch, process, processes) for process in range(processes)]
+    shared = [share_out(order, batch, process, processes) for process in range(processes)]
     seen = []
     for step in range(-(-count // batch)):
         parts = [(indices[step], *sizes[step]) for indices, sizes in shared]
@@ -242,52 +243,6 @@ def test_what_is_told_of_each_epoch(make, samples):
     assert entries[2]["loss"] == pytest.approx(losses[6])
     assert all(0 <= entry["accuracy"] <= 100 for entry in entries)
     assert entries[-1]["lr"] == 0
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_bit_for_bit(workers, make, samples, tmp_path, monkeypatch):
-    """Killed after the first epoch, gone on with workers or without."""
-    recipe = Recipe(epochs=3, batch_size=4, calibration_folds=0)
-    whole = make(recipe=recipe)
-    expected = fit(whole, samples, quiet=True)
-
-    class Killed(Exception):
-        pass
-
-    def die(*args, **kwargs):
-        raise Killed
-
-    checkpoint = tmp_path / "checkpoint.pt"
-    killed = make(recipe=recipe)
-    with monkeypatch.context() as patch:
-        save = loop._State.save
-        patch.setattr(loop._State, "save", lambda *args: (save(*args), die()))
-        with pytest.raises(Killed):
-            fit(killed, samples, quiet=True, checkpoint=checkpoint)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    resumed = make(recipe=recipe)
-    losses = record(resumed)
-    entries = fit(resumed, samples, quiet=True, checkpoint=checkpoint, workers=workers)
-    assert entries == expected and len(losses) == 6
-    for name, value in state(whole).items():
-        assert torch.equal(state(resumed)[name], value), name
-    again = make(recipe=recipe)
-    assert fit(again, samples, quiet=True, checkpoint=checkpoint) == expected  # nothing is left to do
-
-
-def test_a_checkpoint_of_another_training(make, samples, tmp_path):
-    checkpoint = tmp_path / "checkpoint.pt"
-    fit(make(), samples, Recipe(epochs=1, batch_size=4, calibration_folds=0), quiet=True, checkpoint=checkpoint)
-    for classifier, given, recipe, differ in (
-        (make(), samples, Recipe(epochs=2, batch_size=3, calibration_folds=0), "batch_size, epochs"),
-        (make(), samples[1:], Recipe(epochs=1, batch_size=4, calibration_folds=0), "images"),
-        (make(fusion_rank=2), samples, Recipe(epochs=1, batch_size=4, calibration_folds=0), "parameters"),
-    ):
-        adapter = state(classifier.model)
-        message = f"{checkpoint} is a checkpoint of another training ({differ} differ). Go on as it was begun, or "
-        with raises(message + "remove the file."):
-            fit(classifier, given, recipe, quiet=True, checkpoint=checkpoint)
-        assert all(torch.equal(p, adapter[name]) for name, p in state(classifier.model).items())
 
 
 # fit

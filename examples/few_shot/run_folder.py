@@ -11,7 +11,7 @@ from typing import Any
 
 
 #: What a run is resumed from, in its folder.
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 class RunFolder:

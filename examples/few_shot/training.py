@@ -48,4 +48,4 @@ def fit(
     if method.cached:
         images = CachedImages(images, classifier.model, recipe.views, cache)
     checkpoint = folder / CHECKPOINT
-    return train(classifier, images, recipe, accelerator=accelerator, checkpoint=checkpoint, workers=workers)
+    return train(classifier, images, recipe, accelerator=accelerator, checkpoint=checkpoint, workers=workers).rows

@@ -26,7 +26,10 @@ from .calibrate import calibrate
 from .data import CachedImages, EpochCallback, EpochDataset, EpochSampler, LabelledImages
 from .evaluation import Evaluation, evaluate
 from .fit import fit
-from .loop import make_optimizer, make_schedule, train
+from .history import History, TrainingInterrupted
+from .limits import Limits
+from .loop import train
+from .optimizer import make_optimizer, make_schedule
 
 
 __all__ = [
@@ -35,8 +38,11 @@ __all__ = [
     "EpochDataset",
     "EpochSampler",
     "Evaluation",
+    "History",
     "LabelledImages",
+    "Limits",
     "Recipe",
+    "TrainingInterrupted",
     "calibrate",
     "evaluate",
     "fit",

@@ -28,7 +28,8 @@ from ..classifier.logits import ClassWeights, class_logits
 from ..method.recipe import Recipe
 from ..tuner.modes import evaluating
 from .data import EpochDataset, ImagePart, LabelledImages
-from .loop import train, trainable
+from .loop import train
+from .optimizer import trainable
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,11 @@ class EpochDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         """An image as it is in this epoch; each kind of data set has its own."""
         raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images from others, for a training that is gone on with; "" where nothing does."""
+        return ""
 
     def set_epoch(self, epoch: int) -> None:
         """Show another epoch. An `EpochSampler` calls it, and so does Trainer in one process."""
@@ -89,6 +96,15 @@ class LabelledImages(EpochDataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the labels, and of the file names where the images are files, in their order."""
+        named = [
+            [os.path.basename(image) if isinstance(image, (str, os.PathLike)) else "", label]
+            for image, label in self.samples
+        ]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         return self.at(index, self.epoch)
 
@@ -124,11 +140,16 @@ class CachedImages(EpochDataset):
 
     def __init__(self, images: LabelledImages, model: nn.Module, views: int, folder: str | os.PathLike | None = None):
         super().__init__()
-        self._count, self._views = len(images), views
+        self._count, self._views, self._fingerprint = len(images), views, images.fingerprint
         self._cache = TrunkCache(model, _FirstEpochs(images, views), folder)
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the images."""
+        return self._fingerprint
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         return self._cache[index + self.epoch % self._views * self._count]

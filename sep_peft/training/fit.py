@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 
 from ..classifier.classifier import SEPClassifier
 from ..method.recipe import Recipe
+from ..tuner.disk import try_folder
 from .calibrate import calibrate, cross_fit, values_of
-from .data import CachedImages, LabelledImages
+from .checkpoint import CHECKPOINT_FILE, unfinished
+from .data import CachedImages, EpochDataset, LabelledImages
 from .evaluation import check_samples
 from .folders import Samples
-from .loop import train, trainable
+from .history import History, TrainingInterrupted
+from .limits import Limits
+from .loop import Callback, train
+from .optimizer import trainable
+from .shipping import Validation, ship
 
 
 def fit(
@@ -23,13 +33,18 @@ def fit(
     samples: Samples,
     recipe: Recipe | None = None,
     *,
+    eval_samples: Samples | None = None,
+    callbacks: Sequence[Callback] = (),
+    folder: str | os.PathLike | None = None,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    patience: int | None = None,
+    keep: Literal["best", "last"] = "best",
     quiet: bool = False,
     cache: str | os.PathLike | None = None,
-    checkpoint: str | os.PathLike | None = None,
     workers: int = 0,
     accelerator: Accelerator | None = None,
-    eval_samples: Samples | None = None,
-) -> list[dict[str, Any]]:
+) -> History:
     """Train the adapter; afterwards the classifier is in evaluation, with the prototypes that predict, and calibrated.
 
     The prototypes start at the class means of the frozen image embeddings, as published. Scores are calibrated on
@@ -40,24 +55,42 @@ def fit(
         classifier: with a processor, on the device to train on.
         samples: images (paths, URLs or `PIL.Image`) and names of their classes, all of them the classifier's.
         recipe: how to train; it becomes the classifier's. None: the one that the classifier has.
+        eval_samples: images that are not trained on and names of their classes: to measure the classifier on after
+            every epoch as it would be saved, beside zero-shot before the first, and to calibrate scores; None: none.
+        callbacks: each is called with the `History` after every epoch; `history.stop(reason)` ends the training.
+        folder: for a file that the training can go on from, `CHECKPOINT_FILE`, written whole after every epoch; made
+            where it is missing. None: no file.
+        resume: go on with the training in `folder`, bit for bit as if it had not been interrupted, given a classifier
+            that was made as the first one was; where there is none, begin.
+        max_seconds: end before an epoch that would not end within so many seconds; the first one always ends. None:
+            no limit.
+        patience: end after so many epochs whose accuracy on `eval_samples` was not higher than all before; None: never.
+        keep: "best" leaves the classifier with the weights of the epoch with the highest accuracy on `eval_samples`,
+            the last of equals; "last" with those of the last epoch, as does "best" without `eval_samples`.
         quiet: without progress.
         cache: for adapters with `start_layer` above 0: what is below it is computed once, for `recipe.views`
             augmentations of each image. A folder to keep it in, or "memory"; None: no cache.
-        checkpoint, workers, accelerator: as for `train`.
-        eval_samples: images that are not trained on and names of their classes, to calibrate scores; None: none.
+        workers, accelerator: as for `train`.
 
     Returns:
-        for each epoch its "epoch" from 1, "loss", "accuracy" in percent and "lr"; see `train`.
+        the history of all epochs, those before a resumption included; its rows have "epoch" from 1, "loss", "accuracy"
+        in percent, "lr" and, with `eval_samples`, "val_accuracy" in percent.
 
     Raises:
         TypeError: `recipe` is no `Recipe`, or the samples are no list.
+        FileExistsError: `folder` has a training that is not finished, and `resume` was not asked for.
+        OSError: nothing can be written in `folder`, or its disk has no room.
         ValueError: nothing of the classifier is to be trained, it has no processor, there are no samples, one has no
-            name or one that is not among the classes, or the adapter has no trunk to cache; nothing is changed then.
-            Or the checkpoint is of another training; no parameter but the prototypes is changed then.
+            name or one that is not among the classes, the adapter has no trunk to cache, or an option has a value that
+            is not allowed; nothing is changed then. Or the checkpoint is of another training; no parameter but the
+            prototypes is changed then. Or the loss is not finite.
+        TrainingInterrupted: Ctrl-C or SIGTERM came. The classifier is finished as if the training had ended with the
+            last epoch that was done; before the end of the first one it is as it was.
 
     Example:
         >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
-        >>> fit(classifier, [("a.jpg", "lobster"), ("b.jpg", "butterfly")])
+        >>> history = fit(classifier, [("a.jpg", "lobster"), ("b.jpg", "butterfly")], folder="run", resume=True)
+        >>> history[-1]["loss"]
     """
     recipe = classifier.recipe if recipe is None else recipe
     if not isinstance(recipe, Recipe):
@@ -69,30 +102,105 @@ def fit(
         )
     check_samples(classifier, samples, "train on")
     if eval_samples is not None:
-        check_samples(classifier, eval_samples, "calibrate on")
+        check_samples(classifier, eval_samples, "validate on")
+    limits = Limits(max_seconds, patience, keep)
+    if patience is not None and eval_samples is None:
+        raise ValueError(f"patience={patience} needs eval_samples, on which the classifier gets better or does not.")
     if cache is not None:
         classifier.vision_tower.check_trunk()
     names, processor = classifier.class_names, classifier.processor
     plain = LabelledImages(samples, names, processor)
+    held_out = None if eval_samples is None else LabelledImages(eval_samples, names, processor)
+    _check_folder(folder, resume, classifier)
+    checkpoint = None if folder is None else Path(folder, CHECKPOINT_FILE)
+    if checkpoint is not None and not resume:
+        checkpoint.unlink(missing_ok=True)  # of a training that was finished
     classifier.recipe = recipe
-    if recipe.prototype_weight:
-        classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
-    else:
+    if not recipe.prototype_weight:
         classifier.prototypes = None
-    images = LabelledImages(samples, names, processor, recipe)
+    elif checkpoint is not None and checkpoint.exists():
+        classifier.reset_prototypes()  # the checkpoint has their values
+    else:
+        classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
+    images: EpochDataset = LabelledImages(samples, names, processor, recipe)
     if cache is not None:
         images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
+    validation = None if eval_samples is None else Validation(classifier, eval_samples, recipe.batch_size)
     start = values_of(classifier)
     options = {"accelerator": accelerator, "workers": workers, "quiet": quiet}
-    entries = train(classifier, images, recipe, checkpoint=checkpoint, **options)
-    classifier.finish_training()
-    if eval_samples is not None:
-        calibrate(classifier, LabelledImages(eval_samples, names, processor), workers=workers)
-    elif recipe.calibration_folds and len(samples) > 1:
-        try:
-            calibrate(classifier, cross_fit(classifier, plain, images, recipe, start, **options))
-        except ValueError as error:  # what was trained is right all the same
-            warnings.warn(
-                f"Scores are not calibrated, because a training without some images failed: {error}", stacklevel=2
-            )
-    return entries
+    try:
+        history = train(
+            classifier,
+            images,
+            recipe,
+            checkpoint=checkpoint,
+            settings=_settings(classifier, held_out),
+            validation=validation,
+            callbacks=callbacks,
+            limits=limits,
+            **options,
+        )
+    except TrainingInterrupted as interruption:
+        if interruption.history.rows:
+            ship(classifier)
+        raise
+    ship(classifier)
+    try:
+        if held_out is not None:
+            calibrate(classifier, held_out, workers=workers)
+        elif recipe.calibration_folds and len(samples) > 1:
+            _cross_fit(classifier, plain, images, recipe, start, options)
+    except TrainingInterrupted as interruption:  # of a training without some images; the whole one has ended
+        history.stopped = interruption.history.stopped
+        raise TrainingInterrupted(history) from None
+    return history
+
+
+def _cross_fit(
+    classifier: SEPClassifier,
+    plain: LabelledImages,
+    images: EpochDataset,
+    recipe: Recipe,
+    start: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """Calibrate without held-out images; what was trained is right, whether that works or not."""
+    try:
+        calibrate(classifier, cross_fit(classifier, plain, images, recipe, start, **options))
+    except ValueError as error:
+        warnings.warn(
+            f"Scores are not calibrated, because a training without some images failed: {error}", stacklevel=3
+        )
+
+
+def _check_folder(folder: str | os.PathLike | None, resume: bool, classifier: SEPClassifier) -> None:
+    """
+    Raises:
+        ValueError: there is no folder to resume from.
+        FileExistsError, OSError: as `fit`.
+    """
+    if folder is None:
+        if resume:
+            raise ValueError("resume=True needs folder, where the training that is gone on with has its checkpoint.")
+        return
+    try_folder(folder, needed=checkpoint_bytes(classifier))
+    if not resume and (history := unfinished(folder)) is not None:
+        raise FileExistsError(
+            f"{os.fspath(folder)} has a training that ended {history}. Pass resume=True to go on with it, or remove "
+            f"{CHECKPOINT_FILE} there to begin anew."
+        )
+
+
+def checkpoint_bytes(classifier: SEPClassifier) -> int:
+    """Room that a training's checkpoint needs: weights, those of the best epoch and two moments of AdamW, twice because
+    a file is written before it replaces the other."""
+    return 8 * sum(p.numel() * p.element_size() for p in trainable(classifier).values())
+
+
+def _settings(classifier: SEPClassifier, held_out: LabelledImages | None) -> Mapping[str, Any]:
+    """What must be the same for a training that is gone on with, beside recipe and images."""
+    classes = json.dumps([classifier.classes.names, classifier.classes.templates])
+    return {
+        "classes": hashlib.sha256(classes.encode()).hexdigest()[:32],
+        "eval_samples": None if held_out is None else held_out.fingerprint,
+    }

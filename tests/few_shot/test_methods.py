@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from sep_peft import SEPConfig
 from sep_peft.training import Recipe
-from sep_peft.training.loop import trainable
+from sep_peft.training.optimizer import trainable
 
 
 NAMES = ("butterfly", "lamp", "pizza")

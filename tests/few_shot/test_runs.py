@@ -10,10 +10,11 @@ import time
 
 import pytest
 import run as run_script
-import torch
 from accelerate.state import AcceleratorState
 from bundled import ASSETS, save_shallow_clip
 from fresh import usual
+
+from sep_peft.training.checkpoint import read_entry
 
 
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
@@ -81,16 +82,16 @@ def test_killed_run_goes_on_and_ends_the_same(command, run_here, tmp_path):
     run_here(command(whole))
     process = usual().start(*command(killed))
     deadline = time.monotonic() + 300
-    while not list(killed.rglob("checkpoint.pt")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(killed.rglob("checkpoint.safetensors")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    (checkpoint,) = killed.rglob("checkpoint.pt")
+    (checkpoint,) = killed.rglob("checkpoint.safetensors")
     assert not list(killed.rglob("results.json"))
-    done = len(torch.load(checkpoint, weights_only=True)["log"])
+    done = len(read_entry(checkpoint)["history"]["rows"])
     assert 1 <= done < 3
     assert "3/3" not in run_here(command(killed))
     assert results(killed) == results(whole)
-    assert not list(killed.rglob("checkpoint.pt")) and not list(killed.rglob("*.tmp"))
+    assert not list(killed.rglob("checkpoint.safetensors")) and not list(killed.rglob("*.tmp"))
 
     assert "finished before" in run_here(command(whole))
     folder = next(whole.rglob("settings.json")).parent

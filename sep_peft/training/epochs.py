@@ -1,0 +1,114 @@
+"""Going through the images once: in one process or many, always the same batches and the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import nn
+
+from ..method.recipe import Recipe
+from .data import EpochDataset, epoch_order
+from .optimizer import count_steps, make_optimizer, make_schedule, trainable
+from .progress import Progress
+
+
+class Epochs:
+    """What is trained, by what, and on which images; goes through them an epoch at a time.
+
+    Args:
+        classifier, images, recipe, accelerator, workers: as for `train`.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, images: EpochDataset, recipe: Recipe, accelerator: Accelerator, workers: int
+    ):
+        self.classifier, self.images, self.recipe = classifier, images, recipe
+        self.accelerator, self.workers = accelerator, workers
+        self.device = next(classifier.parameters()).device
+        if accelerator.device_placement or accelerator.num_processes > 1:
+            self.device = accelerator.device
+        classifier.to(self.device)
+        self.parameters = trainable(classifier)
+        self.optimizer = make_optimizer(self.parameters, recipe)
+        self.per_epoch = -(-len(images) // recipe.batch_size)
+        self.steps = count_steps(recipe, self.per_epoch)
+        self.schedule = make_schedule(self.optimizer, recipe, self.per_epoch)
+        self.parts: dict[str, Any] = {"schedule": self.schedule}
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+
+    def prepare(self) -> None:
+        self.model, self.prepared = self.accelerator.prepare(self.classifier, self.optimizer)
+        self.model.train()
+
+    def release(self) -> None:
+        """Later calls are evaluations, with other classes, outside of DistributedDataParallel."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def take(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def agree(self, reason: str | None) -> str | None:
+        """What the main process says, in every process."""
+        return broadcast_object_list([reason])[0]
+
+    def epoch(self, epoch: int, progress: Progress) -> dict[str, Any]:
+        """One pass over the images; each process weighs its mean loss by its share of the batch, so that the gradient
+        is that of the whole batch. Returns the epoch's row of the history."""
+        set_seed(self.recipe.seed + epoch)  # dropout, where there is any
+        self.images.set_epoch(epoch)
+        sums, seen, own_seen = torch.zeros(2, device=self.device), 0, 0  # of the loss and of right answers
+        steps = min(self.per_epoch, self.steps - epoch * self.per_epoch)
+        for batch, own, whole in _batches(self.images, self.recipe, steps, self.accelerator, self.workers):
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            output, labels = self.model(**batch), batch["labels"]
+            # DistributedDataParallel takes the mean over the processes
+            self.accelerator.backward(output.loss * (own / whole * self.accelerator.num_processes))
+            self.prepared.step()
+            self.prepared.zero_grad()
+            self.schedule.step()
+            right = (output.logits.detach()[:own].argmax(dim=1) == labels[:own]).sum()
+            sums += torch.stack([output.loss.detach() * own, right])
+            seen, own_seen = seen + whole, own_seen + own
+            progress.step(sums[0], own_seen)
+        whole_sums: Any = self.accelerator.reduce(sums, "sum")
+        loss, right = (whole_sums / seen).tolist()
+        return {"epoch": epoch + 1, "loss": loss, "accuracy": 100 * right, "lr": self.schedule.get_last_lr()[0]}
+
+
+def _batches(
+    images: EpochDataset, recipe: Recipe, steps: int, accelerator: Accelerator, workers: int
+) -> Iterator[tuple[dict[str, torch.Tensor], int, int]]:
+    """For each step a batch of this process, the images of it that count, and the images of all processes."""
+    order = epoch_order(len(images), recipe.seed, images.epoch)
+    shares, sizes = share_out(order, recipe.batch_size, accelerator.process_index, accelerator.num_processes)
+    loader = torch.utils.data.DataLoader(images, batch_sampler=shares[:steps], num_workers=workers)
+    for batch, (own, whole) in zip(loader, sizes[:steps], strict=True):
+        yield batch, own, whole
+
+
+def share_out(
+    order: list[int], batch_size: int, process: int, processes: int
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Indices of a process for each batch of an epoch, and (images of its own, of the whole batch).
+
+    A process without an image in the last batch gets one that counts 0, because all processes must take part.
+    """
+    shares, sizes = [], []
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        own = batch[process::processes]
+        shares.append(own or batch[:1])
+        sizes.append((len(own), len(batch)))
+    return shares, sizes
