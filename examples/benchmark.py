@@ -8,6 +8,7 @@ macOS, on the CPU.
     python examples/benchmark.py                     # a few minutes on two cores
     python examples/benchmark.py --fast              # a tiny model, seconds: only to see that everything runs
     python examples/benchmark.py --extended          # also torch.compile and bfloat16; compiling takes minutes
+    python examples/benchmark.py --only resident     # a hundred adapters in one model
 
 On Linux, glibc gives freed memory back to the system during every training step and takes it again page by page. Plain
 CLIP without gradients hardly notices. All timings but one are made with that turned off, for every workload alike; a
@@ -80,6 +81,8 @@ SEP_MANY_STEP = "SEP step, many classes"
 
 AS_IT_IS = "glibc as it is"
 RESIDENT = "resident adapters / their files"
+ADD_FIRST, ADD_LAST = "SEP adapter: add the first", "SEP adapter: add the last"
+LOAD_LAST = "SEP task: load beside all"
 
 
 # what is measured
@@ -152,6 +155,8 @@ VIT_B_16 = Settings(
         "compact SEP adapter: load": 100.0,
         "compact SEP adapter: switch": 1.0,
         RESIDENT: 1.1,
+        f"{ADD_LAST} / {ADD_FIRST}": 2.0,
+        LOAD_LAST: 200.0,
         f"{SEP}: compiled / eager": 1.0,
         f"{SEP}: bf16 autocast / eager": 1.0,
         f"{SEP_FULL_STEP}: compiled / eager": 1.0,
@@ -535,22 +540,41 @@ def measure_adapters(settings: Settings) -> list[Row]:
             if name == "SEP adapter":
                 cast_adapter(folder, torch.bfloat16)
                 rows.append(Row(f"{name}, bf16: size", "MB", [adapter_bytes(folder) / 1e6]))
-    return [*rows, measure_resident(settings)]
+    return rows
 
 
 def adapter_bytes(folder: str) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("adapter_*"))
 
 
-def measure_resident(settings: Settings) -> Row:
-    """Bytes that many adapters in one model add, over the bytes of as many files."""
+def measure_resident(settings: Settings) -> list[Row]:
+    """Many adapters in one model: their bytes over those of as many files, and what adding and loading one then takes.
+
+    Every round adds the first adapter to a new model, and one more to the model that has them all.
+    """
+    task = make_task(settings, settings.num_classes)
+    first, last, loads = [], [], []
+    for _ in range(settings.rounds):
+        clip = make_clip(settings)
+        first.append(1000 * seconds(partial(get_peft_model, clip, SEPConfig())))
+    model = make_sep(settings)
+    classifier = SEPClassifier(model, task.names, task.templates).eval()
     with tempfile.TemporaryDirectory() as folder:
-        model = make_sep(settings)
-        model.save_pretrained(folder)
-        before = tensor_bytes(model)
+        classifier.save_pretrained(folder)
+        before, size = tensor_bytes(model), adapter_bytes(folder)
         for index in tqdm(range(settings.resident), desc="resident adapters"):
-            model.load_adapter(folder, f"task_{index}")
-        return Row(RESIDENT, "× bytes", [(tensor_bytes(model) - before) / settings.resident / adapter_bytes(folder)])
+            model.add_adapter(f"adapter_{index}", SEPConfig())
+        ratio = (tensor_bytes(model) - before) / settings.resident / size
+        for index in range(settings.rounds):
+            last.append(1000 * seconds(partial(model.add_adapter, f"last_{index}", SEPConfig())))
+            loads.append(1000 * seconds(partial(classifier.load_task, folder, f"task_{index}")))
+    return [
+        Row(RESIDENT, "× bytes", [ratio]),
+        Row(ADD_FIRST, "ms", first),
+        Row(ADD_LAST, "ms", last),
+        Row(f"{ADD_LAST} / {ADD_FIRST}", "× time", [b / a for a, b in zip(first, last, strict=True)]),
+        Row(LOAD_LAST, "ms", loads),
+    ]
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -636,6 +660,23 @@ def format_row(row: dict) -> tuple[str, str, str, str, str]:
     return row["name"], f"{row['median']:,.{digits}f}", row["unit"], goal, met
 
 
+# the command line
+
+EXTENDED = "extended"
+#: What is measured together, in this order.
+GROUPS = {
+    "memory": measure_memory,
+    "allocator": measure_allocator,
+    "adapters": measure_adapters,
+    "resident": measure_resident,
+    "inference": measure_inference,
+    "training": measure_training,
+    EXTENDED: measure_extended,
+}
+#: Groups that are about memory that is given back and taken again.
+AS_GLIBC_DOES = ("memory", "allocator")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -650,6 +691,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help=f"rounds of every timing ({VIT_B_16.rounds})")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads of torch (all)")
     parser.add_argument("--extended", action="store_true", help="also measure torch.compile and bfloat16")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these groups alone")
     return parser.parse_args()
 
 
@@ -658,11 +700,13 @@ def main() -> None:
     settings = TINY if arguments.fast else VIT_B_16
     settings = replace(settings, threads=arguments.threads, rounds=arguments.rounds or settings.rounds)
     torch.set_num_threads(settings.threads)
-    rows = [*measure_memory(settings), *measure_allocator(settings)]
-    keep_freed_memory()
-    rows += [*measure_adapters(settings), *measure_inference(settings), *measure_training(settings)]
-    if arguments.extended:
-        rows += measure_extended(settings)
+    chosen = set(arguments.only or GROUPS.keys() - {EXTENDED}) | ({EXTENDED} if arguments.extended else set())
+    rows = []
+    for name, measure in GROUPS.items():
+        if name not in AS_GLIBC_DOES:
+            keep_freed_memory()
+        if name in chosen:
+            rows += measure(settings)
     report = describe(settings, rows)
     print(format_report(report))
     write_json(arguments.output, report)

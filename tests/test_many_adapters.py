@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from small_classifier import make_classifier
 from small_clip import make_clip
 from torch import nn
 
 from sep_peft import SEPConfig
+from sep_peft.tuner.current import walked_adapter
 from sep_peft.tuner.layer_fusions import LayerFusions
 from sep_peft.tuner.model import find_towers, named_towers
 from sep_peft.tuner.tower import SEPTower
@@ -94,3 +100,65 @@ def test_towers_are_found_under_their_paths(model):
     assert list(find_towers(model)) == ["text", "vision"]
     tower = find_towers(model)["vision"]
     assert dict(named_towers(tower, "somewhere")) == {"somewhere": tower}
+
+
+def visits(action: Callable[[], object]) -> int:
+    """Calls of Python functions; a walk that yields modules or parameters counts one for each."""
+    count = 0
+
+    def profile(frame, event, argument) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of a classifier of the tiny CLIP."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_classifier().save_pretrained(folder)
+    return folder
+
+
+ACTIONS = {
+    "add": lambda classifier, folder: classifier.model.add_adapter("new", SEPConfig.published()),
+    "load a task": lambda classifier, folder: classifier.load_task(folder, "new"),
+    "delete": lambda classifier, folder: classifier.model.delete_adapter("other_0"),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_adapters_that_are_there_are_not_walked_through(action, saved):
+    counts = []
+    for others in (2, 10):
+        classifier = make_classifier()
+        for index in range(others):
+            classifier.model.add_adapter(f"other_{index}", SEPConfig.published())
+        counts.append(visits(partial(ACTIONS[action], classifier, saved)))
+    modules = sum(len(list(tower.sep_fusion["default"].modules())) for tower in find_towers(classifier.model).values())
+    assert modules > 50
+    assert (counts[1] - counts[0]) / 8 < modules  # not even one look at each of them
+
+
+def test_a_walk_meets_one_adapter_and_a_look_up_all(model):
+    def met(root: nn.Module) -> set[str]:
+        names = {key.split(".sep_fusion.")[1].split(".")[0] for key, _ in root.named_parameters() if "fusion" in key}
+        assert names == {key.split(".sep_fusion.")[1].split(".")[0] for key in root.state_dict() if "fusion" in key}
+        return names
+
+    assert met(model) == {"one", "two", "three"}
+    fusions = find_towers(model)["vision"].sep_fusion
+    with walked_adapter.set("two"):
+        assert met(model) == {"two"}
+        assert list(fusions) == ["one", "two", "three"] and "one" in fusions and len(fusions["one"]) == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(met, model).result() == {"one", "two", "three"}
+    with walked_adapter.set("four"):
+        assert met(model) == set()
+    assert met(model) == {"one", "two", "three"}

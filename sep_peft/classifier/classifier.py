@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
 from ..method.recipe import Recipe
+from ..tuner.current import walked_adapter
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.restore import unchanged_on_error
@@ -563,7 +564,8 @@ class SEPClassifier(TrainerMixin):
         options = {**({} if is_trainable else {"prototype_weight": 0.0}), **(options or {})}
         with unchanged_on_error(model):
             if isinstance(model, PeftModel):
-                model.load_adapter(path, adapter_name, subfolder=subfolder, **arguments)
+                with walked_adapter.set(adapter_name):  # whatever walks through the model meets no other adapter
+                    model.load_adapter(path, adapter_name, subfolder=subfolder, **arguments)
                 model.set_adapter(adapter_name, inference_mode=not is_trainable)
             else:
                 model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import nn
 
-from ..tuner.current import chosen_adapters
+from ..tuner.current import chosen_adapters, walked_adapter
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.modes import evaluating
 from .class_encoder import ClassEncoder
@@ -91,17 +91,18 @@ class Tasks(nn.Module):
         self.check_new(name)
         if name in model.peft_config:
             raise ValueError(f"There is an adapter {name!r} already. Choose another name, or use add_task.")
-        training, known = model.training, set(model.modules())
-        try:
-            with evaluating(model):  # as PEFT leaves everything; each module's own mode comes back after it
-                model.load_adapter(path, name, **options)
-                self.add(name, classes, name, chunk_size)
-        except Exception:
-            if name in model.peft_config:
-                model.delete_adapter(name)
-            raise
-        for module in set(model.modules()) - known:
-            module.training = training
+        with walked_adapter.set(name):  # whatever walks through the model meets no other adapter
+            training, known = model.training, set(model.modules())
+            try:
+                with evaluating(model):  # as PEFT leaves everything; each module's own mode comes back after it
+                    model.load_adapter(path, name, **options)
+                    self.add(name, classes, name, chunk_size)
+            except Exception:
+                if name in model.peft_config:
+                    model.delete_adapter(name)
+                raise
+            for module in set(model.modules()) - known:
+                module.training = training
 
     def remove(self, name: str) -> None:
         """Forget a task; its adapter stays in the model.

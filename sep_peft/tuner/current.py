@@ -50,3 +50,5 @@ class Current:
 current_pass = Current("sep_peft_current_pass")
 #: What this call wants in place of the active adapter: one name for all samples, a tuple of one name a sample, or None.
 chosen_adapters = Current("sep_peft_chosen_adapters")
+#: The one adapter whose fusions this thread meets on its walks through a model, or None; see `AdapterFusions`.
+walked_adapter = Current("sep_peft_walked_adapter")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from ..method.coupled import CoupledTokenFusion
 from ..method.fusion import TokenFusion
 from ..method.independent import LearnedPrompts
 from .config import SEPConfig
+from .current import walked_adapter
 from .settings import TowerSettings
 
 
@@ -54,3 +55,31 @@ class LayerFusions(nn.ModuleDict):
         return (
             parameter for owner in self._owners for parameter in owner._parameters.values() if parameter is not None
         )
+
+
+class AdapterFusions(nn.ModuleDict):
+    """Adapter -> its fusions in one tower.
+
+    An adapter has some 400 modules, and PEFT walks through all modules of a model several times to add or load one.
+    While `walked_adapter` names an adapter, whoever walks through the model in this thread meets the fusions of that
+    one alone. Looking an adapter up by its name finds all of them at any time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        # `nn.Module` has no method that all its walks share: each goes on to the items of this dictionary
+        vars(self)["_modules"] = _WalkedModules()
+
+
+class _WalkedModules(dict[str, nn.Module]):
+    """The modules by adapter, of which a walk sees those that it is about."""
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        return super().items() if walked_adapter.get() is None else self._walked().items()
+
+    def values(self) -> ValuesView[nn.Module]:
+        return super().values() if walked_adapter.get() is None else self._walked().values()
+
+    def _walked(self) -> dict[str, nn.Module]:
+        name = walked_adapter.get()
+        return {name: self[name]} if name in self else {}

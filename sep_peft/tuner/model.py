@@ -20,7 +20,7 @@ from ..families.find import find_architecture
 from ..families.spec import Architecture
 from .checks import check_adapter_name, check_config, target_towers
 from .config import SEPConfig
-from .current import chosen_adapters
+from .current import chosen_adapters, walked_adapter
 from .files import check_keys, check_numbers
 from .gate import check_weights
 from .mixed_batch import check_a_name_for_each, check_adapter_names
@@ -104,7 +104,7 @@ class SEPModel(BaseTuner):
             config = self.peft_config[adapter_name] = copy.copy(config)
         config.base_architecture = found
         try:
-            with unchanged_on_error(self):
+            with walked_adapter.set(adapter_name), unchanged_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             del self.peft_config[adapter_name]
@@ -201,6 +201,12 @@ class SEPModel(BaseTuner):
         for tower in self.towers.values():
             tower.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; where it was active, the first of the others becomes active."""
+        # which other one becomes active PEFT finds out on its way through all of them
+        with walked_adapter.set(None if adapter_name in self.active_adapters else adapter_name):
+            super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters of SEP; those of methods below keep what they have."""

@@ -17,8 +17,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
     What the block wrote into tensors stays written; a change must check its values before it copies any.
     """
-    known = [_KnownModule(module) for module in _modules(model)]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = _modules(model)
+    known = [_KnownModule(module) for module in modules]
+    trained = [(parameter, parameter.requires_grad) for module in modules for parameter in _parameters(module)]
     try:
         yield
     except BaseException:
@@ -67,3 +68,8 @@ def _modules(root: nn.Module) -> list[nn.Module]:
         if not isinstance(module, LayerFusions):
             waiting += module.children()
     return list(found.values())
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of one of `_modules`, and of what was left out below it."""
+    return module.parameters(recurse=isinstance(module, LayerFusions))

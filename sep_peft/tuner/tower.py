@@ -30,7 +30,7 @@ from . import outputs
 from .config import SEPConfig
 from .current import chosen_adapters, current_pass
 from .head import Head
-from .layer_fusions import SHARED, LayerFusions, fusion_keys, new_fusion
+from .layer_fusions import SHARED, AdapterFusions, LayerFusions, fusion_keys, new_fusion
 from .mixed_batch import join, run_groups, run_samples, weights_of_samples
 from .modes import evaluating
 from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures
@@ -90,7 +90,7 @@ class SEPTower(SEPLayer):
         self._disabled_by: set[int] = set()  # threads that have disabled the adapters
         self.selection: Selection | None = None
         self.sep_prompts = nn.ParameterDict()
-        self.sep_fusion = nn.ModuleDict()
+        self.sep_fusion = AdapterFusions()
         self.sep_settings: dict[str, TowerSettings] = {}
         if self.is_root:
             base_layer.forward = self.forward
