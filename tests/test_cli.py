@@ -193,7 +193,18 @@ def test_errors_of_train(run, images, tmp_path):
 def test_train_on_a_cached_trunk(run, images, kept, tmp_path):
     """Trained twice it is the same adapter, whether the trunk is computed or found on disk."""
     cache = "memory" if kept == "memory" else tmp_path / "cache"
-    options = ["--base-model", BASE, *SMALL, "--start-layer", 2, "--cache", cache, "--views", 2, "--json"]
+    options = [
+        "--base-model",
+        BASE,
+        *SMALL,
+        "--start-layer",
+        "text=1,vision=2",
+        "--cache",
+        cache,
+        "--views",
+        2,
+        "--json",
+    ]
     results = []
     for name in ("one", "two"):
         code, _, err = run("train", images, *options, "--output", tmp_path / name)
@@ -203,12 +214,15 @@ def test_train_on_a_cached_trunk(run, images, kept, tmp_path):
             assert len(list(cache.glob("*.safetensors"))) == 1
     assert results[0] == results[1]
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
-    assert config["start_layer"] == 2
+    assert config["start_layer"] == {"text": 1, "vision": 2}
 
 
 def test_a_cache_needs_a_trunk(run, images, tmp_path):
     out = ["--base-model", BASE, "--output", tmp_path / "new", "--cache", "memory"]
-    message = "--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache."
+    message = (
+        "--cache keeps what is below --start-layer of the vision tower, which is 0. Pass a layer above 0, or no "
+        "--cache."
+    )
     assert error_of(run, "train", images, *out) == message
 
 

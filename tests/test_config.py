@@ -22,6 +22,7 @@ AT_LEAST_0 = "an integer of at least 0"
 AT_LEAST_1 = "an integer of at least 1"
 RANK = "None or an integer of at least 1"
 SOURCES = '"selected", "random", "mean" or "noise"'
+START = 'an integer of at least 0, or one for each tower as in {"text": 9, "vision": 18}'
 SHARE = "a number of at least 0 and below 1"
 LAYERS = "None or a list of layer indices of at least 0"
 NAMES = "None or a list of module names"
@@ -31,9 +32,10 @@ SMALL = {"num_text_prompts": 2, "num_vision_prompts": 2}
 BAD_VALUES = [
     *(
         (name, value, AT_LEAST_0)
-        for name in ("num_text_prompts", "num_vision_prompts", "start_layer")
+        for name in ("num_text_prompts", "num_vision_prompts")
         for value in (-1, True, False, 2.0, math.nan, "2", None, [2])
     ),
+    *(("start_layer", value, START) for value in (-1, True, 2.0, math.nan, "2", None, [2])),
     *(
         ("fusion", value, '"attention", "independent" or "none"')
         for value in ("Attention", "", None, True, 0, ["attention"])
@@ -81,6 +83,21 @@ BAD_COMBINATIONS = [
     (
         {"vision_layers": [4, 2], "start_layer": 2},
         "vision_layers must be indices above start_layer=2, where the prompts enter, but got [4, 2].",
+    ),
+    (
+        {"vision_layers": [3, 1], "text_layers": [3, 1], "start_layer": {"vision": 1}},
+        "vision_layers must be indices above start_layer=1, where the prompts enter, but got [3, 1].",
+    ),
+    *(
+        ({"start_layer": value}, f'start_layer must name the towers "text" and "vision", but got {value!r}.')
+        for value in ({}, {"image": 2}, {"text": 1, 2: 3}, {None: 1})
+    ),
+    *(
+        (
+            {"start_layer": {"text": 1, "vision": value}},
+            f"start_layer must be an integer of at least 0 for the vision tower, but got {value!r}.",
+        )
+        for value in (-1, True, 2.0, "2", None, [2], {})
     ),
     *(
         (
@@ -142,6 +159,7 @@ def test_bad_combination(options, message):
         {"fusion_rank": 1, "fusion_hidden_size": 1},
         {"text_layers": [], "vision_layers": []},
         {"fusion": "none", "fusion_hidden_size": 32, "start_layer": 3},
+        {"start_layer": {"text": 0, "vision": 3}},
         {"fusion": "independent", "text_layers": [2], "vision_layers": []},
     ],
     ids=str,
@@ -163,11 +181,28 @@ def test_accessors_of_a_tower():
     assert [config.layers_of(tower) for tower in ("text", "vision")] == [[1], None]
 
 
+@pytest.mark.parametrize(
+    ("value", "kept", "text", "vision"),
+    [
+        (9, 9, 9, 9),
+        ({"text": 9, "vision": 9}, 9, 9, 9),
+        ({"vision": 18, "text": 9}, {"text": 9, "vision": 18}, 9, 18),
+        ({"vision": 18}, {"text": 0, "vision": 18}, 0, 18),
+        ({"text": 0}, 0, 0, 0),
+    ],
+)
+def test_start_layers_of_the_towers(value, kept, text, vision):
+    config = SEPConfig(start_layer=value)
+    assert config.start_layer == kept
+    assert (config.start_layer_of("text"), config.start_layer_of("vision")) == (text, vision)
+
+
 # storing
 
 STORED = [
     {},
     {"text_layers": (2, 1), "vision_layers": [3], "fusion_rank": 4, "fusion_hidden_size": 32, "share_fusion": True},
+    {"start_layer": {"vision": 1}},
     {"num_text_prompts": 0, "start_layer": 2, "fusion": "none", "frozen_weight": 0.0, "modules_to_save": ["x"]},
     {"batch_coupled": True, "target_modules": ["vision_model"], "base_architecture": {"text": {"num_layers": 3}}},
 ]
@@ -212,6 +247,14 @@ MISFITS = [
     (
         {"start_layer": 4, "num_text_prompts": 0},
         "start_layer must be below 4, the number of layers of the vision tower, but got 4.",
+    ),
+    (
+        {"start_layer": {"text": 2, "vision": 4}},
+        "start_layer must be below 4, the number of layers of the vision tower, but got 4.",
+    ),
+    (
+        {"start_layer": {"text": 3, "vision": 3}},
+        "start_layer must be below 3, the number of layers of the text tower, but got 3.",
     ),
     (
         {"num_text_prompts": 19},

@@ -112,8 +112,8 @@ def check_method(path: Path, method: Method) -> None:
         raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
     if method.selection == "random" and method.learner != "sep":
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
-    if method.cached and not (method.learner == "sep" and method.config.get("start_layer")):
-        raise ValueError(f'{path}: cached is for learner "sep" with a start_layer above 0.')
+    if method.cached and not (method.learner == "sep" and SEPConfig(**method.config).start_layer_of("vision")):
+        raise ValueError(f'{path}: cached is for learner "sep" with a start_layer of the vision tower above 0.')
 
 
 def read_entries(path: Path) -> dict[str, Any]:

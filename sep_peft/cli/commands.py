@@ -146,8 +146,11 @@ def train(
         ValueError: a cache without a trunk to keep, or images that cannot be trained on.
     """
     check_output(output, overwrite)
-    if cache is not None and config.start_layer == 0:
-        raise ValueError("--cache keeps what is below --start-layer, which is 0. Pass a layer above 0, or no --cache.")
+    if cache is not None and config.start_layer_of("vision") == 0:
+        raise ValueError(
+            "--cache keeps what is below --start-layer of the vision tower, which is 0. Pass a layer above 0, or no "
+            "--cache."
+        )
     images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
     set_seed(recipe.seed)
     base, processor = _load_base(base_model, session)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from ..method.recipe import Recipe
-from ..tuner.config import SEPConfig
+from ..tuner.config import MODALITIES, SEPConfig
 
 
 #: Setting -> what makes the adapter's configuration and its recipe.
@@ -85,6 +85,16 @@ def _layers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _start_layers(text: str) -> int | dict[str, int]:
+    if "=" not in text:
+        return int(text)
+    pairs = [part.partition("=") for part in text.split(",")]
+    starts = {name: int(value) for name, _, value in pairs}
+    if len(starts) < len(pairs) or not set(starts) <= set(MODALITIES):
+        raise ValueError
+    return starts
+
+
 def _any(value: Any) -> bool:
     return True
 
@@ -93,6 +103,7 @@ read_count = reader(int, lambda value: value >= 1, "a whole number of at least 1
 read_integer = reader(int, _any, "a whole number")
 read_number = reader(float, _any, "a number")
 read_layers = reader(_layers, lambda layers: min(layers) >= 0, "layers counted from 0, such as 1,2,3")
+read_start_layers = reader(_start_layers, _any, "a whole number, or one for each tower, such as text=9,vision=18")
 read_dtype = reader(str, DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
 
 
@@ -179,7 +190,14 @@ Seed = Annotated[int | None, integer(f"Of drawn images and training ({default_of
 
 TextPrompts = Annotated[int | None, count(f"Prompts of the text tower ({default_of('num_text_prompts')}).")]
 VisionPrompts = Annotated[int | None, count(f"Prompts of the vision tower ({default_of('num_vision_prompts')}).")]
-StartLayer = Annotated[int | None, integer(f"Layer where prompts enter ({default_of('start_layer')}).")]
+StartLayer = Annotated[
+    Any,
+    typer.Option(
+        parser=read_start_layers,
+        metavar="N",
+        help=f"Layer where prompts enter ({default_of('start_layer')}); one for each tower: text=9,vision=18.",
+    ),
+]
 FusionRank = Annotated[int | None, count(f"Rank of the fusion's projections ({default_of('fusion_rank')}).")]
 FusionHiddenSize = Annotated[int | None, count(f"Width of the fusion's MLP ({default_of('fusion_hidden_size')}).")]
 ShareFusion = Annotated[

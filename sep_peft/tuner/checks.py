@@ -225,10 +225,10 @@ def _check_refused(config: SEPConfig, modality: str, spec: TowerSpec) -> None:
 
 
 def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.Module, num_layers: int) -> None:
-    if config.start_layer >= num_layers:
+    start = config.start_layer_of(modality)
+    if start >= num_layers:
         raise ValueError(
-            f"start_layer must be below {num_layers}, the number of layers of the {modality} tower, but got "
-            f"{config.start_layer}."
+            f"start_layer must be below {num_layers}, the number of layers of the {modality} tower, but got {start}."
         )
     for index in config.layers_of(modality) or ():
         if index >= num_layers:
@@ -244,7 +244,7 @@ def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.M
                 f"The spec of the {modality} tower has insert_at={spec.insert_at}, but the tower has {positions} "
                 "positions."
             )
-    if spec.positions is not None and config.start_layer == 0:
+    if spec.positions is not None and start == 0:
         positions = count_positions(module.get_submodule(spec.positions))
         room = positions - 2  # BOS and EOS stay
         if count > room:

@@ -30,6 +30,8 @@ FUSION_OPTIONS = ("fusion_tokens", "fusion_rank", "fusion_hidden_size", "share_f
 UNUSED_OPTIONS = {"none": ("text_layers", "vision_layers", *FUSION_OPTIONS), "independent": FUSION_OPTIONS}
 #: Values of `fusion_tokens` that are tokens chosen from those of an input.
 CHOSEN_TOKENS = ("selected", "random")
+#: The towers of a dual encoder.
+MODALITIES = ("text", "vision")
 #: Options that loading fills in.
 FILLED_IN = ("base_architecture", "base_model_name_or_path", "auto_mapping", "inference_mode", "revision")
 
@@ -48,9 +50,10 @@ class SEPConfig(PeftConfig):
         text_layers (`list[int]`, *optional*): encoder layers of the text tower before which the prompts are made anew,
             counted from 0. None: every layer after `start_layer`.
         vision_layers (`list[int]`, *optional*): the same for the image tower.
-        start_layer (`int`): the layer before which the prompts enter. Below it the prompted and the frozen tower are
-            the same and are computed once. With 0 the text prompts take positions 1..n and move the text up, as
-            published; above 0 positions are spent already, so they carry none. Default 0.
+        start_layer (`int` or `dict[str, int]`): the layer before which the prompts enter, one for both towers or one
+            for each, as in ``{"text": 9, "vision": 18}``, where a tower that is left out has 0. Below it the prompted
+            and the frozen tower are the same and are computed once. With 0 the text prompts take positions 1..n and
+            move the text up, as published; above 0 positions are spent already, so they carry none. Default 0.
         fusion (`"attention"`, `"independent"` or `"none"`): how prompts are made anew before a layer. "attention" fuses
             them with tokens of the input, "independent" puts learned prompts of that layer in their place (deep prompts
             as in VPT-deep, arXiv 2203.12119), "none" lets them run through the layers as they are (shallow prompts as
@@ -89,7 +92,9 @@ class SEPConfig(PeftConfig):
     vision_layers: list[int] | None = field(
         default=None, metadata={"help": "Image layers before which prompts are fused; None: all after start_layer."}
     )
-    start_layer: int = field(default=0, metadata={"help": "The layer before which the prompts enter."})
+    start_layer: int | dict[str, int] = field(
+        default=0, metadata={"help": "The layer before which the prompts enter, for both towers or by tower."}
+    )
     fusion: Literal["attention", "independent", "none"] = field(
         default="attention",
         metadata={
@@ -135,7 +140,7 @@ class SEPConfig(PeftConfig):
                 f"task_type must be None, but got {self.task_type!r}: SEP adapts both towers of a dual encoder, while "
                 "PEFT's task types wrap models of another call signature. Leave task_type out."
             )
-        for name in ("num_text_prompts", "num_vision_prompts", "start_layer"):
+        for name in ("num_text_prompts", "num_vision_prompts"):
             self._require(name, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
         if self.num_text_prompts == 0 and self.num_vision_prompts == 0:
             raise ValueError("num_text_prompts and num_vision_prompts must not both be 0: nothing would be adapted.")
@@ -152,8 +157,9 @@ class SEPConfig(PeftConfig):
             lambda v: (_is_int(v) or isinstance(v, float)) and 0 <= v < 1,
             "a number of at least 0 and below 1",
         )
-        for name in ("text_layers", "vision_layers"):
-            self._check_layers(name)
+        self._settle_start_layer()
+        for modality in MODALITIES:
+            self._check_layers(modality)
         for name in ("target_modules", "modules_to_save"):
             self._check_names(name)
         if self.architecture is not None:
@@ -227,23 +233,42 @@ class SEPConfig(PeftConfig):
         """`num_text_prompts` or `num_vision_prompts`."""
         return {"text": self.num_text_prompts, "vision": self.num_vision_prompts}[modality]
 
+    def start_layer_of(self, modality: str) -> int:
+        """`start_layer` of the "text" or "vision" tower."""
+        return self.start_layer[modality] if isinstance(self.start_layer, dict) else self.start_layer
+
     def _require(self, name: str, allowed, description: str) -> None:
         value = getattr(self, name)
         if not allowed(value):
             raise ValueError(f"{name} must be {description}, but got {value!r}.")
 
-    def _check_layers(self, name: str) -> None:
-        layers = getattr(self, name)
+    def _settle_start_layer(self) -> None:
+        """Check it; what is the same for both towers becomes one number."""
+        if not isinstance(self.start_layer, dict):
+            description = 'an integer of at least 0, or one for each tower as in {"text": 9, "vision": 18}'
+            self._require("start_layer", lambda v: _is_int(v) and v >= 0, description)
+            return
+        if not self.start_layer or not set(self.start_layer) <= set(MODALITIES):
+            raise ValueError(f'start_layer must name the towers "text" and "vision", but got {self.start_layer!r}.')
+        for modality, value in self.start_layer.items():
+            if not _is_int(value) or value < 0:
+                raise ValueError(
+                    f"start_layer must be an integer of at least 0 for the {modality} tower, but got {value!r}."
+                )
+        starts = {modality: self.start_layer.get(modality, 0) for modality in MODALITIES}
+        self.start_layer = starts if len(set(starts.values())) > 1 else starts[MODALITIES[0]]
+
+    def _check_layers(self, modality: str) -> None:
+        name, layers, start = f"{modality}_layers", self.layers_of(modality), self.start_layer_of(modality)
         if layers is None:
             return
         if not isinstance(layers, (list, tuple, range)) or not all(_is_int(i) and i >= 0 for i in layers):
             raise ValueError(f"{name} must be None or a list of layer indices of at least 0, but got {layers!r}.")
         if len(set(layers)) != len(layers):
             raise ValueError(f"{name} must name each layer once, but got {list(layers)!r}.")
-        if any(i <= self.start_layer for i in layers):
+        if any(i <= start for i in layers):
             raise ValueError(
-                f"{name} must be indices above start_layer={self.start_layer}, where the prompts enter, but got "
-                f"{list(layers)!r}."
+                f"{name} must be indices above start_layer={start}, where the prompts enter, but got {list(layers)!r}."
             )
         setattr(self, name, sorted(layers))
 

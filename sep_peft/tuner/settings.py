@@ -24,16 +24,16 @@ class TowerSettings:
     @classmethod
     def from_config(cls, config: SEPConfig, modality: str, num_layers: int) -> TowerSettings:
         """The settings of the "text" or "vision" tower, which has `num_layers` layers."""
-        layers = config.layers_of(modality)
+        layers, start = config.layers_of(modality), config.start_layer_of(modality)
         if config.fusion == "none":
             layers = ()
         elif layers is None:
-            layers = range(config.start_layer + 1, num_layers)
+            layers = range(start + 1, num_layers)
         return cls(
             num_prompts=config.prompts_of(modality),
             fusion=config.fusion,
             fusion_tokens=config.fusion_tokens,
-            start_layer=config.start_layer,
+            start_layer=start,
             fusion_layers=tuple(layers),
             share_fusion=config.share_fusion,
             frozen_weight=config.frozen_weight,

@@ -16,6 +16,9 @@ from sep_peft.training import Recipe
 from sep_peft.training.optimizer import trainable
 
 
+UNCACHED = '{file}: cached is for learner "sep" with a start_layer of the vision tower above 0.'
+
+
 NAMES = ("butterfly", "lamp", "pizza")
 
 
@@ -136,8 +139,9 @@ def test_a_variant_of_nothing(write, tmp_path):
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
         ({"learner": "tip-adapter", "recipe": {}}, '{file}: recipe is for learners "sep" and "lora", but this is '
          "'tip-adapter'."),
-        ({"learner": "sep", "cached": True}, '{file}: cached is for learner "sep" with a start_layer above 0.'),
-        ({"learner": "lora", "cached": True}, '{file}: cached is for learner "sep" with a start_layer above 0.'),
+        ({"learner": "sep", "cached": True}, UNCACHED),
+        ({"learner": "sep", "cached": True, "config": {"start_layer": {"text": 3}}}, UNCACHED),
+        ({"learner": "lora", "cached": True}, UNCACHED),
         ({"learner": "sep", "recipe": {"prototype_weight": 0.0, "prototype_learning_rate": 0.0}},
          "{file}: prototype_learning_rate is for methods whose loss has prototypes."),
         ({"learner": "lora"}, "{file}: LoRA has no consistency losses; set text_weight and vision_weight to 0."),
