@@ -14,9 +14,9 @@ import pytest
 import torch
 from bundled import IMAGE_FILES, scores_of
 from fresh import usual
-from huggingface_hub.utils import httpx
 from PIL import Image
 from small_classifier import raises
+from transformers.image_utils import httpx
 
 from sep_peft.classifier import images as reading
 from sep_peft.classifier.images import as_images, find_images, listed_endings, other_endings, read_image

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx  # the one that transformers reads addresses with
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+# the one that transformers and huggingface_hub read addresses with: httpx or, with newer ones of these, httpx2
+from transformers.image_utils import httpx  # pyright: ignore[reportPrivateImportUsage]
 
 
 try:

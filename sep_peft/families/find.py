@@ -74,6 +74,6 @@ def _check_options(spec: TowerSpec, config) -> TowerSpec:
         if getattr(config, option):
             return replace(spec, refused=reason)
     for option, reason in spec.needed_options.items():
-        if not getattr(config, option):
+        if not getattr(config, option, True):  # transformers 5.17 leaves it out of the configuration where it is set
             return replace(spec, refused=reason)
     return spec
