@@ -447,7 +447,19 @@ FROM_HUB = ["ADAPTER", "--revision", "--subfolder"]
 OPTIONS = {
     "train": [
         *("FOLDER", "--base-model", "--output", "--overwrite", "--name", "--license", "--template", "--shots"),
-        *("--epochs", "--max-steps", "--batch-size", "--learning-rate", "--cache", "--views", "--seed"),
+        *(
+            "--epochs",
+            "--max-steps",
+            "--batch-size",
+            "--learning-rate",
+            "--resume",
+            "--time",
+            "--patience",
+            "--keep-last",
+            "--cache",
+            "--views",
+            "--seed",
+        ),
         *("--text-prompts", "--vision-prompts", "--start-layer", "--fusion-rank", "--fusion-hidden-size"),
         *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published"),
     ],
@@ -476,7 +488,7 @@ def test_help(run):
     out = help_of(run)
     assert re.findall(r"^  ([a-z-]+) {2,}[A-Z]", out.split("Commands:")[1], re.MULTILINE) == COMMANDS
     assert "..." not in out.split("Commands:")[1], "a summary is cut off"
-    assert "Exit codes: 0 done, 1 an error, 2 a mistake in the arguments." in out
+    assert "Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,7 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 from sep_peft import SEPClassifier
 from sep_peft.training import History, Limits, Recipe, TrainingInterrupted, train
-from sep_peft.training.checkpoint import CHECKPOINT_FILE, ENTRY, read_entry, unfinished
+from sep_peft.training.checkpoint import CHECKPOINT_FILE, ENTRY, history_in, read_entry
 from sep_peft.training.data import EpochDataset
 from sep_peft.training.optimizer import trainable
 from sep_peft.training.signals import Signals
@@ -118,7 +118,7 @@ def test_what_goes_on_is_what_was_not_interrupted_bit_for_bit(epochs, unbroken, 
     with pytest.raises(Killed):
         run(make(), path, validation=Measured(*accuracies), callbacks=[After(epochs, die)])
     assert [file.name for file in path.parent.iterdir()] == [CHECKPOINT_FILE]
-    told = unfinished(path.parent)
+    told = history_in(path.parent, unfinished=True)
     assert told is None if epochs == 4 else str(told) == f"after {epochs} of 4 epochs"
     resumed, steps, validation = make(), [], Measured(*accuracies, done=epochs)
     resumed.register_forward_hook(lambda *_: steps.append(1))
@@ -304,7 +304,7 @@ def test_a_killed_process_loses_one_epoch_at_most(unbroken, tmp_path):
     time.sleep(0.25)  # in or after the second epoch
     process.kill()
     process.join()
-    done = len(unfinished(tmp_path))
+    done = len(history_in(tmp_path))
     assert 1 <= done < 4
     resumed = make()
     steps = []

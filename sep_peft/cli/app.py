@@ -1,7 +1,7 @@
 """The command line ``sep-peft``: arguments, errors and output. What each command does is in `commands`.
 
 Results go to standard output, as text or with ``--json`` as one JSON document; progress and warnings go to standard
-error. Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130 interrupted.
+error. Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130 interrupted, 143 ended by SIGTERM.
 
 `commands` is imported by the command that runs, so that help and mistakes in the arguments do not wait for it.
 """
@@ -63,6 +63,7 @@ def _report(work: Callable[[], Result], as_json: bool, quiet: bool, debug: bool)
         # what libraries print must not get into the result
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
+            warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other what they will change
             result = work()
     except Exception as error:  # a user's mistakes come as errors of many libraries
         if debug:
@@ -92,7 +93,8 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback(
     help="Adapt CLIP to your own images with SEP, Self-Enhanced Prompt Tuning, and use what you trained.",
-    epilog=f"Exit codes: 0 done, 1 an error, 2 a mistake in the arguments. `{PROGRAM} COMMAND --help` says more.",
+    epilog="Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130 after Ctrl-C, 143 after SIGTERM. "
+    f"`{PROGRAM} COMMAND --help` says more.",
 )
 def _program(
     version: Annotated[
@@ -113,6 +115,7 @@ def train(
     base_model: options.BaseModel,
     output: options.Output,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
     name: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Name of the data for the model card; default: that of FOLDER.")
     ] = None,
@@ -125,6 +128,9 @@ def train(
     max_steps: options.MaxSteps = None,
     batch_size: options.TrainBatchSize = None,
     learning_rate: options.LearningRate = None,
+    time: options.Time = None,
+    patience: options.Patience = None,
+    keep_last: options.KeepLast = False,
     cache: options.Cache = None,
     views: options.Views = None,
     seed: options.Seed = None,
@@ -176,6 +182,10 @@ def train(
             template=template,
             save_dtype=options.DTYPES[save_dtype],
             overwrite=overwrite,
+            resume=resume,
+            max_seconds=time,
+            patience=patience,
+            keep="last" if keep_last else "best",
             name=name,
             license=license,
         ),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
@@ -26,8 +26,10 @@ from ..classifier.files import find_file, load_classes
 from ..classifier.images import find_images, other_endings, read_image, warn_left_out
 from ..method.recipe import Recipe
 from ..training import evaluation
+from ..training.checkpoint import CHECKPOINT_FILE
 from ..training.fit import fit
 from ..training.folders import ImageFolder, Samples, read_folder, read_test, without_unreadable
+from ..training.history import History, TrainingInterrupted
 from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
 from .saving import Saved, check_output, save_somewhere, saved_bytes
@@ -120,6 +122,10 @@ def train(
     template: Sequence[str] | None = None,
     save_dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    patience: int | None = None,
+    keep: Literal["best", "last"] = "best",
     name: str | None = None,
     license: str | None = None,
 ) -> Result:
@@ -135,45 +141,101 @@ def train(
         cache: as for `fit`.
         template: texts of the frozen text branch, which are averaged; None: `TEMPLATE`.
         save_dtype: of the weights in the file.
-        overwrite: replace an adapter in `output`.
+        overwrite: replace an adapter, or a training that was not finished, in `output`.
+        resume: go on with the training in `output`; where there is none, begin.
+        max_seconds, patience, keep: as for `fit`; validation images are those of val/.
         name: of the data in the model card; None: that of `folder`.
         license: of the adapter in the model card; None: none.
 
     Raises:
         NotADirectoryError: there is no `folder`, or `output` is a file.
-        FileExistsError: `output` has an adapter, and `overwrite` was not asked for.
+        FileExistsError: `output` has an adapter or an unfinished training, and it was not said what to do with it.
         OSError: nothing can be saved in `output`, or its disk has too little room; found out before training.
         ValueError: a cache without a trunk to keep, or images that cannot be trained on.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, resume)
     if cache is not None and config.start_layer_of("vision") == 0:
         raise ValueError(
             "--cache keeps what is below --start-layer of the vision tower, which is 0. Pass a layer above 0, or no "
             "--cache."
         )
     images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
+    if patience is not None and "val" not in images.tests:
+        raise ValueError(f"--patience needs images to validate on, but {folder} has no val/ with any.")
     set_seed(recipe.seed)
     base, processor = _load_base(base_model, session)
     model = session.place(get_peft_model(base, config))
     classifier = SEPClassifier.from_class_names(
         model, processor, images.names, template=template or TEMPLATE, recipe=recipe
     )
-    check_output(output, overwrite, needed=saved_bytes(classifier))
+    check_output(output, overwrite, resume, needed=saved_bytes(classifier))
+    if not resume:
+        (output / CHECKPOINT_FILE).unlink(missing_ok=True)  # it may be replaced
+    held_out = images.tests.get("val")
+    details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), license=license)
+    save = partial(save_somewhere, classifier, output, save_dtype=save_dtype)
+    try:
+        history = fit(
+            classifier,
+            images.train,
+            recipe,
+            eval_samples=held_out,
+            folder=output,
+            resume=resume,
+            max_seconds=max_seconds,
+            patience=patience,
+            keep=keep,
+            quiet=session.quiet,
+            cache=cache,
+        )
+    except TrainingInterrupted as interruption:
+        return _interrupted(interruption, save, details, images, broken)
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
+    adapted = measure("SEP")
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
-    fit(classifier, images.train, recipe, quiet=session.quiet, cache=cache, eval_samples=images.tests.get("val"))
-    adapted = measure("SEP")
     name = name or folder.resolve().name
     scores = [
         Score(name, found.accuracy, zero_shot[part].accuracy, images=found.images, split=part)
         for part, found in adapted.items()
     ]
-    details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), scores=scores, license=license)
-    return _trained(save_somewhere(classifier, output, details, save_dtype), images, scores, broken)
+    saved = save(details=replace(details, protocol=_protocol(recipe, history, held_out, keep), scores=scores))
+    result = _trained(saved, images, scores, broken, history)
+    if history.stopped == "time":
+        return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
+    if saved.error is None:
+        (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return result
 
 
-def _trained(saved: Saved, folder: ImageFolder, scores: list[Score], broken: dict[Path, str]) -> Result:
+def _interrupted(
+    interruption: TrainingInterrupted,
+    save: Callable[..., Saved],
+    details: CardDetails,
+    images: ImageFolder,
+    broken: dict[Path, str],
+) -> Result:
+    """Save what there is; nothing is measured, because whoever interrupts waits for the end."""
+    code = 143 if interruption.history.stopped == "SIGTERM" else 130
+    if not interruption.history.rows:
+        data = {"adapter": None, "history": interruption.history.to_json()}
+        return Result(data, [f"{interruption}, so there is nothing to save"], code)
+    saved = save(details=replace(details, protocol=f"{details.protocol}; {interruption}"))
+    result = _trained(saved, images, [], broken, interruption.history)
+    return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
+
+
+def _protocol(recipe: Recipe, history: History, held_out: Samples | None, keep: Literal["best", "last"]) -> str:
+    """How it was trained, for the model card."""
+    ended = "" if history.stopped is None else f"; stopped by {history.stopped} {history}"
+    if held_out is None or keep == "last":
+        return f"{recipe}{ended}"
+    return f"{recipe}{ended}; the weights of epoch {history.best}, the best on {len(held_out)} images of val"
+
+
+def _trained(
+    saved: Saved, folder: ImageFolder, scores: list[Score], broken: dict[Path, str], history: History
+) -> Result:
     size = (saved.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     data = {
         "adapter": str(saved.folder),
@@ -183,12 +245,15 @@ def _trained(saved: Saved, folder: ImageFolder, scores: list[Score], broken: dic
         "training_images": len(folder.train),
         "scores": [asdict(score) for score in scores],
         "unreadable": _listed(broken),
+        "history": history.to_json(),
     }
     lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
     lines += [
         f"{score.split}: {score.accuracy:.1f} % with SEP, {score.zero_shot:.1f} % zero-shot, {score.images} images"
         for score in scores
     ]
+    if history.stopped == "patience":
+        lines.append(f"stopped by patience {history}")
     if saved.error is not None:
         warn(f"the adapter is in {saved.folder}, because saving where it was asked for failed: {saved.error}")
     return Result(data, lines, code=0 if saved.error is None else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +96,15 @@ def _start_layers(text: str) -> int | dict[str, int]:
     return starts
 
 
+def _seconds(text: str) -> float:
+    """1h30m is 5400; a number alone is of seconds."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip().lower())
+    if found is None:
+        raise ValueError(text)
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(3600 * hours + 60 * minutes + seconds)
+
+
 def _any(value: Any) -> bool:
     return True
 
@@ -102,6 +112,7 @@ def _any(value: Any) -> bool:
 read_count = reader(int, lambda value: value >= 1, "a whole number of at least 1")
 read_integer = reader(int, _any, "a whole number")
 read_number = reader(float, _any, "a number")
+read_time = reader(_seconds, lambda value: value > 0, "a time such as 90s, 10m or 1h30m")
 read_layers = reader(_layers, lambda layers: min(layers) >= 0, "layers counted from 0, such as 1,2,3")
 read_start_layers = reader(_start_layers, _any, "a whole number, or one for each tower, such as text=9,vision=18")
 read_dtype = reader(str, DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
@@ -157,7 +168,9 @@ OtherBaseModel = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the adapter goes.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an adapter or an unfinished training that is there.")
+]
 Template = Annotated[
     list[str] | None,
     typer.Option(
@@ -186,6 +199,21 @@ Cache = Annotated[
     typer.Option(metavar="FOLDER", help='Folder for what is below --start-layer, computed once; or "memory".'),
 ]
 Views = Annotated[int | None, count(f"Augmentations of each image in the cache ({default_of('views')}).")]
+Time = Annotated[
+    float | None,
+    typer.Option(
+        "--time", parser=read_time, metavar="TIME", help="End before an epoch that would last longer than 10m."
+    ),
+]
+Patience = Annotated[int | None, count("End after so many epochs without a higher accuracy on val/.")]
+KeepLast = Annotated[
+    bool,
+    typer.Option("--keep-last", help="Keep the last epoch's weights; default: the best on val/, if any."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the training in the output, given the same options; or begin."),
+]
 Seed = Annotated[int | None, integer(f"Of drawn images and training ({default_of('seed')}).")]
 
 TextPrompts = Annotated[int | None, count(f"Prompts of the text tower ({default_of('num_text_prompts')}).")]

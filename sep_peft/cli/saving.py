@@ -12,6 +12,8 @@ from peft.utils import CONFIG_NAME
 from ..classifier.card import CardDetails
 from ..classifier.classifier import SEPClassifier
 from ..classifier.files import try_output
+from ..training.checkpoint import history_in
+from ..training.fit import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,26 @@ class Saved:
     error: str | None = None
 
 
-def check_output(folder: Path, overwrite: bool, needed: int = 0) -> None:
+def check_output(folder: Path, overwrite: bool, resume: bool = False, needed: int = 0) -> None:
     """
     Args:
         folder: may be missing.
-        overwrite: whether an adapter in it may be replaced.
+        overwrite: whether an adapter or a training that was not finished may be replaced.
+        resume: whether such a training is to be gone on with.
         needed: bytes that its disk must have room for.
 
     Raises:
-        FileExistsError: `folder` has an adapter, and `overwrite` was not asked for.
+        FileExistsError: `folder` has an adapter or an unfinished training, and nothing says what to do with it.
         OSError, ValueError: nothing can be saved there; see `try_output`.
     """
     try_output(folder, needed)
-    if (folder / CONFIG_NAME).exists() and not overwrite:
+    history = None if overwrite and not resume else history_in(folder)
+    if history is not None and not resume:
+        raise FileExistsError(
+            f"{folder} has a training that ended {history}. Pass --resume to go on with it, or --overwrite to begin "
+            "anew."
+        )
+    if history is None and (folder / CONFIG_NAME).exists() and not overwrite:
         raise FileExistsError(f"{folder} has an adapter already. Pass --overwrite to replace it.")
 
 
@@ -65,7 +74,7 @@ def save_somewhere(
 
 
 def saved_bytes(classifier: SEPClassifier) -> int:
-    """Room that saving needs: what is trained twice, because files are written before they replace others, and a bit
-    for the classes and the card."""
+    """Room that a training needs: for its checkpoints, for the adapter, which is written before it replaces another,
+    and a bit for the classes and the card."""
     trained = sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
-    return 2 * trained + 1_000_000
+    return checkpoint_bytes(classifier) + 2 * trained + 1_000_000

@@ -176,8 +176,12 @@ def read_entry(path: Path) -> dict[str, Any]:
     return data
 
 
-def unfinished(folder: str | os.PathLike) -> History | None:
-    """The history of a training in a folder that has epochs left; None where there is none.
+def history_in(folder: str | os.PathLike, unfinished: bool = False) -> History | None:
+    """The history of the training whose checkpoint is in a folder; None where there is none.
+
+    Args:
+        folder: may be missing.
+        unfinished: None as well where no epoch is left to train.
 
     Raises:
         SafetensorError, ValueError: as `read_entry`.
@@ -187,7 +191,7 @@ def unfinished(folder: str | os.PathLike) -> History | None:
         return None
     data = read_entry(path)
     try:
-        return None if data["done"] else History.from_json(data["history"])
+        return None if unfinished and data["done"] else History.from_json(data["history"])
     except (KeyError, ValueError) as error:
         raise _damaged(path, error) from error
 

@@ -17,7 +17,7 @@ from ..classifier.classifier import SEPClassifier
 from ..method.recipe import Recipe
 from ..tuner.disk import try_folder
 from .calibrate import calibrate, cross_fit, values_of
-from .checkpoint import CHECKPOINT_FILE, unfinished
+from .checkpoint import CHECKPOINT_FILE, history_in
 from .data import CachedImages, EpochDataset, LabelledImages
 from .evaluation import check_samples
 from .folders import Samples
@@ -184,7 +184,7 @@ def _check_folder(folder: str | os.PathLike | None, resume: bool, classifier: SE
             raise ValueError("resume=True needs folder, where the training that is gone on with has its checkpoint.")
         return
     try_folder(folder, needed=checkpoint_bytes(classifier))
-    if not resume and (history := unfinished(folder)) is not None:
+    if not resume and (history := history_in(folder, unfinished=True)) is not None:
         raise FileExistsError(
             f"{os.fspath(folder)} has a training that ended {history}. Pass resume=True to go on with it, or remove "
             f"{CHECKPOINT_FILE} there to begin anew."
