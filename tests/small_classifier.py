@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from small_clip import make_clip, make_images, make_texts, perturb
-from transformers import CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.tuner.model import find_towers
@@ -29,11 +28,11 @@ def make_model(
     adapter: str = "default",
     seed: int = 3,
     dtype: torch.dtype = torch.float32,
-    clip: CLIPModel | None = None,
+    clip: torch.nn.Module | None = None,
     **config,
 ) -> PeftModel:
     """Of `clip`, by default the tiny CLIP."""
-    clip = (clip or make_clip()).to(dtype)
+    clip = (make_clip() if clip is None else clip).to(dtype)
     torch.manual_seed(seed)
     model = get_peft_model(clip, SEPConfig.published(**(SMALL | config)), adapter)
     perturb(model, adapter, seed=seed)

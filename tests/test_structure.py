@@ -88,7 +88,7 @@ def private_names(file: str) -> list[str]:
 
 #: Private names of torch, PEFT and the enumeration of methods, each with its reason in the file.
 FOREIGN_PRIVATE = {"_name_", "_value_", "_member_names_", "_member_map_", "_value2member_map_"}
-FOREIGN_PRIVATE |= {"_modules", "_parameters", "_orig_mod", "_version", "_assert_async"}
+FOREIGN_PRIVATE |= {"_modules", "_parameters", "_orig_mod", "_version", "_assert_async", "_compiled_call_impl"}
 
 
 @pytest.mark.parametrize("file", IN_ROOMS)

@@ -29,6 +29,13 @@ class Current:
         """The value of the running call."""
         return self._traced if torch.compiler.is_dynamo_compiling() else self._context.get()
 
+    def is_hidden(self) -> bool:
+        """Whether this code is traced and cannot tell the value, because nothing has set one since the trace began.
+
+        Something may have been set before, around a graph that is compiled by itself, such as that of an encoder.
+        """
+        return torch.compiler.is_dynamo_compiling() and self._traced is None
+
     @contextmanager
     def set(self, value: Any) -> Iterator[None]:
         """Make `value` the current one inside the block."""

@@ -19,6 +19,7 @@ from torch import nn
 from ..families.find import find_architecture
 from ..families.spec import Architecture
 from .checks import check_adapter_name, check_config, target_towers
+from .compiled import check_not_compiled, check_reached
 from .config import SEPConfig
 from .current import chosen_adapters, walked_adapter
 from .files import check_keys, check_numbers
@@ -92,6 +93,7 @@ class SEPModel(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             check_adapter_name(adapter_name, model)
+            check_not_compiled(model)
             architecture = find_architecture(model, config.architecture)
             found = check_config(config, architecture, model)
             check_weights(config, architecture, model, adapter_name)
@@ -267,6 +269,9 @@ class SEPModel(BaseTuner):
         inputs = dict(zip(inspect.signature(call).parameters, args, strict=False)) | kwargs
         check_a_name_for_each(names, inputs, (tower.spec.inputs for tower in self.towers.values()))
         check_adapter_names(names, self.peft_config)
+        if not torch.compiler.is_dynamo_compiling():  # in a graph that begins further out they are seen
+            for path, _ in named_towers(self.model):
+                check_reached(self.model, path)
         with chosen_adapters.set(tuple(names)):
             yield
 

@@ -30,6 +30,16 @@ class EncoderLayer(Protocol):
     def bind(self, args: tuple, kwargs: dict) -> dict: ...
 
 
+class PlainPass:
+    """The tower as it is, with nothing to remember: what a disabled adapter runs."""
+
+    position_shift = 0
+    read_token = None
+
+    def run_layer(self, layer: EncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        return layer.base_layer(hidden, *args, **kwargs)
+
+
 class FrozenPass:
     """The tower as it is; remembers the hidden states before `start_layer`, which the prompted pass shares.
 

@@ -33,7 +33,7 @@ from .head import Head
 from .layer_fusions import SHARED, AdapterFusions, LayerFusions, fusion_keys, new_fusion
 from .mixed_batch import join, run_groups, run_samples, weights_of_samples
 from .modes import evaluating
-from .passes import FrozenPass, FusionTrace, PromptedPass, TrunkFeatures
+from .passes import FrozenPass, FusionTrace, PlainPass, PromptedPass, TrunkFeatures
 from .settings import TowerSettings
 from .texts import TextRules
 from .wrappers import SEPLayer, SEPPositionEmbedding, layer_lists
@@ -220,7 +220,8 @@ class SEPTower(SEPLayer):
             return self._forward_mixed(names, self._bind(args, kwargs))
         adapter = self.prompting_adapter()
         if adapter is None:
-            return self._call_base(*args, **kwargs)
+            with current_pass.set(PlainPass()):
+                return self._call_base(*args, **kwargs)
         inputs = self._bind(args, kwargs)
         return_dict = self._pop_return_dict(inputs)
         prompted, frozen = self._run(adapter, inputs)

@@ -13,7 +13,15 @@ from torch import nn
 
 from ..method.quick_gelu import quick_gelu
 from ..method.select import take_token
+from ..tracing import untraced
 from .current import current_pass
+
+
+@untraced
+def _run_uncompiled(wrapper: nn.Module, *args, **kwargs):
+    """A wrapper outside of the graph that is traced around it, which cannot see what pass runs; the graph goes on after
+    it."""
+    return wrapper.forward(*args, **kwargs)
 
 
 class Wrapper(nn.Module):
@@ -58,6 +66,8 @@ class SEPEncoderLayer(SEPLayer):
         """Nothing is kept here; the tower passes the new active adapter on."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        if current_pass.is_hidden():
+            return _run_uncompiled(self, hidden_states, *args, **kwargs)
         current = current_pass.get()
         if current is None:
             return self.base_layer(hidden_states, *args, **kwargs)
@@ -88,6 +98,8 @@ class SEPPositionEmbedding(SEPLayer):
         """Nothing is kept here; the tower passes the new active adapter on."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        if current_pass.is_hidden():
+            return _run_uncompiled(self, position_ids)
         current = current_pass.get()
         if current is None or current.position_shift == 0:
             return self.base_layer(position_ids)
@@ -110,6 +122,8 @@ class SEPLastNorm(SEPLayer):
         """Nothing is kept here; the tower passes the new active adapter on."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if current_pass.is_hidden():
+            return _run_uncompiled(self, hidden_states)
         current = current_pass.get()
         if current is not None and current.read_token is not None:
             hidden_states = take_token(hidden_states, current.read_token)
