@@ -17,6 +17,7 @@ from small_clip import make_clip, make_texts, perturb
 from transformers import AutoImageProcessor
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, TaskClasses
+from sep_peft.classifier.text_chunks import TextChunks
 
 
 SMALL = {
@@ -175,7 +176,8 @@ def test_looking_at_tasks(served):
 def test_tasks_follow_the_model(served):
     """To another device or dtype, and into copies."""
     served.double()
-    assert {buffer.device.type for buffer in served.to("meta").tasks.buffers()} == {"meta"}
+    chunks = [module for module in served.to("meta").tasks.modules() if isinstance(module, TextChunks)]
+    assert {tensor.device.type for module in chunks for tensor in module.following.values()} == {"meta"}
 
 
 NO_BIRDS = "There is no task 'birds'; the tasks are ['pets', 'clothing', 'plain']."

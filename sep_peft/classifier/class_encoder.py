@@ -21,6 +21,7 @@ from ..tuner.settings import TowerSettings
 from ..tuner.tower import SEPTower
 from .classes import TaskClasses
 from .coupled import coupled_texts
+from .following import Following
 from .logits import ClassWeights
 from .text_chunks import TextChunks
 from .value_sample import ValueSample
@@ -32,7 +33,7 @@ TEXT_CHUNK_SIZE = 256
 KEPT_TOKENS = 8192
 
 
-class ClassEncoder(nn.Module):
+class ClassEncoder(Following):
     """Encodes the classes of a task by both branches of the text tower.
 
     Args:
@@ -48,7 +49,6 @@ class ClassEncoder(nn.Module):
             is below 1, or `kept_tokens` below 0.
     """
 
-    prototypes: torch.Tensor | None  # a buffer
     names: TextChunks
 
     def __init__(
@@ -71,11 +71,16 @@ class ClassEncoder(nn.Module):
         self.tower.texts.check_room(tokenized[0], self.tower.active_settings)
         for inputs in tokenized:
             self.tower.texts.check_length(inputs)
-        prototypes = None if classes.prototypes is None else unit(wide(classes.prototypes)).to(device)
-        self.register_buffer("prototypes", prototypes, persistent=False)  # so that they follow the model to its device
+        if classes.prototypes is not None:
+            self.following["prototypes"] = unit(wide(classes.prototypes))
         chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
         self.names, self.templates = chunks[0], nn.ModuleList(chunks[1:])
         self.to(device)
+
+    @property
+    def prototypes(self) -> torch.Tensor | None:
+        """Those that were kept of the classes, (C, E), of unit length; None without any."""
+        return self.following.get("prototypes")
 
     @property
     def tower(self) -> SEPTower:

@@ -24,6 +24,7 @@ from ..tuner.modes import evaluating
 from ..tuner.restore import unchanged_on_error
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
+from .agreement import Agreement
 from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
@@ -131,6 +132,8 @@ class SEPClassifier(TrainerMixin):
                 template_inputs = (template_inputs,)
             class_inputs = TaskClasses(dict(class_inputs), tuple(map(dict, template_inputs)))
         self.encoder = ClassEncoder(model, class_inputs, chunk_size, kept_tokens)
+        self.agreement = Agreement().to(self.device)
+        self.agreement.state(class_inputs)
         self.tasks = Tasks(model)
         if recipe.prototype_weight:
             self.reset_prototypes()
@@ -230,6 +233,7 @@ class SEPClassifier(TrainerMixin):
     def _encode(self, classes: TaskClasses) -> None:
         sizes = self.encoder.chunk_size, self.encoder.kept_tokens
         self.encoder = ClassEncoder(self.model, classes, *sizes).train(self.training)
+        self.agreement.state(classes)
 
     def _tokenized(self, classes, template, zero_shot_margin: float | None) -> TaskClasses:
         if not isinstance(classes, TaskClasses):
@@ -383,6 +387,8 @@ class SEPClassifier(TrainerMixin):
             raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
         if labels is not None:
             check_labels(labels, len(self.classes))
+        if not self.training:
+            self.agreement.check()
         weights = self.encoder.weights(training=self.training)
         if pixel_values is not None:
             image, frozen_image = self.image_embeds(pixel_values, **kwargs)

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..tuner.passes import TrunkFeatures
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
+from .following import Following
 
 
-class TextChunks(nn.Module):
+class TextChunks(Following):
     """Texts from short to long, in chunks that are as long as their longest, so that little padding is encoded.
 
-    The texts are buffers, so that they follow the module to its device; they are not saved.
+    The texts follow the module to its device; they are not saved.
 
     Args:
         tower: that reads them.
@@ -24,18 +24,20 @@ class TextChunks(nn.Module):
         size: texts a chunk.
     """
 
-    places: torch.Tensor  # a buffer, (C,): where each text is among those from short to long
-
     def __init__(self, tower: SEPTower, inputs: TextInputs, size: int):
         super().__init__()
         ends, order = tower.texts.span(inputs)[1].sort(stable=True)  # both (C,)
-        self.register_buffer("places", order.argsort(), persistent=False)
-        self._names: list[dict[str, str]] = []  # for each chunk, input -> buffer
+        self.following["places"] = order.argsort()
+        self._names: list[dict[str, str]] = []  # for each chunk, input -> name of the tensor
         for number, chosen in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
             chunk = tower.texts.trim({key: value[chosen] for key, value in inputs.items()})
             self._names.append({key: f"{key}_{number}" for key in chunk})
-            for key, value in chunk.items():
-                self.register_buffer(f"{key}_{number}", value, persistent=False)
+            self.following |= {f"{key}_{number}": value for key, value in chunk.items()}
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where each text is among those from short to long, (C,)."""
+        return self.following["places"]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -43,7 +45,7 @@ class TextChunks(nn.Module):
     def __iter__(self) -> Iterator[TextInputs]:
         """Chunks, tensors (<= size, <= L)."""
         for names in self._names:
-            yield {key: self.get_buffer(name) for key, name in names.items()}
+            yield {key: self.following[name] for key, name in names.items()}
 
     def map(self, call: Callable[..., Any]) -> list:
         """What `call` makes of each chunk, which it gets as keyword arguments."""

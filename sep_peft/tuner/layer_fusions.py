@@ -48,6 +48,19 @@ class LayerFusions(nn.ModuleDict):
         # dictionaries of parameters are not remembered: `torch.export` puts others in their place.
         self._owners = tuple(module for module in self.modules() if module._parameters)
 
+    def check_parameters(self) -> None:
+        """Make sure that the parameters are there, to be saved.
+
+        Raises:
+            ValueError: modules were replaced by ones without parameters.
+        """
+        found = {module for module in self.modules() if module._parameters}
+        if not found.issuperset(self._owners):
+            raise ValueError(
+                "This adapter cannot be saved, because modules of it were replaced, as torch.ao.quantization."
+                "quantize_dynamic does. Save it before it is quantized."
+            )
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """All parameters, in the order of `nn.Module.parameters`."""
         if not recurse:

@@ -24,6 +24,7 @@ from .config import SEPConfig
 from .current import chosen_adapters, walked_adapter
 from .files import check_keys, check_numbers
 from .gate import check_weights
+from .layer_fusions import LayerFusions
 from .mixed_batch import check_a_name_for_each, check_adapter_names
 from .registration import PREFIX
 from .restore import unchanged_on_error
@@ -319,6 +320,9 @@ class SEPModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        for tower in find_towers(model).values():
+            if adapter_name in tower.sep_fusion:
+                cast(LayerFusions, tower.sep_fusion[adapter_name]).check_parameters()
         return {key: state_dict[key] for key in cls._adapter_parameters(model, adapter_name)}
 
     @classmethod

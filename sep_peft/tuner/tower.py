@@ -211,6 +211,17 @@ class SEPTower(SEPLayer):
             del self.base_layer.forward
         return self.base_layer
 
+    def _replicate_for_data_parallel(self):
+        """Torch's hook for the copies that DataParallel makes.
+
+        Raises:
+            RuntimeError: always. A copy of a tower would find its projection in the model on the first device.
+        """
+        raise RuntimeError(
+            "SEP does not run in torch.nn.DataParallel on several devices. Start one process for each device with "
+            "torchrun or accelerate launch; DistributedDataParallel, Trainer and fit then share out the images."
+        )
+
     # forward
 
     def forward(self, *args, **kwargs):
