@@ -195,6 +195,6 @@ def test_held_out_images_of_other_classes_are_found_before_training(make, images
     before = state(classifier)
     with raises("The classifier has no classes crab; it has butterfly, lamp, pizza."):
         fit(classifier, images[0], quiet=True, eval_samples=[("a.jpg", "crab")])
-    with raises("There are no images to calibrate on."):
+    with raises("There are no images to validate on."):
         fit(classifier, images[0], quiet=True, eval_samples=[])
     assert all(torch.equal(value, before[name]) for name, value in state(classifier).items())

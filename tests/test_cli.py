@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -24,14 +25,16 @@ from sep_peft import SEPClassifier, SEPConfig, __version__, convert_reference_ch
 from sep_peft.classifier.classes import TEMPLATE
 from sep_peft.classifier.images import ENDINGS
 from sep_peft.cli.app import main
+from sep_peft.cli.measured import between
 from sep_peft.cli.text import json_text, one_line, printable
-from sep_peft.training import Recipe
+from sep_peft.training import Recipe, evaluate
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
 BASE = str(ASSETS / "clip-small")
 NAMES = ["cup", "lamp", "umbrella"]
 SMALL = ["--shots", "2", "--max-steps", "2", "--fusion-rank", "2", "--share-fusion", "--fusion-hidden-size", "8"]
+BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
 COMMANDS = ["train", "predict", "evaluate", "import-reference", "info"]
 
 
@@ -126,8 +129,9 @@ def test_training_changes_the_predictions_and_repeats(run, images, adapter, tmp_
             "train", images, "--base-model", BASE, "--output", out, *SMALL, "--seed", seed, "--quiet"
         )
         assert code == 0
-        line = rf"saved {re.escape(str(out))} \(0\.\d MB\), 3 classes\ntest: \d+\.\d % with SEP, \d+\.\d % zero-shot, "
-        assert re.fullmatch(line + "12 images\n", printed), printed
+        saved = rf"saved {re.escape(str(out))} \(0\.\d MB\), 3 classes\n"
+        test = rf"test: \d+\.\d % {BETWEEN} with SEP, \d+\.\d % zero-shot, 12 images\n"
+        assert re.fullmatch(saved + test, printed), printed
     image = next((images / "test" / "cup").iterdir())
     first, same, other = (SEPClassifier.from_pretrained(path).predict(image) for path in (adapter, *outputs))
     assert first == same != other
@@ -138,7 +142,17 @@ def test_train_without_images_to_test_on(run, images, tmp_path):
     code, printed, _ = run(
         "train", images / "train", "--base-model", BASE, "--output", out, *SMALL, "--shots", 3, "--json", "--quiet"
     )
-    assert (code, json.loads(printed)["scores"]) == (0, [])
+    data = json.loads(printed)
+    assert (code, data["scores"], data["not_tested"]) == (0, [], NAMES)
+    calibration = SEPClassifier.from_pretrained(out).classes.calibration
+    assert data["calibration"] == asdict(calibration) and calibration.source == "cross-fitting"
+    options = [*SMALL, "--shots", 3, "--overwrite", "--quiet"]
+    printed = run("train", images / "train", "--base-model", BASE, "--output", out, *options)[1]
+    assert printed.splitlines()[1:] == [
+        f"cross-fitting, no test: {calibration.accuracy:.1f} % with SEP, 9 training images, each told after a shorter "
+        "training on others",
+        *(f"not tested: {name}: 3 images, all used for training" for name in NAMES),
+    ]
     assert "## Results" not in (out / "README.md").read_text()
 
 
@@ -313,9 +327,38 @@ def test_evaluate(run, images, adapter):
     assert data["accuracy"] == pytest.approx(sum(data["per_class"].values()) / 3)
     assert f"| {data['accuracy']:.1f} | {data['zero_shot']:.1f} |" in (adapter / "README.md").read_text()
     code, printed, _ = run("evaluate", adapter, images, "--quiet")
-    lines = [f"{data['accuracy']:.1f} % with SEP, {data['zero_shot']:.1f} % zero-shot, 12 images of 3 classes"]
-    lines += [f"{accuracy:6.1f} %  {name}" for name, accuracy in data["per_class"].items()]
-    assert printed.splitlines() == lines
+    assert printed.splitlines()[:5] == [
+        f"{data['accuracy']:.1f} %{between(data['interval'])} with SEP, {data['zero_shot']:.1f} %"
+        f"{between(data['zero_shot_interval'])} zero-shot, 12 images of 3 classes",
+        f"{data['class_mean']:.1f} %{between(data['class_mean_interval'])} mean over classes; calibration error "
+        f"{data['calibration_error']:.1f} %, NLL {data['nll']:.3f}",
+        *(f"{accuracy:6.1f} % of 4  {name}" for name, accuracy in data["per_class"].items()),
+    ]
+
+
+def test_all_that_evaluate_tells(run, images, adapter, tmp_path):
+    """Also of classes without an image, and drawn."""
+    data = shutil.copytree(images / "test", tmp_path / "data", ignore=lambda *_: ["umbrella"])
+    (data / "lamp").rename(data / "umbrella")  # labels that are wrong
+    code, printed, _ = run("evaluate", adapter, data, "--json", "--quiet", "--plots", tmp_path / "plots")
+    found = json.loads(printed)
+    samples = [(path, name) for name in ("cup", "umbrella") for path in sorted((data / name).iterdir())]
+    expected = evaluate(SEPClassifier.from_pretrained(adapter), samples)
+    assert (code, found["not_tested"], found["count"]) == (0, ["lamp"], {"cup": 4, "umbrella": 4})
+    assert found["names"] == NAMES and found["confusion"] == expected.confusion.tolist()
+    for key in ("nll", "calibration_error", "class_mean"):
+        assert found[key] == pytest.approx(getattr(expected, key), rel=1e-4)
+    for key in ("wrong", "mislabelled"):
+        assert [entry["image"] for entry in found[key]] == [str(mistake.image) for mistake in getattr(expected, key)]
+    first, mistake = found["wrong"][0], expected.wrong[0]
+    assert (first["label"], first["said"]) == (mistake.label, mistake.said)
+    assert {"confusion.png", "reliability.png", "wrong.png"} == {path.name for path in (tmp_path / "plots").iterdir()}
+    lines = run("evaluate", adapter, data, "--quiet")[1].splitlines()
+    assert "not tested: lamp" in lines
+    place = lines.index(f"surest mistakes, {min(5, len(expected.wrong))} of {len(expected.wrong)}:")
+    assert lines[place + 1] == (
+        f"  {mistake.image}: {mistake.said} {mistake.score:.1%}, is {mistake.label} {mistake.label_score:.1%}"
+    )
 
 
 def test_evaluate_on_new_classes(run, adapter, tmp_path):
@@ -467,7 +510,8 @@ OPTIONS = {
         *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--batch-size"),
     ],
     "evaluate": [
-        *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--batch-size"),
+        *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),
+        "--batch-size",
     ],
     "import-reference": [
         *("CHECKPOINT", "--base-model", "--output", "--overwrite", "--text-layers", "--vision-layers", "--classes"),

@@ -31,6 +31,7 @@ class Calibration:
         images: how many it was found on, each of which was not trained on.
         source: "held-out images", or "cross-fitting" for training images, each seen by a model that was trained on
             others.
+        accuracy: share of these images that were told, in percent; None: not known.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -40,6 +41,7 @@ class Calibration:
     new_class_temperature: float = 1.0
     images: int = 0
     source: str = SOURCES[0]
+    accuracy: float | None = None
 
     def __post_init__(self):
         for name in ("temperature", "new_class_temperature"):
@@ -52,6 +54,11 @@ class Calibration:
         if type(self.images) is not int or self.images < 0:
             raise ValueError(
                 f"images of the calibration must be a whole number of at least 0, but got {reprlib.repr(self.images)}."
+            )
+        if self.accuracy is not None and not (_is_number(self.accuracy) and 0 <= self.accuracy <= 100):
+            raise ValueError(
+                "accuracy of the calibration must be in percent, between 0 and 100, but got "
+                f"{reprlib.repr(self.accuracy)}."
             )
         if self.source not in SOURCES:
             raise ValueError(

@@ -53,6 +53,7 @@ class Score:
         images: how many there were.
         split: such as "test".
         dataset_id: name of the data set on the Hub.
+        interval: both ends of a 95 % bootstrap interval of `accuracy`.
 
     Raises:
         ValueError: an accuracy outside of 0 to 100.
@@ -65,6 +66,7 @@ class Score:
     images: int | None = None
     split: str = "test"
     dataset_id: str | None = None
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self):
         for name in ("accuracy", "zero_shot"):

@@ -255,6 +255,10 @@ def evaluate(
     no_zero_shot: Annotated[
         bool, typer.Option("--no-zero-shot", help="Do not measure the base model as well.")
     ] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Draw confusion, reliability and wrong images; needs matplotlib."),
+    ] = None,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -262,7 +266,7 @@ def evaluate(
     device: options.Device = None,
     token: options.Token = None,
 ) -> int:
-    """Measure the accuracy on folders of images."""
+    """Measure on images how often an adapter is right."""
     from . import commands
 
     return _report(
@@ -275,6 +279,7 @@ def evaluate(
             zero_shot_margin=zero_shot_margin,
             zero_shot=not no_zero_shot,
             batch_size=batch_size,
+            plots=plots,
         ),
         as_json,
         quiet,

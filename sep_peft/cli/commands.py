@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
+from ..classifier.calibration import Calibration
 from ..classifier.card import METRIC, CardDetails, Score, read_card
 from ..classifier.classes import TEMPLATE
 from ..classifier.classifier import SEPClassifier
@@ -32,6 +33,7 @@ from ..training.folders import ImageFolder, Samples, read_folder, read_test, wit
 from ..training.history import History, TrainingInterrupted
 from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
+from .measured import between, draw, in_full, in_lines, not_tested, untested
 from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .text import one_line
 
@@ -196,11 +198,11 @@ def train(
         zero_shot = measure("zero-shot")
     name = name or folder.resolve().name
     scores = [
-        Score(name, found.accuracy, zero_shot[part].accuracy, images=found.images, split=part)
+        Score(name, found.accuracy, zero_shot[part].accuracy, images=found.images, split=part, interval=found.interval)
         for part, found in adapted.items()
     ]
     saved = save(details=replace(details, protocol=_protocol(recipe, history, held_out, keep), scores=scores))
-    result = _trained(saved, images, scores, broken, history)
+    result = _trained(saved, images, scores, broken, history, classifier.classes.calibration)
     if history.stopped == "time":
         return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
     if saved.error is None:
@@ -221,7 +223,7 @@ def _interrupted(
         data = {"adapter": None, "history": interruption.history.to_json()}
         return Result(data, [f"{interruption}, so there is nothing to save"], code)
     saved = save(details=replace(details, protocol=f"{details.protocol}; {interruption}"))
-    result = _trained(saved, images, [], broken, interruption.history)
+    result = _trained(saved, images, [], broken, interruption.history, None)
     return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
 
 
@@ -234,7 +236,12 @@ def _protocol(recipe: Recipe, history: History, held_out: Samples | None, keep: 
 
 
 def _trained(
-    saved: Saved, folder: ImageFolder, scores: list[Score], broken: dict[Path, str], history: History
+    saved: Saved,
+    folder: ImageFolder,
+    scores: list[Score],
+    broken: dict[Path, str],
+    history: History,
+    calibration: Calibration | None,
 ) -> Result:
     size = (saved.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     data = {
@@ -243,17 +250,21 @@ def _trained(
         "bytes": size,
         "classes": folder.names,
         "training_images": len(folder.train),
+        "calibration": calibration and asdict(calibration),
         "scores": [asdict(score) for score in scores],
+        "not_tested": not_tested(folder),
         "unreadable": _listed(broken),
         "history": history.to_json(),
     }
     lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
     lines += [
-        f"{score.split}: {score.accuracy:.1f} % with SEP, {score.zero_shot:.1f} % zero-shot, {score.images} images"
+        f"{score.split}: {score.accuracy:.1f} %{between(score.interval)} with SEP, {score.zero_shot:.1f} % zero-shot, "
+        f"{score.images} images"
         for score in scores
     ]
     if history.stopped == "patience":
         lines.append(f"stopped by patience {history}")
+    lines += untested(folder, calibration)
     if saved.error is not None:
         warn(f"the adapter is in {saved.folder}, because saving where it was asked for failed: {saved.error}")
     return Result(data, lines, code=0 if saved.error is None else 1)
@@ -366,6 +377,7 @@ def evaluate(
     zero_shot_margin: float | None = None,
     zero_shot: bool = True,
     batch_size: int = 32,
+    plots: Path | None = None,
 ) -> Result:
     """Measure an adapter beside zero-shot.
 
@@ -378,6 +390,7 @@ def evaluate(
         zero_shot_margin: for `new_classes`; see `SEPClassifier.set_classes`.
         zero_shot: measure the base model as well.
         batch_size: images at a time.
+        plots: folder to draw into, made where it is missing; None: nothing is drawn.
 
     Raises:
         FileNotFoundError: there is no such adapter.
@@ -392,18 +405,10 @@ def evaluate(
     if zero_shot:
         with cast(PeftModel, classifier.model).disable_adapter():
             base = evaluation.evaluate(classifier, samples, batch_size, session.progress("zero-shot"))
-    data = {
-        "images": adapted.images,
-        "classes": len(classifier.classes),
-        "accuracy": adapted.accuracy,
-        "zero_shot": base and base.accuracy,
-        "per_class": adapted.per_class,
-        "unreadable": _listed(broken),
-    }
-    beside = "" if base is None else f", {base.accuracy:.1f} % zero-shot"
-    lines = [f"{adapted.accuracy:.1f} % with SEP{beside}, {adapted.images} images of {len(adapted.count)} classes"]
-    lines += [f"{accuracy:6.1f} %  {name}" for name, accuracy in adapted.per_class.items()]
-    return Result(data, lines)
+    if plots is not None:
+        draw(adapted, plots)
+    found = {"unreadable": _listed(broken)}
+    return Result(in_full(adapted, base, classifier) | found, in_lines(adapted, base, classifier))
 
 
 # import-reference

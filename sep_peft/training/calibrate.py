@@ -53,11 +53,13 @@ class HeldOut:
         Raises:
             ValueError: there are no images, or a logit is not finite.
         """
+        right = (self.logits.argmax(dim=1) == self.labels).sum().item()
         return Calibration(
             fit_temperature(self.logits, self.labels),
             fit_temperature(self.new_logits, self.labels),
             len(self.labels),
             self.source,
+            100 * right / len(self.labels),
         )
 
 

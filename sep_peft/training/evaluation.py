@@ -1,29 +1,83 @@
-"""How often a classifier is right."""
+"""What a classifier makes of images whose classes are known: how often it is right, how surely, and where it errs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
 
 from ..classifier.classifier import SEPClassifier
+from . import metrics, plots
 from .folders import Samples
+
+
+class Mistake(NamedTuple):
+    """An image that was taken for another class.
+
+    Args:
+        image: as it was handed in.
+        label: its class.
+        said: the class it was taken for.
+        score: of `said`, from 0 to 1.
+        label_score: of `label`.
+    """
+
+    image: Any
+    label: str
+    said: str
+    score: float
+    label_score: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How many images of each class were told.
+    """The scores of N images among C classes, and what follows from them.
 
     Args:
-        right: class -> images of it that were told.
-        count: class -> images of it.
+        names: C classes.
+        samples: N images and names of their classes.
+        scores: (N, C), as `predict` gives them.
     """
 
-    right: dict[str, int]
-    count: dict[str, int]
+    names: list[str]
+    samples: Samples
+    scores: torch.Tensor
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """(N,) indices of the images' classes."""
+        places = {name: index for index, name in enumerate(self.names)}
+        return torch.tensor([places[name] for _, name in self.samples])
+
+    @cached_property
+    def said(self) -> torch.Tensor:
+        """(N,) indices of the classes with the best scores."""
+        return self.scores.argmax(dim=1)
+
+    @cached_property
+    def confusion(self) -> torch.Tensor:
+        """(C, C) counts of images: rows are their classes, columns what was said."""
+        return metrics.confusion_matrix(self.said, self.labels, len(self.names))
 
     @property
     def images(self) -> int:
-        return sum(self.count.values())
+        return len(self.samples)
+
+    @property
+    def count(self) -> dict[str, int]:
+        """Class -> images of it, of classes that have any."""
+        counts = self.confusion.sum(dim=1).tolist()
+        return {name: counts[i] for name, i in sorted((name, i) for i, name in enumerate(self.names)) if counts[i]}
+
+    @property
+    def right(self) -> dict[str, int]:
+        """Class -> images of it that were told."""
+        right = dict(zip(self.names, self.confusion.diagonal().tolist(), strict=True))
+        return {name: right[name] for name in self.count}
 
     @property
     def accuracy(self) -> float:
@@ -34,6 +88,78 @@ class Evaluation:
     def per_class(self) -> dict[str, float]:
         """Class -> share of its images that were told, in percent."""
         return {name: 100 * self.right[name] / count for name, count in self.count.items()}
+
+    @property
+    def class_mean(self) -> float:
+        """Mean of `per_class`, in percent: every class counts the same."""
+        return sum(self.per_class.values()) / len(self.per_class)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of `accuracy`, in percent; see `bootstrap_interval`."""
+        return metrics.bootstrap_interval([sum(self.right.values())], [self.images])
+
+    @property
+    def class_mean_interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of `class_mean`, in percent; images are drawn anew within their classes."""
+        return metrics.bootstrap_interval(list(self.right.values()), list(self.count.values()))
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error over 15 bins, in percent."""
+        return metrics.calibration_error(self.scores, self.labels)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log likelihood of the labels, in nats."""
+        return metrics.negative_log_likelihood(self.scores, self.labels)
+
+    @property
+    def wrong(self) -> list[Mistake]:
+        """Images that were taken for another class, the surest first."""
+        wrong = (self.said != self.labels).nonzero()[:, 0].tolist()
+        return sorted((self._mistake(index, int(self.said[index])) for index in wrong), key=lambda each: -each.score)
+
+    @property
+    def mislabelled(self) -> list[Mistake]:
+        """Images whose label may be wrong, the likeliest first; see `suspects`. They must not have been trained on."""
+        return [self._mistake(index, int(self.said[index])) for index in metrics.suspects(self.scores, self.labels)]
+
+    def _mistake(self, index: int, said: int) -> Mistake:
+        image, label = self.samples[index]
+        own = self.scores[index, self.labels[index]].item()
+        return Mistake(image, label, self.names[said], self.scores[index, said].item(), own)
+
+    def plot_confusion(self, path: str | os.PathLike | None = None):
+        """Draw `confusion`, each row in shares of its images.
+
+        Args:
+            path: file to write; the ending chooses the format. None writes nothing.
+
+        Returns:
+            the matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plots.confusion(self.confusion, self.names, path)
+
+    def plot_reliability(self, path: str | os.PathLike | None = None):
+        """Draw accuracy over the best score, and how many images have it; arguments as for `plot_confusion`."""
+        return plots.reliability(metrics.reliability(self.scores, self.labels), self.calibration_error, path)
+
+    def plot_wrong(self, path: str | os.PathLike | None = None, most: int = 12):
+        """Draw the images that were surely wrong, with what was said and what they are.
+
+        Args:
+            path: as for `plot_confusion`.
+            most: images, at most.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: every image was told.
+        """
+        return plots.wrong(self.wrong[:most], path)
 
 
 def evaluate(
@@ -58,15 +184,13 @@ def evaluate(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
     check_samples(classifier, samples, "evaluate on")
-    names = sorted({name for _, name in samples})
-    right, count = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    names, rows = classifier.class_names, []
     for start in progress(range(0, len(samples), batch_size)):
         batch = samples[start : start + batch_size]
-        predictions = classifier.predict([path for path, _ in batch], top_k=1)
-        for top, (_, name) in zip(predictions, batch, strict=True):
-            right[name] += top[0]["label"] == name
-            count[name] += 1
-    return Evaluation(right, count)
+        for prediction in classifier.predict([image for image, _ in batch], batch_size=batch_size):
+            scores = {entry["label"]: entry["score"] for entry in prediction}
+            rows.append([scores[name] for name in names])
+    return Evaluation(names, list(samples), torch.tensor(rows))
 
 
 def check_samples(classifier: SEPClassifier, samples: Samples, purpose: str) -> None:

@@ -1,0 +1,119 @@
+"""What was measured, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..classifier.calibration import Calibration
+from ..classifier.classifier import SEPClassifier
+from ..training.evaluation import Evaluation, Mistake
+from ..training.folders import ImageFolder
+
+
+#: Wrong and suspected images that people are shown.
+SHOWN_IMAGES = 5
+
+
+def in_full(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassifier) -> dict[str, Any]:
+    """All that was measured, for JSON.
+
+    Args:
+        adapted: with the adapter.
+        base: without it; None: not measured.
+        classifier: that was measured.
+    """
+    return {
+        "images": adapted.images,
+        "classes": len(classifier.classes),
+        "accuracy": adapted.accuracy,
+        "interval": adapted.interval,
+        "zero_shot": base and base.accuracy,
+        "zero_shot_interval": base and base.interval,
+        "class_mean": adapted.class_mean,
+        "class_mean_interval": adapted.class_mean_interval,
+        "calibration_error": adapted.calibration_error,
+        "nll": adapted.nll,
+        "per_class": adapted.per_class,
+        "count": adapted.count,
+        "names": adapted.names,
+        "confusion": adapted.confusion.tolist(),
+        "wrong": [_entry(mistake) for mistake in adapted.wrong],
+        "mislabelled": [_entry(mistake) for mistake in adapted.mislabelled],
+        "not_tested": [name for name in adapted.names if name not in adapted.count],
+    }
+
+
+def in_lines(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassifier) -> list[str]:
+    """What of it people read at a glance; arguments as for `in_full`."""
+    beside = "" if base is None else f", {base.accuracy:.1f} %{between(base.interval)} zero-shot"
+    lines = [
+        f"{adapted.accuracy:.1f} %{between(adapted.interval)} with SEP{beside}, {adapted.images} images of "
+        f"{len(adapted.count)} classes",
+        f"{adapted.class_mean:.1f} %{between(adapted.class_mean_interval)} mean over classes; calibration error "
+        f"{adapted.calibration_error:.1f} %, NLL {adapted.nll:.3f}",
+    ]
+    counts = adapted.count
+    width = max(len(str(count)) for count in counts.values())
+    lines += [f"{accuracy:6.1f} % of {counts[name]:{width}}  {name}" for name, accuracy in adapted.per_class.items()]
+    lines += [f"not tested: {name}" for name in adapted.names if name not in counts]
+    lines += _listed("surest mistakes", adapted.wrong) + _listed("labels that may be wrong", adapted.mislabelled)
+    return lines
+
+
+def untested(folder: ImageFolder, calibration: Calibration | None) -> list[str]:
+    """Lines on classes whose images were all trained on, and without any test image what cross-fitting found."""
+    counts = Counter(name for _, name in folder.train)
+    lines = []
+    if not folder.tests and calibration is not None and calibration.accuracy is not None:
+        lines.append(
+            f"{calibration.source}, no test: {calibration.accuracy:.1f} % with SEP, {calibration.images} training "
+            "images, each told after a shorter training on others"
+        )
+    return lines + [f"not tested: {name}: {counts[name]} images, all used for training" for name in not_tested(folder)]
+
+
+def not_tested(folder: ImageFolder) -> list[str]:
+    """Classes without an image to test on."""
+    tested = {name for samples in folder.tests.values() for _, name in samples}
+    return [name for name in folder.names if name not in tested]
+
+
+def between(interval: tuple[float, float] | None) -> str:
+    """An interval in brackets, after a space; nothing where there is none."""
+    return "" if interval is None else f" ({interval[0]:.1f} to {interval[1]:.1f})"
+
+
+def draw(evaluation: Evaluation, folder: Path) -> None:
+    """Write confusion.png, reliability.png, and wrong.png where an image was wrong.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation.plot_confusion(folder / "confusion.png")
+    evaluation.plot_reliability(folder / "reliability.png")
+    if evaluation.wrong:
+        evaluation.plot_wrong(folder / "wrong.png")
+
+
+def _entry(mistake: Mistake) -> dict[str, Any]:
+    return {
+        "image": str(mistake.image),
+        "label": mistake.label,
+        "said": mistake.said,
+        "score": mistake.score,
+        "label_score": mistake.label_score,
+    }
+
+
+def _listed(title: str, mistakes: list[Mistake]) -> list[str]:
+    """The first of them, one a line below a title that counts all; nothing where there are none."""
+    if not mistakes:
+        return []
+    shown = [
+        f"  {mistake.image}: {mistake.said} {mistake.score:.1%}, is {mistake.label} {mistake.label_score:.1%}"
+        for mistake in mistakes[:SHOWN_IMAGES]
+    ]
+    return [f"{title}, {len(shown)} of {len(mistakes)}:", *shown]

@@ -1,0 +1,119 @@
+"""Drawings of an evaluation; they need matplotlib, the extra ``[plot]``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ..classifier.images import read_image
+from .metrics import Bin
+
+
+#: Classes up to which a confusion matrix has its numbers written into it, and up to which it names its rows.
+NUMBERED_CLASSES, NAMED_CLASSES = 20, 60
+#: Letters of a name that a drawing has room for.
+SHOWN_LETTERS = 24
+
+
+class Wrong(Protocol):
+    """An image and what was said of it, as `Mistake` has it."""
+
+    @property
+    def image(self) -> Any: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def said(self) -> str: ...
+
+    @property
+    def score(self) -> float: ...
+
+
+def confusion(matrix: torch.Tensor, names: Sequence[str], path: str | os.PathLike | None):
+    """Counts (C, C), rows in shares of their images; a class without one has an empty row."""
+    count = len(names)
+    side = min(max(4.0, 0.45 * count), 14.0)
+    figure = _figure((side + 2.2, side + 1.2))
+    axis = figure.subplots()
+    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp_min(1)
+    shown = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axis, label="share of the class's images", shrink=0.8)
+    axis.set_xlabel("said")
+    axis.set_ylabel("is")
+    if count <= NAMED_CLASSES:
+        labels = [_plain(name) for name in names]
+        size = 9 if count <= NUMBERED_CLASSES else 6
+        axis.set_xticks(range(count), labels, rotation=90, fontsize=size)
+        axis.set_yticks(range(count), labels, fontsize=size)
+    if count <= NUMBERED_CLASSES:
+        for row, column in matrix.nonzero().tolist():
+            dark = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, str(int(matrix[row, column])), ha="center", va="center", color=dark, fontsize=8)
+    return _written(figure, path)
+
+
+def reliability(bins: Sequence[Bin], error: float, path: str | os.PathLike | None):
+    """Accuracy over the best score; below, how many images have it."""
+    figure = _figure((4.6, 5.2))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 1 / len(bins)
+    places = [(index + 0.5) * width for index in range(len(bins))]
+    upper.bar(places, [each.accuracy for each in bins], 0.94 * width, color="tab:blue", label="accuracy")
+    used = [each for each in bins if each.count]
+    upper.plot([0, 1], [0, 1], color="gray", linestyle="--", label="as sure as right")
+    upper.plot([each.score for each in used], [each.accuracy for each in used], "o", color="black", markersize=3)
+    upper.set_ylabel("share that is right")
+    upper.set_ylim(0, 1)
+    upper.set_title(f"calibration error {error:.1f} %")
+    upper.legend(loc="upper left")
+    lower.bar(places, [each.count for each in bins], 0.94 * width, color="tab:gray")
+    lower.set_xlabel("score")
+    lower.set_ylabel("images")
+    lower.set_xlim(0, 1)
+    return _written(figure, path)
+
+
+def wrong(mistakes: Sequence[Wrong], path: str | os.PathLike | None, columns: int = 4):
+    """Images with what was said, how surely, and what they are.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not mistakes:
+        raise ValueError("There is nothing to draw: every image was told.")
+    columns = min(columns, len(mistakes))
+    rows = -(-len(mistakes) // columns)
+    figure = _figure((2.5 * columns, 2.9 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, mistake in zip(axes, mistakes, strict=False):  # the last row may have room left
+        axis.imshow(read_image(mistake.image))
+        axis.set_title(f"{_plain(mistake.said)} {mistake.score:.0%}\nis {_plain(mistake.label)}", fontsize=9)
+    return _written(figure, path)
+
+
+def _figure(size: tuple[float, float]):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Drawing needs matplotlib: pip install sep_peft[plot]") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _plain(name: str) -> str:
+    """A name as it is, where matplotlib would read mathematics between dollars; a long one is cut."""
+    name = " ".join(name.replace("_", " ").split())
+    name = name if len(name) <= SHOWN_LETTERS else name[: SHOWN_LETTERS - 1] + "…"
+    return name.replace("$", r"\$")
+
+
+def _written(figure, path: str | os.PathLike | None):
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
