@@ -44,7 +44,7 @@ WAYS = {
         "ddp_find_unused_parameters": False,
         "ddp_timeout": 60,
     },
-    "checkpointed": {"ddp_static_graph": True, "activation_checkpointing": True},
+    "checkpointed": {"ddp_static_graph": True, "gradient_checkpointing": True},
 }
 
 

@@ -54,10 +54,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_quantized_with_the_adapter(inplace: bool):
+@pytest.mark.parametrize(("inplace", "options"), [(False, {}), (True, {}), (False, {"fusion_rank": 2})])
+def test_quantized_with_the_adapter(inplace: bool, options: dict):
     """LoRA asks the quantized layer for the dtype of its weights, which such a layer has not."""
-    model = make_model().eval()
+    model = make_model(**options).eval()
     expected, base = outputs(model), outputs(quantized(make_clip()))
     found = quantized(model, inplace)
     assert (found is model) == inplace

@@ -26,6 +26,7 @@ OF_THE_MODEL = (
     "gradient_checkpointing_enable",
     "hf_device_map",
     "is_activation_checkpointing",
+    "is_gradient_checkpointing",
     "quantization_method",
 )
 

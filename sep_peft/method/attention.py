@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .low_rank import LowRankLinear, low_rank_attention
+from .low_rank import LowRankLinear, has_weights, low_rank_attention
 
 
 #: Channels of one attention head; the number of heads of a tower of width D is D / 64.
@@ -64,8 +64,8 @@ class FusionAttention(nn.Module):
 
     def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """query (B, n, D) and tokens (B, K, D) -> (B, n, D)."""
-        if self.on_rank_channels:
-            maps = {f"{name}_map": getattr(self, name) for name in ("query", "key", "value", "output")}
+        maps = {f"{name}_map": getattr(self, name) for name in ("query", "key", "value", "output")}
+        if self.on_rank_channels and all(map(has_weights, maps.values())):
             return low_rank_attention(query, tokens, **maps, num_heads=self.num_heads)
         q, k, v = (self._split_heads(x) for x in (self.query(query), self.key(tokens), self.value(tokens)))
         attended = F.scaled_dot_product_attention(q, k, v)

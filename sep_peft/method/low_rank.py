@@ -35,6 +35,13 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(hidden))
 
 
+def has_weights(projection: LowRankLinear) -> bool:
+    """Whether the weights can be read: not where a quantized layer has taken the place of one of the factors, nor where
+    something brings them from elsewhere when the layer runs."""
+    weight = projection.up.weight
+    return isinstance(weight, torch.Tensor) and not weight.is_meta
+
+
 def low_rank_attention(
     query: torch.Tensor,
     tokens: torch.Tensor,
