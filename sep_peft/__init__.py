@@ -2,7 +2,7 @@
 
 Importing this package registers the method, so that `peft.get_peft_model(model, SEPConfig())`,
 `PeftModel.from_pretrained` and transformers' `load_adapter` know it. The plugin is imported for that; what classifies
-images is imported when one of its names is used first.
+images and trains is imported when one of its names is used first.
 """
 
 from importlib import import_module
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .classifier.export import ImageEmbedder, ImageScorer
     from .classifier.pipelines import ImageClassifier
     from .classifier.trunk_cache import TrunkCache
+    from .training.trainer import SEPTrainer
 
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "SEPClassifierOutput",
     "SEPConfig",
     "SEPModel",
+    "SEPTrainer",
     "Score",
     "TaskClasses",
     "TokenFusion",
@@ -59,19 +61,20 @@ __all__ = [
     "losses",
 ]
 
-#: Name -> file of the room `classifier` that has it.
-_OF_CLASSIFIER = {
-    "CardDetails": "card",
-    "Explanation": "explain",
-    "ImageClassifier": "pipelines",
-    "ImageEmbedder": "export",
-    "ImageScorer": "export",
-    "SEPClassifier": "classifier",
-    "SEPClassifierOutput": "classifier",
-    "Score": "card",
-    "TaskClasses": "classes",
-    "TrunkCache": "trunk_cache",
-    "explain": "explain",
+#: Name -> file that has it, imported when the name is used first.
+_LATER = {
+    "CardDetails": "classifier.card",
+    "Explanation": "classifier.explain",
+    "ImageClassifier": "classifier.pipelines",
+    "ImageEmbedder": "classifier.export",
+    "ImageScorer": "classifier.export",
+    "SEPClassifier": "classifier.classifier",
+    "SEPClassifierOutput": "classifier.classifier",
+    "SEPTrainer": "training.trainer",
+    "Score": "classifier.card",
+    "TaskClasses": "classifier.classes",
+    "TrunkCache": "classifier.trunk_cache",
+    "explain": "classifier.explain",
 }
 
 registration.register(SEPConfig, SEPModel)
@@ -81,12 +84,12 @@ def __getattr__(name: str) -> Any:
     """Import what classifies images when it is used first."""
     if name == "classifier":
         return import_module(f"{__name__}.classifier")
-    if name not in _OF_CLASSIFIER:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.classifier.{_OF_CLASSIFIER[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     globals()[name] = value  # Python finds it there the next time
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OF_CLASSIFIER, "classifier"})
+    return sorted({*globals(), *_LATER, "classifier"})

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 
 from ..tracing import is_traced
-from ..tuner.model import find_towers
+from ..tuner.model import PREFIX, find_towers
 from .card import TAGS
 
 
@@ -47,6 +47,11 @@ class TrainerMixin(nn.Module):
 
     _told = False  # see `tell_that_there_is_no_loss`
 
+    def __init__(self):
+        super().__init__()
+        self.register_state_dict_post_hook(_leave_base_out)
+        self.register_load_state_dict_post_hook(_base_may_be_missing)
+
     def __getattr__(self, name: str) -> Any:
         if name in OF_THE_MODEL:
             return getattr(super().__getattr__("model"), name)
@@ -76,6 +81,37 @@ class TrainerMixin(nn.Module):
     @_is_accelerate_prepared.setter
     def _is_accelerate_prepared(self, prepared: bool) -> None:
         vars(self)["_prepared"] = prepared
+
+
+def _of_the_base(classifier: nn.Module) -> set[str]:
+    """Names of the base model's frozen parameters. They come with the base model, so the state of a classifier, of
+    which Trainer makes checkpoints, is without them."""
+    named = cast(nn.Module, classifier.model).named_parameters(remove_duplicate=False)
+    own = (f".{PREFIX}", ".modules_to_save.")
+    return {f"model.{name}" for name, p in named if not p.requires_grad and not any(part in name for part in own)}
+
+
+def _leave_base_out(classifier: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Of a state dict, whatever the classifier is a part of."""
+    names = {prefix + name for name in _of_the_base(classifier)}
+    for key in [key for key in state if key in names or _above(key, names)]:
+        del state[key]
+
+
+def _above(key: str, names: set[str]) -> bool:
+    """Whether a key belongs to one of the names, as the scales of quantized weights do, such as `weight.absmax`."""
+    return any(key[:end] in names for end, letter in enumerate(key) if letter == ".")
+
+
+def _base_may_be_missing(classifier: nn.Module, found: Any) -> None:
+    """When a state is loaded: keys that no state has are not missing."""
+    names = _of_the_base(classifier)
+    found.missing_keys[:] = [key for key in found.missing_keys if not _ends_in(key, names)]
+
+
+def _ends_in(key: str, names: set[str]) -> bool:
+    """Whether a key is one of the names, after the path of the classifier in a larger module."""
+    return key in names or any(key[end + 1 :] in names for end, letter in enumerate(key) if letter == ".")
 
 
 def _needs_wrapping(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -95,6 +96,12 @@ class LabelledImages(EpochDataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def plain(self) -> LabelledImages:
+        """The same images as they are, not augmented."""
+        plain = copy.copy(self)
+        plain.recipe = None
+        return plain
 
     @property
     def fingerprint(self) -> str:
