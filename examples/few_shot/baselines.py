@@ -137,17 +137,22 @@ class AdaptedClassifier(PlainClassifier):
         needs_frozen = self.prototypes is not None or self.zero_shot_margin
         frozen = self.frozen(self.image_embeds, pixel_values) if needs_frozen else None
         image = self.image_embeds(pixel_values)
+        logits = self.combined(image, frozen)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        if loss is not None and self.training and self.prototypes is not None:
+            terms = [prototype_loss(embeds, self.prototypes, labels) for embeds in (image, frozen)]
+            loss = loss + self.prototype_weight * sum(terms)
+        return ModelOutput(loss=loss, logits=logits)
+
+    def combined(self, image: torch.Tensor, frozen: torch.Tensor | None) -> torch.Tensor:
+        """Logits (B, C) of embeddings (B, E) with the adapter and without, by texts, prototypes and zero-shot."""
         logits = self.logits(image)
         if self.kept is not None and not self.training and self.class_names == self.kept[0]:
             logits = logits + torch.lerp(image, frozen, 0.5) @ self.kept[1].T
         if self.zero_shot_margin:
             zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen_text_embeds().T
             logits = more_confident(logits, zero_shot, self.zero_shot_margin)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        if loss is not None and self.training and self.prototypes is not None:
-            terms = [prototype_loss(embeds, self.prototypes, labels) for embeds in (image, frozen)]
-            loss = loss + self.prototype_weight * sum(terms)
-        return ModelOutput(loss=loss, logits=logits)
+        return logits
 
 
 class LinearProbe(PlainClassifier):

@@ -7,62 +7,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from embeddings import Embeddings, both_images, combined_logits
+from images import batches
 from protocols import Measurement
-from readers import UNREADABLE, ImageSet, Sample
-from torch.utils.data import DataLoader, Dataset
+from readers import ImageSet, Sample
 from tqdm import tqdm
-from transforms import shift
-
-
-class TestImages(Dataset):
-    """Images as the model's processor makes them; one that cannot be read gives its key instead of pixels."""
-
-    __test__ = False  # no test, whatever pytest thinks of the name
-
-    def __init__(self, data: ImageSet, samples: list[Sample], shifted: str = ""):
-        self.data, self.samples, self.shifted = data, samples, shifted
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, Sample]:
-        sample = self.samples[index]
-        try:
-            image = self.data.open(sample.key)
-        except UNREADABLE:
-            return None, sample
-        return (shift(self.shifted, image, sample.key) if self.shifted else image), sample
-
-
-class Collate:
-    """A batch of images -> pixel_values (B, 3, H, W), labels (B,), keys of those that could not be read."""
-
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
-
-    def __call__(self, batch: list) -> tuple[torch.Tensor | None, torch.Tensor, list[str]]:
-        images = [image for image, _ in batch if image is not None]
-        labels = torch.tensor([sample.label for image, sample in batch if image is not None])
-        unreadable = [sample.key for image, sample in batch if image is None]
-        pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"] if images else None
-        return pixels, labels, unreadable
-
-
-def batches(data, samples, image_processor, *, shifted="", batch_size=100, workers=0) -> DataLoader:
-    """Loader of test images, in their order."""
-    collate = Collate(image_processor)
-    return DataLoader(TestImages(data, samples, shifted), batch_size, num_workers=workers, collate_fn=collate)
 
 
 @torch.no_grad()
 def measure(
-    classifier, evaluation: Measurement, image_processor, accelerator: Accelerator, workers: int = 0
+    classifier,
+    evaluation: Measurement,
+    image_processor,
+    accelerator: Accelerator,
+    workers: int = 0,
+    kept: Embeddings | None = None,
 ) -> dict[str, Any] | None:
     """Measure a classifier that has the classes of the evaluation; every process takes its share of the images.
 
+    Args:
+        kept: gets the embeddings of the images of this process; None: they are not kept.
+
     Returns:
-        accuracy in percent, counts, and the keys of images that could not be read; None where the classifier cannot
-        tell these classes apart.
+        accuracy in percent, counts, the expected calibration error in percent, for each image whether it was right, as
+        a text of 0 and 1 in the order of the images, and the keys of images that could not be read; None where the
+        classifier cannot tell these classes apart.
 
     Raises:
         ValueError: no image could be read.
@@ -73,20 +42,50 @@ def measure(
     classifier.eval()
     samples = evaluation.data.splits[evaluation.split][accelerator.process_index :: accelerator.num_processes]
     loader = batches(evaluation.data, samples, image_processor, shifted=evaluation.shift, workers=workers)
-    counts, unreadable = torch.zeros(2, dtype=torch.long, device=accelerator.device), []
+    places, confidences, correct, unreadable, embedded = [], [], [], [], []
+    place = accelerator.process_index
     for pixels, labels, broken in tqdm(
         loader, desc=evaluation.name, leave=False, disable=not accelerator.is_main_process
     ):
         unreadable += broken
         if pixels is not None:
             with accelerator.autocast():
-                logits = classifier(pixel_values=pixels.to(accelerator.device)).logits
-            counts += torch.tensor([(logits.argmax(dim=1).cpu() == labels).sum(), len(labels)]).to(counts.device)
-    right, total = accelerator.reduce(counts, "sum").tolist()
+                if kept is None:
+                    logits = classifier(pixel_values=pixels.to(accelerator.device)).logits
+                else:
+                    embedded.append((*both_images(classifier, pixels.to(accelerator.device)), labels))
+                    logits = combined_logits(classifier, *embedded[-1][:2])
+            scores, guesses = logits.float().softmax(dim=1).max(dim=1)
+            confidences += scores.tolist()
+            correct += (guesses.cpu() == labels).tolist()
+            places += range(place, place + accelerator.num_processes * len(labels), accelerator.num_processes)
+            place = places[-1] + accelerator.num_processes
     unreadable = sorted(gather_object(unreadable))
-    if not total:
+    found = sorted(gather_object(list(zip(places, confidences, correct, strict=True))))
+    if not found:
         raise ValueError(f"{evaluation.data.name}: none of the {len(unreadable)} test images can be read.")
-    return {"accuracy": 100 * right / total, "right": right, "total": total, "unreadable": unreadable}
+    if kept is not None:
+        kept.add(evaluation.name, classifier, embedded)
+    right, total = sum(entry[2] for entry in found), len(found)
+    return {
+        "accuracy": 100 * right / total,
+        "right": right,
+        "total": total,
+        "ece": 100 * calibration_error([entry[1] for entry in found], [entry[2] for entry in found]),
+        "correct": "".join(str(int(entry[2])) for entry in found),
+        "unreadable": unreadable,
+    }
+
+
+def calibration_error(confidences: list[float], correct: list[bool], bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., arXiv 1706.04599) of N predictions, over bins of equal width.
+
+    ``sum over bins of |bin| / N * |mean of correct - mean confidence|``, between 0 and 1.
+    """
+    scores, right = torch.tensor(confidences, dtype=torch.float64), torch.tensor(correct, dtype=torch.float64)
+    places = (scores * bins).ceil().long().clamp(1, bins) - 1  # (N,)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, right - scores)
+    return gaps.abs().sum().item() / len(scores)
 
 
 @torch.no_grad()

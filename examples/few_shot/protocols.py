@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from readers import ImageSet
-from sampling import Draw, draw, halves
+from sampling import Draw, draw, halves, sample_classes
 from transforms import SHIFTS
 
 
@@ -96,6 +97,18 @@ PROTOCOLS = {
 def on_validation(plan: Plan) -> Plan:
     """The same plan measured on validation images, for tuning."""
     return replace(plan, evaluations=[replace(e, split="val") for e in plan.evaluations if not e.shift])
+
+
+def limited(plan: Plan, count: int) -> Plan:
+    """The same plan measured on at most `count` images of each class, the same for every method and seed."""
+    return replace(plan, evaluations=[replace(e, data=few(e.data, e.split, count)) for e in plan.evaluations])
+
+
+def few(data: ImageSet, split: str, count: int) -> ImageSet:
+    """At most `count` images of each class in one part of a data set, drawn with a seed of its own."""
+    drawn = sample_classes(data.splits[split], count, random.Random(0))
+    kept = {sample for samples in drawn.values() for sample in samples}
+    return replace(data, splits={**data.splits, split: [sample for sample in data.splits[split] if sample in kept]})
 
 
 def keep(images: Draw, count: int) -> Draw:

@@ -16,9 +16,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from embeddings import FILE, Embeddings, has_embeddings
 from evaluation import features, measure
 from methods import Method, build_classifier, read_method
-from protocols import PROTOCOLS, Plan
+from protocols import PROTOCOLS, Plan, limited
 from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
 from torch import nn
@@ -34,6 +35,8 @@ def main() -> None:
     args = parse_arguments()
     logging.disable_progress_bar()
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.precision)
+    if args.save_embeddings and accelerator.num_processes > 1:
+        raise ValueError("--save-embeddings keeps the images of one process. Start the run without a launcher.")
     methods = [read_method(find(HERE / "methods", name), **args.recipe) for name in args.method]
     data = {
         name: read_dataset(find(HERE / "data_sets", name), args.data_root) for name in (*args.dataset, *args.targets)
@@ -70,6 +73,7 @@ class Cell:
             "model": args.model,
             "precision": args.precision,
             "attention": args.attention,
+            **({} if args.test_images is None else {"test_images": args.test_images}),
         }
 
 
@@ -102,6 +106,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/few_shot"), help="runs go below this folder")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="implementation; default: the model's own")
+    parser.add_argument("--test-images", type=int, help="images of each class to test on at most; default: all")
+    parser.add_argument("--save-embeddings", action="store_true", help="keep all embeddings, for heads.py")
     parser.add_argument("--save-adapters", action="store_true", help="keep the trained adapters")
     parser.add_argument("--cache", type=Path, help="folder for what cached methods cache; default: memory")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
@@ -136,7 +142,8 @@ def make_plan(args, data: dict[str, ImageSet], dataset: str, shots: int, seed: i
         options["targets"] = [data[name] for name in args.targets if name != dataset]
     if args.protocol == "domain-generalization":
         options["held_out"] = args.held_out
-    return PROTOCOLS[args.protocol](data[dataset], shots, seed, **options)
+    plan = PROTOCOLS[args.protocol](data[dataset], shots, seed, **options)
+    return plan if args.test_images is None else limited(plan, args.test_images)
 
 
 def run_cell(path: Path, cell: Cell, args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -179,9 +186,14 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         parts = (plan.images.train, plan.images.val or plan.images.train)
         chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
     seconds = time.perf_counter() - start
-    if args.save_adapters and method.learner == "sep" and accelerator.is_main_process:
-        classifier.save_pretrained(folder / "adapter")
-    results, trained = {}, classifier.classes
+    if args.save_adapters and method.trains and accelerator.is_main_process:
+        (classifier if method.learner == "sep" else classifier.model).save_pretrained(folder / "adapter")
+    results, trained, kept = {}, classifier.classes, None
+    if args.save_embeddings and has_embeddings(classifier):
+        kept = Embeddings(classifier)
+        classifier.eval()
+        for part in ("train", "val"):
+            kept.add_images(part, classifier, plan.data, getattr(plan.images, part), images)
     for evaluation in plan.evaluations:
         # kept prototypes belong to the classes of the training images
         if evaluation.data.classes == plan.data.classes:
@@ -189,7 +201,9 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         else:
             margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
             classifier.set_classes(evaluation.data.classes, **margin)
-        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers)
+        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers, kept)
+    if kept is not None:
+        kept.write(folder / FILE)
     return {
         "results": results,
         "chosen": chosen,

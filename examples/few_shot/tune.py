@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from methods import Method, read_method
-from protocols import base_to_new, on_validation
+from protocols import base_to_new, limited, on_validation
 from readers import read_dataset
 from run import HERE, Cell, add_common_arguments, find, run_cell
 from run_folder import write_json
@@ -39,6 +39,7 @@ def main() -> None:
         candidates = json.loads(find(HERE / "tuning", name).read_text(encoding="utf-8"))
         for changes, dataset, seed in itertools.product(candidates, args.dataset, args.seeds):
             plan = on_validation(base_to_new(data[dataset], args.shots, seed))
+            plan = plan if args.test_images is None else limited(plan, args.test_images)
             path = args.output / "tuning" / Path(dataset).stem / method.name / title(changes) / f"seed_{seed}"
             cell = Cell("tuning", Path(dataset).stem, change(method, changes), plan, args.shots, seed)
             run_cell(path, cell, args, accelerator)
