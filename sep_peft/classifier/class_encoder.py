@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..method.heads import HeadLogits
 from ..method.losses import PROTOTYPE_SCALE
 from ..method.mix import mix_embeddings, unit, wide
 from ..tracing import is_traced, untraced
@@ -31,6 +32,8 @@ from .value_sample import ValueSample
 TEXT_CHUNK_SIZE = 256
 #: Text tokens, prompts included, whose activations a training step keeps; for ViT-B/16 about 0.46 MB each in fp32.
 KEPT_TOKENS = 8192
+#: What names of a head's tensors begin with, among those that follow the model.
+HEAD_PREFIX = "head."
 
 
 class ClassEncoder(Following):
@@ -73,6 +76,9 @@ class ClassEncoder(Following):
             self.tower.texts.check_length(inputs)
         if classes.prototypes is not None:
             self.following["prototypes"] = unit(wide(classes.prototypes))
+        if classes.head is not None:
+            tensors = {name: wide(x) if x.is_floating_point() else x for name, x in classes.head.tensors.items()}
+            self.following |= {HEAD_PREFIX + name: tensor for name, tensor in tensors.items()}
         chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
         self.names, self.templates = chunks[0], nn.ModuleList(chunks[1:])
         self.to(device)
@@ -106,7 +112,8 @@ class ClassEncoder(Following):
             return ClassWeights(embeds, frozen_embeds)
         # without an adapter it is zero-shot, which was not calibrated
         temperature = 1.0 if settings is None or calibration is None else calibration.temperature
-        return ClassWeights(embeds, frozen_embeds, self.prototype_weights(), self.classes.zero_shot_margin, temperature)
+        trained = self.prototype_weights(), self.classes.zero_shot_margin, temperature, self.head_logits()
+        return ClassWeights(embeds, frozen_embeds, *trained)
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.
@@ -125,6 +132,23 @@ class ClassEncoder(Following):
                 f"{size}: they were made with another base model."
             )
         return self.classes.prototype_logit_weight * PROTOTYPE_SCALE * self.prototypes
+
+    def head_logits(self) -> HeadLogits | None:
+        """The kept head; None without an adapter, to which it belongs, and where there is none.
+
+        Raises:
+            ValueError: it reads embeddings of another size.
+        """
+        head = self.classes.head
+        if head is None or self.tower.active_settings is None:
+            return None
+        if head.width != (size := self.frozen_embeds().shape[1]):
+            raise ValueError(
+                f"The {head.kind} head of the classes reads {head.width} entries, but the model's embeddings "
+                f"have {size}: it was made with another base model."
+            )
+        tensors = {name: self.following[HEAD_PREFIX + name] for name in head.tensors}
+        return HeadLogits(head.kind, tensors, head.logit_weight, len(self.classes))
 
     # Compilers run what looks into a cache as it is: their graphs could not tell when an entry gets old.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..method.heads import ClassHead, check_logit_weight
 from ..tracing import is_traced
 from .calibration import Calibration
 
@@ -19,8 +20,6 @@ from .calibration import Calibration
 CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
-#: Largest weight of the prototypes' logits beside those of the texts; the recipe's is 5.
-MAX_LOGIT_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,12 @@ class TaskClasses:
         new_class_margin: the margin for classes that take the place of these, of the recipe that the adapter was
             trained by; None: not known.
         calibration: how their logits become scores; None: as they are.
+        head: another head than prototypes that takes part in predictions; None: there is none.
 
     Raises:
         ValueError: no classes, two whose names read alike, tensors that hold no ids, texts without a token, or whose
             first dimensions differ, or prototypes of another number, with a value that is not finite, or without a
-            weight above 0, or a margin below 0 or not finite.
+            weight above 0, a margin below 0 or not finite, or a head of other classes or beside prototypes.
     """
 
     class_inputs: dict[str, torch.Tensor]
@@ -56,6 +56,7 @@ class TaskClasses:
     zero_shot_margin: float = 0.0
     new_class_margin: float | None = None
     calibration: Calibration | None = None
+    head: ClassHead | None = None
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -76,6 +77,10 @@ class TaskClasses:
                 raise ValueError(f"{name} must be at least 0 and finite, but got {margin!r}.")
         if self.prototypes is not None:
             self._check_prototypes(self.prototypes)
+        if self.head is not None:
+            self.head.check_classes(count)
+            if self.prototypes is not None:
+                raise ValueError(f"Prototypes and a {self.head.kind} head cannot both predict. Keep one of them.")
 
     def _check_prototypes(self, prototypes: torch.Tensor) -> None:
         shape = tuple(prototypes.shape)
@@ -83,11 +88,7 @@ class TaskClasses:
             raise ValueError(f"prototypes must have shape ({len(self)}, embedding size), but got {shape}.")
         if not prototypes.isfinite().all():
             raise ValueError("prototypes must be finite, but some values are not. Train with a lower learning rate.")
-        weight = self.prototype_logit_weight
-        if not (_is_number(weight) and 0 < weight < float("inf")):
-            raise ValueError(f"prototype_logit_weight must be above 0 and finite, but got {weight!r}.")
-        if weight > MAX_LOGIT_WEIGHT:  # logits are scaled by it, and overflow in the end
-            raise ValueError(f"prototype_logit_weight must be at most {MAX_LOGIT_WEIGHT}, but got {weight!r}.")
+        check_logit_weight(self.prototype_logit_weight, "prototype_logit_weight")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -150,15 +151,22 @@ class TaskClasses:
             "zero_shot_margin": self.zero_shot_margin,
             "new_class_margin": self.new_class_margin,
             "calibration": self.calibration and self.calibration.to_json(),
+            **({} if self.head is None else {"head": {"kind": self.head.kind, "logit_weight": self.head.logit_weight}}),
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], prototypes: torch.Tensor | None = None) -> TaskClasses:
+    def from_json(
+        cls,
+        data: Mapping[str, Any],
+        prototypes: torch.Tensor | None = None,
+        head_tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> TaskClasses:
         """The inverse of `to_json`.
 
         Args:
             data: what `to_json` gave.
             prototypes: (C, E), where there are any.
+            head_tensors: of the head, where there is one.
 
         Raises:
             ValueError: an entry is missing, or is not what `to_json` writes there.
@@ -183,9 +191,20 @@ class TaskClasses:
             data.get("zero_shot_margin", 0.0),
             data.get("new_class_margin"),
             None if calibration is None else Calibration.from_json(calibration),
+            None if head_tensors is None else _head_of(data.get("head"), head_tensors),
         )
         classes._warn_of_equal_texts()
         return classes
+
+
+def _head_of(data: Any, tensors: Mapping[str, torch.Tensor]) -> ClassHead:
+    """
+    Raises:
+        ValueError: what the class list says of its head is not what `TaskClasses.to_json` writes.
+    """
+    if not isinstance(data, Mapping) or not {"kind", "logit_weight"} <= set(data) or not isinstance(data["kind"], str):
+        raise ValueError(f"head of the class list must have a kind and a logit_weight, but got {reprlib.repr(data)}.")
+    return ClassHead(data["kind"], dict(tensors), data["logit_weight"])
 
 
 def check_labels(labels: torch.Tensor, count: int) -> None:

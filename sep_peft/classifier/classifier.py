@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.generic import ModelOutput
 
+from ..method.fit_heads import fit_head
+from ..method.heads import NAMES, check_logit_weight
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
 from ..method.recipe import Recipe
@@ -31,7 +33,7 @@ from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_o
 from .classes import TEMPLATE, TaskClasses, check_labels
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
 from .images import as_images, read_image
-from .logits import class_logits
+from .logits import class_logits, head_features, zero_shot_logits
 from .prediction import Task, check_top_k, image_embeds, predict_batch
 from .processors import processor_part
 from .tasks import Tasks
@@ -305,8 +307,14 @@ class SEPClassifier(TrainerMixin):
             prototypes[seen] = sums[seen] / counts[seen, None]
         self.prototypes = nn.Parameter(prototypes)
 
-    def keep_prototypes(self, logit_weight: float | None = None) -> SEPClassifier:
-        """Let the class prototypes W, as trained, predict beside the texts; call it after training.
+    def keep_prototypes(
+        self,
+        logit_weight: float | None = None,
+        *,
+        kind: str = "prototypes",
+        batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    ) -> SEPClassifier:
+        """Let a head predict beside the texts: the class prototypes W, as trained, or another; call it after training.
 
         Predictions then read ``logits + logit_weight 10 (cos(v, w_c) + cos(v0, w_c)) / 2`` with SEP's and the frozen
         image embedding v and v0, both of which the loss compares with W on this scale. As published W serves the loss
@@ -314,21 +322,62 @@ class SEPClassifier(TrainerMixin):
         brings it back. It is saved with the classes, and without an adapter it is silent. The classes count as trained:
         no margin of zero-shot holds SEP back on them.
 
+        Other heads read the mean of v and v0 of the training images as they are, without augmentation: "gda" (class
+        means and one covariance), "probe" (a linear one that the texts take part in) and "tip-adapter-f" (a cache of
+        them); see `sep_peft.method.fit_heads`. They stand on any adapter, need no prototypes in the loss, and take the
+        place of what was kept.
+
         Args:
-            logit_weight: weight of the prototypes' logits, above 0; None: the recipe's `prototype_logit_weight`, 5.
+            logit_weight: weight of the head's logits, above 0; None: for prototypes the recipe's
+                `prototype_logit_weight`, 5, for other heads what `fit_head` chooses.
+            kind: "prototypes", "gda", "probe" or "tip-adapter-f".
+            batches: dicts with `pixel_values`, what else the image tower takes, and `labels` (B,), of the training
+                images; for all kinds but prototypes.
 
         Returns:
             self.
 
         Raises:
-            ValueError: the classifier has no prototypes, they are not finite, or the weight is not above 0.
+            ValueError: the classifier has no prototypes, numbers are not finite, the weight is not above 0, the kind is
+                unknown, or its images are missing, or those of a class.
         """
+        if kind != "prototypes":
+            self._keep_head(kind, batches, logit_weight)
+            return self
+        if batches is not None:
+            raise ValueError('batches must be left out for kind="prototypes", which were trained with the adapter.')
         if self.prototypes is None:
             raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
         kept = unit(wide(self.prototypes.detach())).cpu()
         weight = self.recipe.prototype_logit_weight if logit_weight is None else logit_weight
-        self._take_as_trained(replace(self.classes, prototypes=kept, prototype_logit_weight=weight))
+        self._take_as_trained(replace(self.classes, prototypes=kept, prototype_logit_weight=weight, head=None))
         return self
+
+    @torch.no_grad()
+    def _keep_head(
+        self, kind: str, batches: Iterable[Mapping[str, torch.Tensor]] | None, logit_weight: float | None
+    ) -> None:
+        if kind not in NAMES:
+            raise ValueError(f"kind must be one of prototypes, {', '.join(NAMES)}, but got {kind!r}.")
+        if logit_weight is not None:
+            check_logit_weight(logit_weight, "logit_weight")
+        if batches is None:
+            raise ValueError(f"batches of the training images are needed for kind={kind!r}.")
+        weights, embeds, frozen, labels = self.encoder.weights(training=False), [], [], []
+        with evaluating(self.model):
+            for batch in batches:
+                check_labels(batch["labels"], len(self.classes))
+                inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+                both = image_embeds(self.vision_tower, inputs)
+                embeds.append(head_features(*both))
+                frozen.append(both[1])
+                labels.append(batch["labels"].to(self.device, torch.long))
+        if not embeds:
+            raise ValueError(f"batches of the training images are needed for kind={kind!r}, but there are none.")
+        zero_shot = zero_shot_logits(self.vision_tower, torch.cat(frozen), weights.frozen_text_embeds)
+        head = fit_head(kind, torch.cat(embeds), torch.cat(labels), weights.text_embeds, zero_shot, logit_weight)
+        head = replace(head, tensors={name: value.cpu() for name, value in head.tensors.items()})
+        self._take_as_trained(replace(self.classes, prototypes=None, prototype_logit_weight=0.0, head=head))
 
     def finish_training(self) -> SEPClassifier:
         """Go over to evaluation as the recipe says; `fit` ends with it. Returns self.
@@ -342,7 +391,7 @@ class SEPClassifier(TrainerMixin):
         if self.prototypes is not None and self.recipe.prototype_logit_weight:
             self.keep_prototypes()
         else:
-            self._take_as_trained(replace(self.classes, prototypes=None, prototype_logit_weight=0.0))
+            self._take_as_trained(replace(self.classes, prototypes=None, prototype_logit_weight=0.0, head=None))
         return self.eval()
 
     def _take_as_trained(self, classes: TaskClasses) -> None:

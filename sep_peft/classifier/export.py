@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..method.heads import HeadLogits
 from ..tuner.model import find_towers
 from .logits import ClassWeights
 from .prediction import image_embeds, image_logits
@@ -71,15 +72,23 @@ class ImageScorer(nn.Module):
         self.register_buffer("frozen_text_embeds", weights.frozen_text_embeds.clone(), persistent=False)
         self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
         self._zero_shot_margin, self._temperature = weights.zero_shot_margin, weights.temperature
+        self._head = weights.head
+        for name, tensor in ({} if weights.head is None else weights.head.tensors).items():
+            self.register_buffer(f"head_{name}", tensor.clone(), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
+        head = self._head
+        if head is not None:
+            own = {name: self.get_buffer(f"head_{name}") for name in head.tensors}
+            head = HeadLogits(head.kind, own, head.logit_weight, head.num_classes)
         weights = ClassWeights(
             self.text_embeds,
             self.frozen_text_embeds,
             self.prototype_weights,
             self._zero_shot_margin,
             self._temperature,
+            head,
         )
         tower = find_towers(self.model)["vision"]
         return image_logits(tower, {"pixel_values": pixel_values}, weights).softmax(dim=-1)

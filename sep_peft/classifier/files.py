@@ -32,11 +32,14 @@ from .classes import TaskClasses
 
 logger = logging.getLogger(__name__)
 
-#: File beside the adapter that holds the classes, and the version of its layout.
+#: File beside the adapter that holds the classes.
 CLASSES_FILE = "sep_classes.json"
 #: File beside it that holds their prototypes, where predictions use any.
 PROTOTYPES_FILE = "sep_prototypes.safetensors"
-FORMAT_VERSION = 1
+#: File beside it that holds another head.
+HEAD_FILE = "sep_head.safetensors"
+#: Version of the layout of classes, and of classes with a head, which earlier releases cannot read.
+FORMAT_VERSION, HEAD_FORMAT_VERSION = 1, 2
 
 
 # writing
@@ -182,10 +185,19 @@ def _write(
     if save_dtype is not None:
         cast_adapter(folder, save_dtype)
     with open(os.path.join(folder, CLASSES_FILE), "w", encoding="utf-8") as file:
-        json.dump({"format_version": FORMAT_VERSION, **classes.to_json()}, file, indent=1)
+        version = FORMAT_VERSION if classes.head is None else HEAD_FORMAT_VERSION
+        json.dump({"format_version": version, **classes.to_json()}, file, indent=1)
     if classes.prototypes is not None:
         kept = cast_tensor(classes.prototypes.contiguous(), save_dtype or classes.prototypes.dtype, "prototypes")
         save_file({"prototypes": kept}, os.path.join(folder, PROTOTYPES_FILE))
+    if classes.head is not None:
+        tensors = {
+            name: cast_tensor(value.contiguous(), save_dtype or value.dtype, name)
+            if value.is_floating_point()
+            else value
+            for name, value in classes.head.tensors.items()
+        }
+        save_file(tensors, os.path.join(folder, HEAD_FILE))
     base_class = type(model.get_base_model()).__name__
     config = cast(SEPConfig, model.active_peft_config)
     card = make_card(classes, config, base_class, details, subfolder=subfolder, old=old)
@@ -280,27 +292,44 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no valid JSON ({error}). Copy or download it again.") from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, HEAD_FORMAT_VERSION):
         raise ValueError(
             f"{file} has format version {version!r}, but this version of sep_peft reads "
-            f"{FORMAT_VERSION}. Upgrade sep_peft."
+            f"{FORMAT_VERSION} and {HEAD_FORMAT_VERSION}. Upgrade sep_peft."
         )
     weights = _find_weights(path, subfolder, hub_options)
     if weights is not None:
         check_file(weights)
         check_save_id(weights, file, data.get(SAVE_ID))
+    if data.get("head"):
+        tensors = _read_part(path, HEAD_FILE, subfolder, hub_options, file, data.get(SAVE_ID))
+        return TaskClasses.from_json(data, head_tensors=tensors)
     if not data.get("prototype_logit_weight"):
         return TaskClasses.from_json(data)
-    classes_file = file
-    file = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
+    prototypes = _read_part(path, PROTOTYPES_FILE, subfolder, hub_options, file, data.get(SAVE_ID))
+    if "prototypes" not in prototypes:
+        source = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
+        raise ValueError(f"{source} holds no prototypes, but {CLASSES_FILE} says that it should. Download it again.")
+    return TaskClasses.from_json(data, prototypes["prototypes"])
+
+
+def _read_part(
+    path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any], classes_file: str, save_id: str | None
+) -> dict[str, torch.Tensor]:
+    """Tensors of a file that the classes need.
+
+    Raises:
+        ValueError: it is not there, or holds numbers that are not finite.
+        MixedSaveError: it belongs to another save than the classes.
+        SafetensorError: it is cut short.
+    """
+    file = find_file(path, name, subfolder, hub_options)
     if not os.path.isfile(file):
         raise ValueError(f"{file} does not exist, but {CLASSES_FILE} says that it should. Copy or download it again.")
-    check_save_id(file, classes_file, data.get(SAVE_ID))
-    prototypes = load_file(file)
-    if "prototypes" not in prototypes:
-        raise ValueError(f"{file} holds no prototypes, but {CLASSES_FILE} says that it should. Download it again.")
-    check_numbers(prototypes.items(), file)
-    return TaskClasses.from_json(data, prototypes["prototypes"])
+    check_save_id(file, classes_file, save_id)
+    tensors = load_file(file)
+    check_numbers(tensors.items(), file)
+    return tensors
 
 
 def _find_weights(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..method.heads import HeadLogits
 from ..method.mix import wide
 from ..tuner.tower import SEPTower
 
@@ -22,6 +23,7 @@ class ClassWeights(NamedTuple):
             nothing is.
         zero_shot_margin: how many times zero-shot's confidence counts beside SEP's; 0: SEP alone.
         temperature: that the logits are divided by, so that their softmax is right as often as it says.
+        head: another head in the place of prototypes, whose logits are added; None: there is none.
     """
 
     text_embeds: torch.Tensor
@@ -29,6 +31,7 @@ class ClassWeights(NamedTuple):
     prototypes: torch.Tensor | None = None
     zero_shot_margin: float = 0.0
     temperature: float = 1.0
+    head: HeadLogits | None = None
 
 
 def class_logits(
@@ -46,13 +49,24 @@ def class_logits(
         weights: of the classes that the images are compared with.
     """
     logits = _scaled(tower, embeds @ weights.text_embeds.T)
-    if weights.prototypes is not None:
-        both = torch.lerp(embeds, frozen_embeds.to(embeds.dtype), 0.5)  # the loss compares W with v and with v0
-        logits = logits + both @ weights.prototypes.to(embeds.dtype).T
+    if weights.prototypes is not None:  # the loss compares W with v and with v0
+        logits = logits + head_features(embeds, frozen_embeds) @ weights.prototypes.to(embeds.dtype).T
+    if weights.head is not None:
+        logits = logits + weights.head(head_features(embeds, frozen_embeds))
     if weights.zero_shot_margin:
-        zero_shot = _scaled(tower, frozen_embeds @ weights.frozen_text_embeds.T)
+        zero_shot = zero_shot_logits(tower, frozen_embeds, weights.frozen_text_embeds)
         logits = more_confident(logits, zero_shot, weights.zero_shot_margin)
     return logits if weights.temperature == 1 else logits / weights.temperature
+
+
+def head_features(embeds: torch.Tensor, frozen_embeds: torch.Tensor) -> torch.Tensor:
+    """What heads read of SEP's and the frozen image embeddings, both (B, E): their mean, (B, E)."""
+    return torch.lerp(embeds, frozen_embeds.to(embeds.dtype), 0.5)
+
+
+def zero_shot_logits(tower: SEPTower, frozen_embeds: torch.Tensor, frozen_text_embeds: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C) of the frozen model: frozen image embeddings (B, E) and text embeddings (C, E) of unit length."""
+    return _scaled(tower, frozen_embeds @ frozen_text_embeds.T)
 
 
 def more_confident(logits: torch.Tensor, zero_shot: torch.Tensor, margin: float) -> torch.Tensor:
