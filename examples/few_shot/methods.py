@@ -9,7 +9,7 @@
 
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
 `SEPConfig` or `LoraConfig`; `recipe` are those of the package's `Recipe` that differ from its defaults, or with "like"
-from `Recipe.compact()` or `Recipe.published()`; its seed is the run's. LoRA's classifier has no consistency losses, so
+from `Recipe.compact()` or `Recipe.published()`; its seed is the run's, and scores are not calibrated. LoRA's classifier has no consistency losses, so
 their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed once, for the recipe's
 `views` of each image. A variant of another method names its file: with `"like": "sep"` everything that is not said,
 also within `config` and `recipe`, is as in `sep.json`.
@@ -86,7 +86,7 @@ def read_method(path: Path, **overrides: Any) -> Method:
 
 def read_recipe(path: Path, method: Method, entries: dict[str, Any]) -> Recipe:
     """The recipe of a method that trains, from what its file says of it."""
-    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - {"seed"})
+    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - {"seed", "calibration_folds"})
     like = entries.pop("like", "default")
     if like not in RECIPES:
         raise ValueError(f'{path}: a recipe may be "like" {", ".join(RECIPES)}, but this is like {like!r}.')
