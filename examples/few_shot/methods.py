@@ -9,10 +9,10 @@
 
 `learner` is one of "zero-shot", "sep", "lora", "linear-probe" and "tip-adapter"; `config` are the arguments of
 `SEPConfig` or `LoraConfig`; `recipe` are those of the package's `Recipe` that differ from its defaults, or with "like"
-from `Recipe.compact()` or `Recipe.published()`; its seed is the run's, and scores are not calibrated. LoRA's classifier has no consistency losses, so
-their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed once, for the recipe's
-`views` of each image. A variant of another method names its file: with `"like": "sep"` everything that is not said,
-also within `config` and `recipe`, is as in `sep.json`.
+from `Recipe.compact()` or `Recipe.published()`; its seed is the run's. Scores are not calibrated. LoRA's classifier has
+no consistency losses, so their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed
+once, for the recipe's `views` of each image. A variant of another method names its file: with `"like": "sep"`
+everything that is not said, also within `config` and `recipe`, is as in `sep.json`.
 """
 
 from __future__ import annotations
