@@ -8,6 +8,12 @@ images and trains is imported when one of its names is used first.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .requirements import check_installed
+
+
+check_installed()  # before anything asks an older one for what it does not have
+
+# ruff: noqa: E402
 from . import losses
 from .families.spec import Architecture, TowerSpec
 from .method.fusion import TokenFusion

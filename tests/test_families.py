@@ -87,7 +87,7 @@ def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
 
     first_layer = tower_of(model, tower)._inner[0]
     if "attention_mask" not in first_layer.argument_names:
-        assert name in MASKLESS
+        assert name in MASKLESS or (name in LATE_MASKS and hf.__version__ < "5.23")
         pytest.skip("its layers take no mask; copies of all tokens test it")
     monkeypatch.setattr(passes.PromptedPass, "run_layer", with_mask)
     monkeypatch.setattr(passes, "extend_mask", hide)
@@ -127,6 +127,8 @@ def test_the_last_mlp_runs_for_what_is_pooled(name, tower, attention):
         assert min(lengths) > 1  # whoever calls the tower gets all of its tokens
 
 
+#: Families whose vision layers take one in newer releases of transformers.
+LATE_MASKS = {"bert and dinov2", "bert and dinov2 with registers", "tipsv2", "tipsv2 vision alone"}
 #: Families whose image layers take no mask, so that prompts cannot be hidden; copies of all tokens test them instead.
 MASKLESS = {
     "blip",
