@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
+import transformers
 from bundled import ASSETS, NAMES
 from peft import PeftModel, get_peft_model
 from small_classifier import SMALL
 from small_clip import make_clip, make_images, make_texts, perturb
 from transformers import AutoProcessor, CLIPModel
-from transformers.utils import logging
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version, logging
 
 from sep_peft import SEPClassifier, SEPConfig
 
@@ -31,6 +34,15 @@ def texts() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def images() -> torch.Tensor:
     return make_images(5)
+
+
+@pytest.fixture
+def own_adapters() -> None:
+    """For tests of a model's own `add_adapter`, `set_adapter` and so on; skips where transformers refuses this PEFT."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__} with PEFT {peft.__version__}: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,7 @@ def test_sep_taken_out_leaves_the_model_with_lora():
     assert torch.equal(outputs(lora), expected)
 
 
-def test_transformers_own_adapters():
+def test_transformers_own_adapters(own_adapters):
     clip = make_clip()
     clip.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
     clip.add_adapter(SEPConfig(), "task")
