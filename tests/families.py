@@ -276,7 +276,6 @@ def flava_config() -> hf.FlavaConfig:
         projection_dim=20,
         init_codebook=False,
         return_loss=False,
-        tie_word_embeddings=False,  # PEFT looks for tied embeddings where FlavaForPreTraining has none
     )
 
 

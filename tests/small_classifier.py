@@ -32,7 +32,9 @@ def make_model(
     **config,
 ) -> PeftModel:
     """Of `clip`, by default the tiny CLIP."""
-    clip = (make_clip() if clip is None else clip).to(dtype)
+    clip = make_clip() if clip is None else clip
+    if clip.dtype != dtype:  # one that is offloaded cannot be moved
+        clip = clip.to(dtype)
     torch.manual_seed(seed)
     model = get_peft_model(clip, SEPConfig.published(**(SMALL | config)), adapter)
     perturb(model, adapter, seed=seed)

@@ -17,6 +17,7 @@ from ..method.mix import mix_embeddings, unit, wide
 from ..tracing import is_traced, untraced
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
+from ..tuner.offload import compute_device
 from ..tuner.passes import TrunkFeatures
 from ..tuner.settings import TowerSettings
 from ..tuner.tower import SEPTower
@@ -67,7 +68,7 @@ class ClassEncoder(Following):
         self.chunk_size = chunk_size
         self.kept_tokens = kept_tokens
         self._cache: dict[str, tuple] = {}
-        device = next(model.parameters()).device
+        device = compute_device(model)
         for inputs in (classes.class_inputs, *classes.template_inputs):
             self.tower.texts.check_ids(inputs)
         tokenized = [self.tower.texts.trim(inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]

@@ -23,6 +23,7 @@ from ..method.recipe import Recipe
 from ..tuner.current import walked_adapter
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
+from ..tuner.offload import compute_device
 from ..tuner.restore import unchanged_on_error
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
@@ -406,7 +407,7 @@ class SEPClassifier(TrainerMixin):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return compute_device(self.model)
 
     def forward(
         self,

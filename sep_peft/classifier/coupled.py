@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..method.coupled import pad_with_zeros
+from ..tuner.offload import compute_device
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 
@@ -22,7 +23,7 @@ def coupled_texts(tower: SEPTower, class_inputs: Mapping[str, torch.Tensor], num
         class_inputs: tokenized class names, tensors (C, L).
         num_prompts: text prompts of the adapter.
     """
-    device = next(tower.base_layer.parameters()).device
+    device = compute_device(tower.base_layer)
     trimmed = tower.texts.trim({key: value.to(device) for key, value in class_inputs.items()})
     assert tower.spec.insert_at is not None, "the released code puts text prompts after BOS"
     length = tower.spec.insert_at + num_prompts

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..tuner.model import find_towers
+from ..tuner.offload import compute_device
 from .images import read_image
 
 
@@ -129,7 +130,7 @@ def explain(model: nn.Module, processor, image: Any) -> Explanation:
     if tower is None or settings is None or not settings.selects_tokens:
         raise ValueError("There is nothing to explain: no active SEP adapter selects tokens in the image tower.")
     processor = getattr(processor, "image_processor", processor)
-    device = next(tower.parameters()).device
+    device = compute_device(tower)
     pixel_values = processor(read_image(image), return_tensors="pt")["pixel_values"].to(device)
     trace: dict = {}
     tower.embed(pixel_values=pixel_values, trace=trace)

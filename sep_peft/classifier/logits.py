@@ -10,6 +10,7 @@ import torch
 
 from ..method.heads import HeadLogits
 from ..method.mix import wide
+from ..tuner.offload import read_parameter
 from ..tuner.tower import SEPTower
 
 
@@ -82,8 +83,8 @@ def _scaled(tower: SEPTower, cosines: torch.Tensor) -> torch.Tensor:
     architecture, model = tower.architecture, tower.owner
     if architecture.logit_scale is None:
         return cosines
-    scale = wide(attrgetter(architecture.logit_scale)(model))
+    scale = wide(read_parameter(model, architecture.logit_scale))
     if architecture.max_scale is not None:
         scale = scale.clamp(0.0, attrgetter(architecture.max_scale)(model))
     logits = {"exp": cosines * scale.exp(), "divide": cosines / scale, "multiply": cosines * scale}[architecture.scale]
-    return logits if architecture.logit_bias is None else logits + wide(attrgetter(architecture.logit_bias)(model))
+    return logits if architecture.logit_bias is None else logits + wide(read_parameter(model, architecture.logit_bias))

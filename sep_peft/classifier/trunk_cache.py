@@ -21,6 +21,7 @@ from ..method.mix import mix_embeddings, unit, wide
 from ..tracing import is_traced
 from ..tuner.files import check_save_dtype
 from ..tuner.model import find_towers
+from ..tuner.offload import compute_device, read_parameter
 from ..tuner.passes import TrunkFeatures
 from ..tuner.registration import PREFIX
 from ..tuner.tower import SEPTower
@@ -148,7 +149,7 @@ class TrunkCache(torch.utils.data.Dataset):
         """Run the trunk for some images; a full shard goes to disk."""
         if not missing:
             return
-        device = next(self._tower.base_layer.parameters()).device
+        device = compute_device(self._tower.base_layer)
         features = self._tower.trunk(pixel_values=torch.stack(list(missing.values())).to(device))
         for key, hidden, frozen in zip(missing, features.hidden, features.frozen, strict=True):
             values = {"trunk": hidden, "frozen_embeds": frozen}
@@ -227,7 +228,7 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
     """Changes with all that the trunk depends on: weights, buffers, configuration, adapters below, layer, precision."""
     settings = tower.active_settings
-    device = next(tower.base_layer.parameters()).device.type
+    device = compute_device(tower.base_layer).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.sha256(f"{LAYOUT} {settings and settings.start_layer} {dtype} {autocast}".encode())
     config = {
@@ -237,8 +238,11 @@ def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
     for module in tower.base_layer.modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SEPLayer):
             digest.update(f"{module.active_adapters} {module.disable_adapters}".encode())
-    own = (parameter for _, parameter in base_parameters(tower))
-    for parameter in (*own, *tower.base_layer.buffers(), *tower.projection_parameters()):
+    base, projection = tower.base_layer, tower.head.projection
+    own = [(base, name) for name, _ in (*base_parameters(tower), *base.named_buffers())]
+    own += [] if projection is None else [(projection, name) for name, _ in projection.named_parameters()]
+    for root, name in own:
+        parameter = read_parameter(root, name)
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(tensor_bytes(parameter))
     return digest.hexdigest()[:16]
@@ -295,7 +299,8 @@ def embeds_from_trunk(
         )
     weight = next(tower.base_layer.parameters())
     # the embedding below the trunk is run for its form only, so it gets empty images
-    inputs = {"pixel_values": weight.new_zeros(len(hidden), *image_shape(tower))}
+    shape, device = (len(hidden), *image_shape(tower)), compute_device(tower.base_layer)
+    inputs = {"pixel_values": torch.zeros(shape, dtype=weight.dtype, device=device)}
     outputs = tower.layer_outputs({"pixel_values": inputs["pixel_values"][:1]})
     prompted = tower.embed_prompted(**inputs, trunk=TrunkFeatures(hidden.to(weight.dtype), frozen_embeds, outputs))
     return mix_embeddings(wide(prompted), wide(frozen_embeds), tower.frozen_weight), unit(wide(frozen_embeds))

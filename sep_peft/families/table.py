@@ -226,6 +226,8 @@ VIDEOPRISM_VIDEO = TowerSpec(
     videos=True,
     unit_option="apply_l2norm",
 )
+#: Why the same layers without `VideoPrismVideoModel` around them take no prompts.
+UNPOOLED = "it pools nothing, so that there is no output of both branches to mix"
 
 #: Towers of `VisionTextDualEncoderModel`: model_type of the tower's configuration -> its spec.
 DUAL_ENCODER_TEXT: dict[str, TowerSpec] = {
@@ -373,6 +375,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision=VIDEOPRISM_VIDEO,
         logit_scale=None,
     ),
-    "videoprism_vision_model": Architecture(vision=replace(VIDEOPRISM_VIDEO, path=""), logit_scale=None),
+    "videoprism_vision_model": Architecture(
+        vision=replace(VIDEOPRISM_VIDEO, path=""),
+        logit_scale=None,
+        variants={
+            "VideoPrismVisionModel": Architecture(
+                vision=replace(VIDEOPRISM_VIDEO, path="", refused=UNPOOLED), logit_scale=None
+            )
+        },
+    ),
     "videoprism_text_model": Architecture(text=replace(VIDEOPRISM_TEXT, path=""), logit_scale=None),
 }

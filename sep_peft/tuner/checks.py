@@ -10,10 +10,12 @@ from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
 from .config import CHOSEN_TOKENS, SEPConfig
+from .offload import offload_hooks
 from .paths import check_model_paths, check_tower_paths
 from .registration import PREFIX
 from .tower import ROOT_CHILD, SEPTower
 from .wrappers import SEPLayer, count_positions, layer_lists
+from .wrapping import wrapped_modules
 
 
 #: Longest name of an adapter, in UTF-8; file systems take 255 bytes, temporary names included.
@@ -130,6 +132,7 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
         if config.prompts_of(modality):
             _check_tower(config, modality, spec, module, num_layers)
             _check_sizes(config, modality, hidden_size)
+            _check_offload(model, spec)
     wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
@@ -179,6 +182,11 @@ def _check_modules_to_save(config: SEPConfig, architecture: Architecture, model:
             )
         if isinstance(module, BaseTunerLayer) or any(_is_part(path, layer) and path != layer for layer in layers):
             raise ValueError(f"modules_to_save must not name layers of other adapters, but {_bare(path)} is in one.")
+        if any(offload_hooks(part) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save must name modules whose weights are in memory, but accelerate offloads {path}, so "
+                "that a copy of it would never be trained nor loaded. Load the model without offloading."
+            )
         if isinstance(module, CONTAINERS):
             kind = type(module).__name__
             raise ValueError(f"modules_to_save must name modules that are called, but {path} is a {kind}.")
@@ -217,6 +225,21 @@ def _check_sizes(config: SEPConfig, modality: str, width: int) -> None:
             f"fusion_hidden_size must be at most {limit} for the {modality} tower, which is {width} wide, but got "
             f"{config.fusion_hidden_size}."
         )
+
+
+def _check_offload(model: nn.Module, spec: TowerSpec) -> None:
+    """accelerate finds weights that it offloads as one piece by their paths, which wrappers inside of it change."""
+    tower = model.get_submodule(spec.path)
+    if isinstance(tower, SEPTower):
+        return
+    wrapped = set(wrapped_modules(tower, spec))
+    for path, module in model.named_modules():
+        whole = any(hook.place_submodules for hook in offload_hooks(module))
+        if whole and any(part in wrapped and part is not module for part in module.modules()):
+            raise ValueError(
+                f"accelerate offloads {path or 'the model'} in one piece, but SEP wraps modules inside of it, whose "
+                f"weights would not be found. Leave {type(module).__name__} out of preload_module_classes."
+            )
 
 
 def _check_refused(config: SEPConfig, modality: str, spec: TowerSpec) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..families.spec import TowerSpec
 from ..method.mix import frozen_share, unit
+from .offload import read_parameter
 
 
 class Head:
@@ -73,7 +74,7 @@ class Head:
     def _read(self, states: torch.Tensor) -> torch.Tensor:
         """What the reader makes of the tokens of one branch, (B, L, D) -> (B, Q, D)."""
         assert self.spec.reader is not None and self.spec.queries is not None, "a reader reads by queries"
-        reader, queries = self.owner.get_submodule(self.spec.reader), self.owner.get_parameter(self.spec.queries)
+        reader, queries = self.owner.get_submodule(self.spec.reader), read_parameter(self.owner, self.spec.queries)
         output = reader(
             query_embeds=queries.expand(len(states), -1, -1),
             encoder_hidden_states=states,

@@ -26,7 +26,7 @@ def fusion_keys(settings: TowerSettings) -> list[str]:
     return [SHARED] if settings.share_fusion else [str(index) for index in settings.fusion_layers]
 
 
-def new_fusion(config: SEPConfig, modality: str, width: int, device: str | None = None) -> TokenFusion | LearnedPrompts:
+def new_fusion(config: SEPConfig, modality: str, width: int, device: str) -> TokenFusion | LearnedPrompts:
     """What makes the prompts anew before one layer, fresh and in fp32, for the tower of `modality` and `width` D."""
     if config.fusion == "independent":
         return LearnedPrompts(config.prompts_of(modality), width, device=device, dtype=torch.float32)

@@ -130,6 +130,13 @@ class SEPModel(BaseTuner):
         modality = target_towers(peft_config, architecture).get(key)
         return modality is not None and architecture.towers[modality].refused is None
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """None where a model does not say which embeddings it has, as `FlavaForPreTraining`: PEFT asks all the same."""
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:
+            return []
+
     def _create_and_replace(
         self,
         peft_config: SEPConfig,

@@ -33,6 +33,7 @@ from .head import Head
 from .layer_fusions import SHARED, AdapterFusions, LayerFusions, fusion_keys, new_fusion
 from .mixed_batch import join, run_groups, run_samples, weights_of_samples
 from .modes import evaluating
+from .offload import compute_device, loaded, put_forward, read_parameter, reset_forward
 from .passes import FrozenPass, FusionTrace, PlainPass, PromptedPass, TrunkFeatures
 from .settings import TowerSettings
 from .texts import TextRules
@@ -93,7 +94,7 @@ class SEPTower(SEPLayer):
         self.sep_fusion = AdapterFusions()
         self.sep_settings: dict[str, TowerSettings] = {}
         if self.is_root:
-            base_layer.forward = self.forward
+            put_forward(base_layer, self.forward)
 
     @property
     def spec(self) -> TowerSpec:
@@ -144,19 +145,21 @@ class SEPTower(SEPLayer):
             if not self._inner:
                 self._inner = wrap_tower(self.base_layer, self.spec)
                 wrap_after(self.owner, self.spec, self.hidden_size, self.mix_read)
-            prompts = torch.empty(settings.num_prompts, self.hidden_size, dtype=torch.float32)
+            # on the CPU first, so that a seed gives the same adapter on every device; where there is no memory, on meta
+            device = "meta" if compute_device(self.base_layer).type == "meta" else "cpu"
+            prompts = torch.empty(settings.num_prompts, self.hidden_size, dtype=torch.float32, device=device)
             self.sep_prompts[adapter_name] = nn.Parameter(nn.init.normal_(prompts, std=PROMPT_STD))
             if keys := fusion_keys(settings):
-                fusions = {key: new_fusion(config, self.modality, self.hidden_size) for key in keys}
+                fusions = {key: new_fusion(config, self.modality, self.hidden_size, device) for key in keys}
                 self.sep_fusion[adapter_name] = LayerFusions(fusions)
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves the device only: the adapter's dtype is the tuner's business."""
-        device = device or next(self.base_layer.parameters()).device
+        """Moves the device only: the dtype is the tuner's business. Nothing goes to meta, where values are lost."""
+        device = device or compute_device(self.base_layer)
         for parameter in self.adapter_parameters(adapter_name):
-            if parameter.device.type != "meta":
+            if not parameter.is_meta and device.type != "meta":
                 parameter.data = parameter.data.to(device)
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
@@ -208,7 +211,7 @@ class SEPTower(SEPLayer):
             unwrap_tower(self.base_layer, self.spec)
             self._inner = ()
         if self.is_root:
-            del self.base_layer.forward
+            reset_forward(self.base_layer)
         return self.base_layer
 
     def _replicate_for_data_parallel(self):
@@ -261,7 +264,8 @@ class SEPTower(SEPLayer):
     def _call_base(self, *args, **kwargs):
         """The tower as it is."""
         if self.is_root:
-            return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
+            with loaded(self.base_layer):
+                return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
     def embed(self, *args, trace: dict[int, FusionTrace] | None = None, **kwargs) -> Branches:
@@ -466,8 +470,7 @@ class SEPTower(SEPLayer):
             positions = cast(SEPPositionEmbedding, self.base_layer.get_submodule(self.spec.positions))
             prompts = prompts + positions.of_prompts(settings.num_prompts, prompts.device)
         if self.spec.entry_embedding is not None:
-            embedding = cast(nn.Embedding, self.base_layer.get_submodule(self.spec.entry_embedding))
-            prompts = prompts + embedding.weight[0]
+            prompts = prompts + read_parameter(self.base_layer, f"{self.spec.entry_embedding}.weight")[0]
         if self.spec.entry_norm is not None:
             norm = self.base_layer.get_submodule(self.spec.entry_norm)
             prompts = norm(prompts.to(norm.weight.dtype))

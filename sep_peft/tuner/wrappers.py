@@ -15,6 +15,11 @@ from ..method.quick_gelu import quick_gelu
 from ..method.select import take_token
 from ..tracing import untraced
 from .current import current_pass
+from .offload import HOOK, HOOKED_FORWARD
+
+
+#: Attributes that are no other module's: what a wrapper wraps, and what accelerate hangs on single modules.
+OWN = frozenset({"base_layer", HOOK, HOOKED_FORWARD})
 
 
 @untraced
@@ -35,7 +40,7 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name in OWN:
                 raise
             return getattr(self.base_layer, name)
 

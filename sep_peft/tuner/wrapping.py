@@ -47,6 +47,15 @@ def wrap_tower(base: nn.Module, spec: TowerSpec) -> tuple[SEPLayer, ...]:
     return tuple(inner)
 
 
+def wrapped_modules(base: nn.Module, spec: TowerSpec) -> list[nn.Module]:
+    """What `wrap_tower` would wrap of all that has weights, in a tower without wrappers."""
+    lists = layer_lists(base, spec.layers)
+    below = [(lists[-1][-1], spec.mlp_norm), (base, spec.positions)]
+    return [layer for layers in lists for layer in layers] + [
+        root.get_submodule(path) for root, path in below if path is not None
+    ]
+
+
 def unwrap_tower(base: nn.Module, spec: TowerSpec) -> None:
     """Undo `wrap_tower`."""
     lists = layer_lists(base, spec.layers)
