@@ -18,7 +18,7 @@ from . import losses
 from .families.spec import Architecture, TowerSpec
 from .method.fusion import TokenFusion
 from .method.recipe import Recipe
-from .tuner import registration
+from .tuner import loading, registration
 from .tuner.config import SEPConfig
 from .tuner.convert import convert_reference_checkpoint
 from .tuner.files import AdapterMismatchError, cast_adapter
@@ -84,6 +84,7 @@ _LATER = {
 }
 
 registration.register(SEPConfig, SEPModel)
+loading.wrap_loaders()
 
 
 def __getattr__(name: str) -> Any:

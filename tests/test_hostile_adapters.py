@@ -92,6 +92,21 @@ def by_from_pretrained_to_train(folder: Path, model) -> None:
     PeftModel.from_pretrained(model, folder, "new", is_trainable=True, low_cpu_mem_usage=True)
 
 
+def by_from_pretrained_with_a_config(folder: Path, model) -> None:
+    config = SEPConfig.from_pretrained(folder)
+    config.weights_origin = None  # as if it had been made elsewhere
+    PeftModel.from_pretrained(model, folder, "new", config=config)
+
+
+def by_transformers(folder: Path, model) -> None:
+    model.load_adapter(folder, "new")
+
+
+def by_transformers_from_a_state_dict(folder: Path, model) -> None:
+    state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    model.load_adapter(None, "new", peft_config=PeftConfig.from_pretrained(folder), adapter_state_dict=state)
+
+
 def by_load_adapter(folder: Path, model) -> None:
     model.load_adapter(folder, "new")
 
@@ -108,6 +123,8 @@ def by_task(folder: Path, model) -> None:
 LOADERS = [
     (by_from_pretrained, False),
     (by_from_pretrained_to_train, False),
+    (by_from_pretrained_with_a_config, False),
+    (by_transformers, False),
     (by_load_adapter, True),
     (by_classifier, False),
     (by_classifier, True),
@@ -207,7 +224,7 @@ CASES = {
     "no weights": Case(
         lambda files: (files.folder / SAFETENSORS_WEIGHTS_NAME).unlink(),
         "{folder} holds the configuration of an adapter, but no weights. Copy or download it again; for a new adapter "
-        "with these options, set inference_mode to false in it.",
+        "with these options, set inference_mode to false in it and use get_peft_model.",
     ),
     "weights cut short": Case(
         lambda files: (file := files.folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(file.read_bytes()[:-1]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -10,6 +13,7 @@ from .checks import base_tower, modules_to_save, target_towers
 from .config import SEPConfig
 from .files import check_keys, check_numbers, read_shapes, read_tensors
 from .layer_fusions import fusion_keys, new_fusion
+from .loading import Loading
 from .settings import TowerSettings
 from .wrappers import layer_lists
 
@@ -18,7 +22,9 @@ from .wrappers import layer_lists
 KEY_PREFIX = "base_model.model."
 
 
-def check_weights(config: SEPConfig, architecture: Architecture, model: nn.Module, adapter_name: str) -> None:
+def check_weights(
+    config: SEPConfig, architecture: Architecture, model: nn.Module, adapter_name: str, loading: Loading | None = None
+) -> None:
     """Check the weights that lie beside a configuration, where it was read from a file; the model stays as it is.
 
     Names and shapes come first, from the header alone, so that nothing of a wrong size is ever allocated.
@@ -28,27 +34,29 @@ def check_weights(config: SEPConfig, architecture: Architecture, model: nn.Modul
         architecture: of the model.
         model: into which the weights will be loaded.
         adapter_name: for messages.
+        loading: the call that loads the adapter; None where its configuration alone is used.
 
     Raises:
         AdapterMismatchError: a key is missing, unexpected or of another shape.
         SafetensorError: the file is cut short.
         ValueError: there are no weights, or numbers that are not finite or far too large.
     """
-    origin = config.take_weights_origin()
+    origin, key_mapping = config.take_weights_origin(), {}
+    if loading is not None:
+        origin, key_mapping = loading.origin, loading.key_mapping
     if origin is None:
         return
     file = origin.find()
     if file is None:
-        if not (config.inference_mode or origin.frozen):  # options for a new adapter
+        if loading is None and not (config.inference_mode or origin.frozen):  # options for a new adapter
             return
         raise ValueError(
             f"{origin.path} holds the configuration of an adapter, but no weights. Copy or download it again; for a "
-            "new adapter with these options, set inference_mode to false in it."
+            "new adapter with these options, set inference_mode to false in it and use get_peft_model."
         )
     source = f"the file of adapter {adapter_name!r}"
-    if not getattr(model, "_checkpoint_conversion_mapping", None):  # by which PEFT renames keys first
-        found = {_plain(key): shape for key, shape in read_shapes(file).items()}
-        check_keys(found, expected_shapes(config, architecture, model), source)
+    found = {_plain(_renamed(key, key_mapping)): shape for key, shape in read_shapes(file).items()}
+    check_keys(found, expected_shapes(config, architecture, model), source)
     check_numbers(read_tensors(file), source)
 
 
@@ -69,6 +77,16 @@ def expected_shapes(config: SEPConfig, architecture: Architecture, model: nn.Mod
     for path, module in modules_to_save(config, model).items():
         shapes |= {_plain(f"{KEY_PREFIX}{path}.{key}"): value.shape for key, value in module.state_dict().items()}
     return shapes
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    """A key of a file as PEFT renames it by `key_mapping`: by the first pattern that is found, without the prefix."""
+    bare = key.removeprefix(KEY_PREFIX)
+    for pattern, replacement in mapping.items():
+        renamed, count = re.subn(pattern, replacement, bare)
+        if count:
+            return KEY_PREFIX + renamed
+    return key
 
 
 def _plain(key: str) -> str:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from .current import chosen_adapters, walked_adapter
 from .files import check_keys, check_numbers
 from .gate import check_weights
 from .layer_fusions import LayerFusions
+from .loading import current_loading
 from .mixed_batch import check_a_name_for_each, check_adapter_names
 from .registration import PREFIX
 from .restore import unchanged_on_error
@@ -72,6 +73,8 @@ class SEPModel(BaseTuner):
                 "The model is a PeftModel. To add SEP above the adapters it has, wrap the model inside: "
                 "get_peft_model(model.get_base_model(), SEPConfig())."
             )
+        if (loading := current_loading.get()) is not None:
+            loading.remember()
         below = {k: c for k, c in getattr(model, "peft_config", {}).items() if not isinstance(c, SEPConfig)}
         if not below:
             super().__init__(model, config, adapter_name, *args, **kwargs)
@@ -91,13 +94,15 @@ class SEPModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes, those of the weights
         that a configuration was read with included, and where a later step fails, `model` is as before."""
-        config = self.peft_config[adapter_name]
+        config, loading = self.peft_config[adapter_name], current_loading.get()
+        if loading is not None:
+            loading.remember()
         try:
             check_adapter_name(adapter_name, model)
             check_not_compiled(model)
             architecture = find_architecture(model, config.architecture)
             found = check_config(config, architecture, model)
-            check_weights(config, architecture, model, adapter_name)
+            check_weights(config, architecture, model, adapter_name, loading)
         except BaseException:
             del self.peft_config[adapter_name]
             raise
@@ -107,11 +112,15 @@ class SEPModel(BaseTuner):
             config = self.peft_config[adapter_name] = copy.copy(config)
         config.base_architecture = found
         try:
-            with walked_adapter.set(adapter_name), unchanged_on_error(self):
+            # a loader takes all back itself
+            taken_back = nullcontext() if loading is not None else unchanged_on_error(self)
+            with walked_adapter.set(adapter_name), taken_back:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             del self.peft_config[adapter_name]
             raise
+        if loading is not None:
+            loading.made.append((self, adapter_name))
 
     def _prepare_adapter_config(self, peft_config: SEPConfig, model_config: dict) -> SEPConfig:
         return peft_config

@@ -17,17 +17,30 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
     What the block wrote into tensors stays written; a change must check its values before it copies any.
     """
-    modules = _modules(model)
-    known = [_KnownModule(module) for module in modules]
-    trained = [(parameter, parameter.requires_grad) for module in modules for parameter in _parameters(module)]
+    before = Known(model)
     try:
         yield
     except BaseException:
-        for each in known:
-            each.restore()
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+        before.restore()
         raise
+
+
+class Known:
+    """Modules, parameters, hooks, modes and adapters of a model as they are, to come back later."""
+
+    def __init__(self, model: nn.Module):
+        modules = _modules(model)
+        self._modules = [_KnownModule(module) for module in modules]
+        self._trained = [
+            (parameter, parameter.requires_grad) for module in modules for parameter in _parameters(module)
+        ]
+
+    def restore(self) -> None:
+        """Bring them back."""
+        for module in self._modules:
+            module.restore()
+        for parameter, requires_grad in self._trained:
+            parameter.requires_grad_(requires_grad)
 
 
 class _KnownModule:

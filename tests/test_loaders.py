@@ -1,0 +1,158 @@
+"""PEFT's and transformers' own loaders take an adapter whole or not at all, whatever they are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import CASES
+from family_models import adapt_once
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from small_classifier import make_model, raises
+from small_clip import make_clip
+from small_sep import outputs, snapshot
+from transformers import CLIPModel
+
+from sep_peft import AdapterMismatchError, SEPConfig
+from sep_peft.tuner.loading import wrap_loaders
+
+
+PROMPTS = "base_model.model.text_model.sep_prompts"
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    make_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder: Path, change) -> None:
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["clip", "bert and vit"])
+@torch.no_grad()
+def test_transformers_loads_what_was_saved(name, tmp_path):
+    """Also where its renamings of the base model's keys hit keys of SEP, as those of ViT hit `attention.query`."""
+    case = CASES[name]
+    model = adapt_once(case)
+    model.save_pretrained(tmp_path)
+    base = case.build()
+    report = base.load_adapter(tmp_path)
+    assert not report.missing_keys and not report.unexpected_keys
+    found, expected = base.eval()(**case.inputs()), model(**case.inputs())
+    assert torch.equal(found.logits_per_image, expected.logits_per_image)
+    assert base.active_adapters() == ["default"]
+
+
+def test_transformers_takes_weights_that_are_handed_in(saved):
+    state = load_file(saved / SAFETENSORS_WEIGHTS_NAME)
+    clip, config = make_clip(), PeftConfig.from_pretrained(saved)
+    clip.load_adapter(None, "task", peft_config=config, adapter_state_dict=state)
+    assert torch.equal(outputs(clip), outputs(make_model()))
+    clip = make_clip()
+    before = snapshot(clip), clip.training, sorted(vars(clip))
+    del state[PROMPTS]
+    with raises(
+        f"the file of adapter 'task' does not fit this model and configuration; missing keys: {PROMPTS}",
+        AdapterMismatchError,
+    ):
+        clip.load_adapter(None, "task", peft_config=PeftConfig.from_pretrained(saved), adapter_state_dict=state)
+    assert (snapshot(clip), clip.training, sorted(vars(clip))) == before
+
+
+def test_a_configuration_that_was_handed_in_loads(saved):
+    config = SEPConfig.published(num_text_prompts=3, num_vision_prompts=2)
+    model = PeftModel.from_pretrained(make_clip(), saved, config=config)
+    assert torch.equal(outputs(model), outputs(make_model()))
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_what_fails_after_the_weights_were_checked_is_taken_back(saved, further, monkeypatch):
+    model = make_model() if further else make_clip()
+    before = snapshot(model)
+
+    def fail(*args, **kwargs):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("peft.peft_model.set_peft_model_state_dict", fail)
+    with raises("no memory", MemoryError):
+        model.load_adapter(saved, "new") if further else PeftModel.from_pretrained(model, saved)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("config", [None, SEPConfig()])
+def test_no_weights_to_train_on(saved, config):
+    """Also where the file's adapter was not frozen, so that its configuration alone could stand for a new one."""
+    (saved / SAFETENSORS_WEIGHTS_NAME).unlink()
+    file = saved / CONFIG_NAME
+    file.write_text(file.read_text().replace('"inference_mode": true', '"inference_mode": false'))
+    clip = make_clip()
+    before = snapshot(clip)
+    with raises(
+        f"{saved} holds the configuration of an adapter, but no weights. Copy or download it again; for a new adapter "
+        "with these options, set inference_mode to false in it and use get_peft_model."
+    ):
+        PeftModel.from_pretrained(clip, saved, is_trainable=True, config=config)
+    assert snapshot(clip) == before
+    assert isinstance(get_peft_model(clip, SEPConfig.from_pretrained(saved)), PeftModel)
+
+
+def test_older_names_of_keys_are_mapped_before_they_are_compared(saved):
+    rewrite(saved, lambda state: {key.replace("text_model", "language"): value for key, value in state.items()})
+    model = PeftModel.from_pretrained(make_clip(), saved, key_mapping={"^nothing": "", "^language": "text_model"})
+    assert torch.equal(outputs(model), outputs(make_model()))
+    model.load_adapter(saved, "second", key_mapping={"^language": "text_model"})
+    clip = make_clip()
+    before = snapshot(clip)
+    with pytest.raises(AdapterMismatchError, match=r"unexpected keys: base_model\.model\.words\.sep_fusion"):
+        PeftModel.from_pretrained(clip, saved, key_mapping={"^language": "words"})
+    assert snapshot(clip) == before
+
+
+def test_a_model_that_maps_older_names_itself(saved, monkeypatch):
+    rewrite(saved, lambda state: {key.replace("text_model", "language"): value for key, value in state.items()})
+    clip = make_clip()
+    monkeypatch.setattr(clip, "_checkpoint_conversion_mapping", {"^language": "text_model"}, raising=False)
+    assert torch.equal(outputs(PeftModel.from_pretrained(clip, saved)), outputs(make_model()))
+
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op")
+def test_files_are_not_lost_on_meta(saved):
+    config = make_clip().config
+    with torch.device("meta"):
+        clip = CLIPModel(config)
+    before = snapshot(clip)
+    for load in (lambda: PeftModel.from_pretrained(clip, saved), lambda: clip.load_adapter(saved)):
+        with raises(
+            "The base model lies on the meta device, where the weights of adapter 'default' would be lost. Load the "
+            "base model's weights first, or pass low_cpu_mem_usage=True, which leaves those of the adapter on the CPU."
+        ):
+            load()
+        assert snapshot(clip) == before
+    model = PeftModel.from_pretrained(clip, saved, low_cpu_mem_usage=True)
+    expected = make_model().state_dict()
+    own = {key: value for key, value in model.state_dict().items() if ".sep_" in key}
+    assert own and all(torch.equal(value, expected[key]) for key, value in own.items())
+
+
+def test_other_methods_are_loaded_as_ever(tmp_path):
+    torch.manual_seed(0)
+    lora = get_peft_model(make_clip(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(make_clip(), tmp_path)), outputs(lora))
+    clip = make_clip()
+    clip.load_adapter(tmp_path)
+    assert torch.equal(outputs(clip), outputs(lora))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'model_id'"):
+        PeftModel.from_pretrained(make_clip())
+
+
+def test_loaders_are_wrapped_once():
+    before = PeftModel.load_adapter, CLIPModel.load_adapter, PeftModel.from_pretrained.__func__
+    wrap_loaders()
+    assert (PeftModel.load_adapter, CLIPModel.load_adapter, PeftModel.from_pretrained.__func__) == before
