@@ -84,7 +84,9 @@ def _whole(loading: Loading) -> Iterator[None]:
 def wrap_loaders() -> None:
     """Wrap them, once."""
     if not hasattr(PeftModel.load_adapter, "__wrapped__"):
-        PeftModel.from_pretrained = classmethod(_wrapped(PeftModel.from_pretrained.__func__, _start_from_pretrained))
+        from_pretrained = _wrapped(PeftModel.from_pretrained.__func__, _start_from_pretrained)
+        # pyright sees the signature of the method in place of its descriptor
+        PeftModel.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
         PeftModel.load_adapter = _wrapped(PeftModel.load_adapter, _start_load_adapter)
         PeftAdapterMixin.load_adapter = _wrapped(PeftAdapterMixin.load_adapter, _start_of_transformers, _finish)
 
