@@ -31,9 +31,7 @@ class Known:
     def __init__(self, model: nn.Module):
         modules = _modules(model)
         self._modules = [_KnownModule(module) for module in modules]
-        self._trained = [
-            (parameter, parameter.requires_grad) for module in modules for parameter in _parameters(module)
-        ]
+        self._trained = [(p, p.requires_grad) for module in modules for p in _parameters(module)]
 
     def restore(self) -> None:
         """Bring them back."""
