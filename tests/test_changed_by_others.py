@@ -6,18 +6,52 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_classifier import logits_of, make_classifier, make_model, raises
 from small_clip import make_clip
-from small_sep import outputs
+from small_sep import adapted, outputs
 from torch import nn
 
-from sep_peft import SEPClassifier
+from sep_peft import SEPClassifier, SEPConfig
 
 
 def make_lora() -> PeftModel:
     torch.manual_seed(3)
     return get_peft_model(make_clip(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+# accelerate.cpu_offload
+
+
+@pytest.mark.parametrize("name", ["published", "rank", "shared", "start", "shallow", "vision only"])
+def test_offloaded_with_the_adapter(name: str):
+    """And without it, and taken out."""
+    expected, base = outputs(adapted(name)), outputs(make_clip())
+    model = cpu_offload(adapted(name))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), base)
+    assert torch.equal(outputs(model.unload()), base)
+
+
+def test_a_further_adapter_where_others_are_offloaded():
+    expected, model = outputs(make_model()), make_model()
+    cpu_offload(model)
+    with raises(
+        "accelerate offloads text_model with the adapters that it had then, so a further one would not be found. Add "
+        "all adapters to the model first, and offload it then."
+    ):
+        model.add_adapter("other", SEPConfig())
+    assert list(model.peft_config) == ["default"] and torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("make", [make_model, make_lora])
+def test_what_is_offloaded_is_not_saved(make: Callable, tmp_path):
+    """By PEFT, whatever the method."""
+    with raises("Cannot copy out of meta tensor; no data!", NotImplementedError):
+        cpu_offload(make()).save_pretrained(tmp_path)
 
 
 # torch.nn.DataParallel

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -100,6 +101,7 @@ class SEPModel(BaseTuner):
         try:
             check_adapter_name(adapter_name, model)
             check_not_compiled(model)
+            _check_not_offloaded(model)
             architecture = find_architecture(model, config.architecture)
             found = check_config(config, architecture, model)
             check_weights(config, architecture, model, adapter_name, loading)
@@ -396,6 +398,19 @@ def named_towers(model: nn.Module, path: str = "") -> Iterator[tuple[str, SEPTow
         return
     for name, child in model.named_children():
         yield from named_towers(child, f"{path}.{name}" if path else name)
+
+
+def _check_not_offloaded(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: accelerate has offloaded adapters of the model, and would look for a further one among them.
+    """
+    for path, tower in named_towers(model):
+        if has_offloaded_params(tower.sep_prompts):
+            raise ValueError(
+                f"accelerate offloads {path} with the adapters that it had then, so a further one would not be found. "
+                "Add all adapters to the model first, and offload it then."
+            )
 
 
 def find_towers(model: nn.Module) -> dict[str, SEPTower]:

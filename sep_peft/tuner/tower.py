@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
@@ -463,6 +464,11 @@ class SEPTower(SEPLayer):
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
         """The learned prompts (n, D) as they enter the first prompted layer."""
         prompts = self.sep_prompts[adapter]
+        if (
+            prompts.is_meta
+        ):  # accelerate may keep them elsewhere, and brings them for a forward that a dictionary has not
+            with align_module_device(self.sep_prompts):
+                prompts = self.sep_prompts[adapter]
         settings = self.sep_settings[adapter]
         if settings.start_layer > 0:
             return prompts
