@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -20,6 +23,14 @@ def scores_of(prediction: list[dict], names: list[str] = NAMES) -> list[float]:
     """In the order of the classes."""
     scores = {entry["label"]: entry["score"] for entry in prediction}
     return [scores[name] for name in names]
+
+
+@functools.cache
+def shallow_clip(layers: int = 4) -> Path:
+    """A folder with the small CLIP's first layers, for all tests of this process; they must not change it."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return save_shallow_clip(Path(folder.name) / "clip", layers)
 
 
 def save_shallow_clip(folder: Path, layers: int = 4) -> Path:

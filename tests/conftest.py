@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import peft
 import pytest
 import torch
@@ -19,6 +21,12 @@ from sep_peft import SEPClassifier, SEPConfig
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny, and tests may run side by side
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so collections of garbage, as at the end of every training, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

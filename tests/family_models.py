@@ -34,11 +34,11 @@ def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **op
     return copy.deepcopy(adapt_once(case, attention))
 
 
-def adapt_once(case: Case, attention: str | None = None) -> PeftModel:
-    """The usual model of a case, the same object for all; nobody may change it."""
-    key = id(case), attention or case.attentions[-1]
+def adapt_once(case: Case, attention: str | None = None, **options) -> PeftModel:
+    """A model of a case, the same object for all who ask for these options; nobody may change it."""
+    key = id(case), attention or case.attentions[-1], *sorted(options.items())
     if key not in _ADAPTED:
-        _ADAPTED[key] = case, _adapt(case, attention)  # the case too, so that no other one gets its identity
+        _ADAPTED[key] = case, _adapt(case, attention, **options)  # the case too, so that no other gets its identity
     return _ADAPTED[key][1]
 
 

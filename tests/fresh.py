@@ -22,8 +22,10 @@ from pathlib import Path
 #: child leaves the loop and does what an interpreter does that was given a script or code. It ends as such a one does
 #: except that it does not free everything, which takes more than a second of copying memory that it shares.
 PARENT = """
-import atexit, json, os, runpy, sys, threading, traceback, types
+import atexit, gc, json, os, runpy, sys, threading, traceback, types
 import peft
+
+gc.freeze()
 
 
 def next_child():

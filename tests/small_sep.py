@@ -56,8 +56,9 @@ def snapshot(model) -> tuple:
     return modules, list(model.state_dict()), [p.data_ptr() for p in model.parameters()]
 
 
-def adapted(name: str, adapter: str = "default", seed: int = 3) -> PeftModel:
-    clip = make_clip()
+def adapted(name: str, adapter: str = "default", seed: int = 3, **sizes) -> PeftModel:
+    """With SEP in one of `SETTINGS`; `sizes` are those of `make_clip`."""
+    clip = make_clip(**sizes)
     torch.manual_seed(seed)
     model = get_peft_model(clip, SEPConfig.published(**SETTINGS[name]), adapter_name=adapter)
     perturb(model, adapter, seed=seed)

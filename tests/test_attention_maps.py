@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CASES
-from family_models import TOWERS, adapt, tower_inputs, tower_of
+from family_models import TOWERS, adapt, adapt_once, tower_inputs, tower_of
 
 
 EAGER = [p for p in TOWERS if p.values[2] == "eager"]
@@ -20,7 +20,7 @@ def maps(call, layer, inputs: dict) -> tuple[torch.Tensor, ...]:
 @torch.no_grad()
 def test_maps_have_the_shapes_of_the_base_model(name, tower, attention, options):
     case = CASES[name]
-    layer = tower_of(adapt(case, attention, **options), tower)
+    layer = tower_of(adapt_once(case, attention, **options), tower)
     inputs = tower_inputs(case, tower)
     plain, found = maps(layer._call_base, layer, inputs), maps(layer, layer, inputs)
     assert len(plain) > 1  # every family has them

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundled import ASSETS
+from bundled import ASSETS, shallow_clip
 from fresh import usual
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,11 +31,15 @@ from sep_peft.training import Recipe, evaluate
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
-BASE = str(ASSETS / "clip-small")
 NAMES = ["cup", "lamp", "umbrella"]
 SMALL = ["--shots", "2", "--max-steps", "2", "--fusion-rank", "2", "--share-fusion", "--fusion-hidden-size", "8"]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
 COMMANDS = ["train", "predict", "evaluate", "import-reference", "info"]
+
+
+def base() -> str:
+    """A CLIP of three layers, so that prompts may enter at the third."""
+    return str(shallow_clip(3))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "saved"
-    assert main(["train", str(images), "--base-model", BASE, "--output", str(folder), *SMALL, "--quiet"]) == 0
+    assert main(["train", str(images), "--base-model", base(), "--output", str(folder), *SMALL, "--quiet"]) == 0
     return folder
 
 
@@ -85,7 +89,7 @@ def test_train(run, images, tmp_path):
     """What is reported is what the saved adapter does, beside the base model alone."""
     out = tmp_path / "adapter"
     code, printed, err = run(
-        "train", images, "--base-model", BASE, "--output", out, *SMALL, "--license", "mit", "--json"
+        "train", images, "--base-model", base(), "--output", out, *SMALL, "--license", "mit", "--json"
     )
     assert code == 0, err
     assert "reading images" in err and "zero-shot, test" in err and "SEP, test" in err
@@ -126,7 +130,7 @@ def test_training_changes_the_predictions_and_repeats(run, images, adapter, tmp_
     outputs = [tmp_path / "same", tmp_path / "other"]
     for out, seed in zip(outputs, (1, 2), strict=True):
         code, printed, _ = run(
-            "train", images, "--base-model", BASE, "--output", out, *SMALL, "--seed", seed, "--quiet"
+            "train", images, "--base-model", base(), "--output", out, *SMALL, "--seed", seed, "--quiet"
         )
         assert code == 0
         saved = rf"saved {re.escape(str(out))} \(0\.\d MB\), 3 classes\n"
@@ -140,14 +144,14 @@ def test_training_changes_the_predictions_and_repeats(run, images, adapter, tmp_
 def test_train_without_images_to_test_on(run, images, tmp_path):
     out = tmp_path / "adapter"
     code, printed, _ = run(
-        "train", images / "train", "--base-model", BASE, "--output", out, *SMALL, "--shots", 3, "--json", "--quiet"
+        "train", images / "train", "--base-model", base(), "--output", out, *SMALL, "--shots", 3, "--json", "--quiet"
     )
     data = json.loads(printed)
     assert (code, data["scores"], data["not_tested"]) == (0, [], NAMES)
     calibration = SEPClassifier.from_pretrained(out).classes.calibration
     assert data["calibration"] == asdict(calibration) and calibration.source == "cross-fitting"
     options = [*SMALL, "--shots", 3, "--overwrite", "--quiet"]
-    printed = run("train", images / "train", "--base-model", BASE, "--output", out, *options)[1]
+    printed = run("train", images / "train", "--base-model", base(), "--output", out, *options)[1]
     assert printed.splitlines()[1:] == [
         f"cross-fitting, no test: {calibration.accuracy:.1f} % with SEP, 9 training images, each told after a shorter "
         "training on others",
@@ -163,7 +167,7 @@ def test_unreadable_images_are_named_counted_and_left_out(run, images, tmp_path)
         path.write_bytes(b"no image")
     out = tmp_path / "adapter"
     options = [*SMALL, "--shots", 9, "--json", "--quiet"]
-    code, printed, err = run("train", data, "--base-model", BASE, "--output", out, *options)
+    code, printed, err = run("train", data, "--base-model", base(), "--output", out, *options)
     result = json.loads(printed)
     assert (code, result["training_images"], result["scores"][0]["images"]) == (0, 9, 12)
     assert [entry["image"] for entry in result["unreadable"]] == [str(path) for path in broken]
@@ -176,7 +180,7 @@ def test_a_class_whose_images_are_all_unreadable(run, images, tmp_path):
     data = shutil.copytree(images, tmp_path / "data")
     for path in (data / "train" / "lamp").iterdir():
         path.write_bytes(b"no image")
-    message = error_of(run, "train", data, "--base-model", BASE, "--output", tmp_path / "new", *SMALL)
+    message = error_of(run, "train", data, "--base-model", base(), "--output", tmp_path / "new", *SMALL)
     assert message == "No training image can be read of lamp."
     assert not (tmp_path / "new").exists()
 
@@ -184,7 +188,7 @@ def test_a_class_whose_images_are_all_unreadable(run, images, tmp_path):
 def test_an_adapter_is_not_replaced_unless_asked(run, images, adapter, tmp_path):
     out = shutil.copytree(adapter, tmp_path / "adapter")
     before = (out / "adapter_model.safetensors").read_bytes()
-    arguments = ["train", images, "--base-model", BASE, "--output", out, *SMALL, "--seed", 5]
+    arguments = ["train", images, "--base-model", base(), "--output", out, *SMALL, "--seed", 5]
     assert error_of(run, *arguments) == f"{out} has an adapter already. Pass --overwrite to replace it."
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert run(*arguments, "--overwrite", "--quiet")[0] == 0
@@ -192,11 +196,11 @@ def test_an_adapter_is_not_replaced_unless_asked(run, images, adapter, tmp_path)
 
 
 def test_errors_of_train(run, images, tmp_path):
-    out = ["--base-model", BASE, "--output", tmp_path / "new"]
+    out = ["--base-model", base(), "--output", tmp_path / "new"]
     assert error_of(run, "train", tmp_path / "none", *out) == f"There is no folder {tmp_path / 'none'}."
     file = tmp_path / "file"
     file.write_text("mine")
-    message = error_of(run, "train", images, "--base-model", BASE, "--output", file)
+    message = error_of(run, "train", images, "--base-model", base(), "--output", file)
     assert message == f"{file} is a file; a folder is needed to save into."
     message = error_of(run, "train", images, *out, "--template", "a photo")
     assert message == "A template must contain {} once, in place of the class name, but got 'a photo'."
@@ -209,7 +213,7 @@ def test_train_on_a_cached_trunk(run, images, kept, tmp_path):
     cache = "memory" if kept == "memory" else tmp_path / "cache"
     options = [
         "--base-model",
-        BASE,
+        base(),
         *SMALL,
         "--start-layer",
         "text=1,vision=2",
@@ -232,7 +236,7 @@ def test_train_on_a_cached_trunk(run, images, kept, tmp_path):
 
 
 def test_a_cache_needs_a_trunk(run, images, tmp_path):
-    out = ["--base-model", BASE, "--output", tmp_path / "new", "--cache", "memory"]
+    out = ["--base-model", base(), "--output", tmp_path / "new", "--cache", "memory"]
     message = (
         "--cache keeps what is below --start-layer of the vision tower, which is 0. Pass a layer above 0, or no "
         "--cache."
@@ -266,14 +270,14 @@ def test_predict_for_people(run, images, adapter):
 
 def test_predict_with_another_base_model_and_classes(run, images, adapter):
     image = sorted((images / "test" / "cup").iterdir())[0]
-    options = ["--base-model", BASE, "--class", "pizza", "--class", "cup", "--json", "--quiet"]
+    options = ["--base-model", base(), "--class", "pizza", "--class", "cup", "--json", "--quiet"]
     data = json.loads(run("predict", adapter, image, *options)[1])
     assert {top["label"] for top in data[0]["prediction"]} == {"pizza", "cup"}
 
 
 def test_predict_of_other_classes_asks_zero_shot_as_well(run, images, adapter):
     image = sorted((images / "test" / "cup").iterdir())[0]
-    options = ["--base-model", BASE, "--class", "pizza", "--class", "cup", "--json", "--quiet"]
+    options = ["--base-model", base(), "--class", "pizza", "--class", "cup", "--json", "--quiet"]
     found = [
         json.loads(run("predict", adapter, image, *options, *margin)[1])[0]["prediction"][0]["score"]
         for margin in ([], ["--zero-shot-margin", "1.5"], ["--zero-shot-margin", "0"])
@@ -377,7 +381,7 @@ def test_evaluate_on_new_classes(run, adapter, tmp_path):
 def make_checkpoint(folder: Path) -> Path:
     """A checkpoint as the authors' code writes it, for the small CLIP, that holds a random adapter."""
     model = get_peft_model(
-        CLIPModel.from_pretrained(BASE), SEPConfig.published(num_text_prompts=3, num_vision_prompts=2)
+        CLIPModel.from_pretrained(base()), SEPConfig.published(num_text_prompts=3, num_vision_prompts=2)
     )
     perturb(model)
     state = {"VPT_fc.weight": torch.zeros(3, 4)}
@@ -400,7 +404,7 @@ def test_import_reference_with_classes(run, images, tmp_path):
     checkpoint, out = make_checkpoint(tmp_path), tmp_path / "adapter"
     names = tmp_path / "names.txt"
     names.write_text("cup\n\n lamp \numbrella\n")
-    arguments = ["--base-model", BASE, "--output", out, "--classes", names, "--template", "one {}."]
+    arguments = ["--base-model", base(), "--output", out, "--classes", names, "--template", "one {}."]
     code, printed, err = run("import-reference", checkpoint, *arguments, "--json", "--quiet")
     assert code == 0, err
     assert json.loads(printed) == {
@@ -411,9 +415,9 @@ def test_import_reference_with_classes(run, images, tmp_path):
         "classes": NAMES,
         "unused": ["VPT_fc.weight"],
     }
-    convert_reference_checkpoint(checkpoint, CLIPModel.from_pretrained(BASE), tmp_path / "plain")
-    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(BASE), tmp_path / "plain")
-    expected = SEPClassifier.from_class_names(model, AutoProcessor.from_pretrained(BASE), NAMES, template="one {}.")
+    convert_reference_checkpoint(checkpoint, CLIPModel.from_pretrained(base()), tmp_path / "plain")
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(base()), tmp_path / "plain")
+    expected = SEPClassifier.from_class_names(model, AutoProcessor.from_pretrained(base()), NAMES, template="one {}.")
     image = next((images / "test" / "cup").iterdir())
     assert SEPClassifier.from_pretrained(out).predict(image) == expected.predict(image)
 
@@ -433,7 +437,7 @@ def test_import_reference_without_classes(run, tmp_path):
 def test_errors_of_import_reference(run, tmp_path):
     names, out = tmp_path / "names.txt", tmp_path / "adapter"
     names.write_text("cup\ncup\n")
-    options = ["--base-model", BASE, "--output", out]
+    options = ["--base-model", base(), "--output", out]
     message = error_of(run, "import-reference", tmp_path / "none", *options)
     assert message == f"There is no checkpoint {tmp_path / 'none'}."
     message = error_of(run, "import-reference", make_checkpoint(tmp_path), *options, "--classes", names)
@@ -451,7 +455,7 @@ def test_info(run, adapter):
     assert code == 0
     assert data == {
         "adapter": str(adapter),
-        "base_model": BASE,
+        "base_model": base(),
         "model_type": "clip",
         "text_prompts": 6,
         "vision_prompts": 4,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from bundled import ASSETS
+from bundled import shallow_clip
 from fresh import usual
 from peft import PeftModel, get_peft_model
 from PIL import Image
@@ -49,14 +49,14 @@ def images(tmp_path_factory) -> Path:
 def adapter(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig.published(fusion_rank=1))
+    model = get_peft_model(CLIPModel.from_pretrained(shallow_clip(2)), SEPConfig.published(fusion_rank=1))
     perturb(model, scale=0.02)
     model.save_pretrained(folder)
     return folder
 
 
 def make_arguments(images: Path, adapter: Path, output: Path, *options: str) -> list[str]:
-    arguments = ["--model", str(ASSETS / "clip-small"), "--adapter", str(adapter), "--output", str(output)]
+    arguments = ["--model", str(shallow_clip(2)), "--adapter", str(adapter), "--output", str(output)]
     sizes = ["--shard-size", str(SHARD_SIZE), "--batch-size", "2", "--workers", "0", "--device", "cpu"]
     return [str(images), *arguments, *sizes, *options]
 
@@ -127,8 +127,8 @@ def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
     assert f"{COUNT - 2} images embedded in {summary['shards']} shards, 3 could not be read" in first.stdout
     assert sorted({path.suffix for path in output.iterdir()}) == [".json", ".safetensors"]
 
-    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(ASSETS / "clip-small"), adapter).eval()
-    processor = AutoImageProcessor.from_pretrained(ASSETS / "clip-small")
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(shallow_clip(2)), adapter).eval()
+    processor = AutoImageProcessor.from_pretrained(shallow_clip(2))
     some = range(0, len(names), 20)
     images = [Image.open(images / names[i]) for i in some]
     expected = ImageEmbedder(model)(processor(images, return_tensors="pt")["pixel_values"])

@@ -36,29 +36,36 @@ def test_what_the_modules_compute(config):
     assert scorer.eval().text_embeds.shape == (4, 24)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("kind", [ImageEmbedder, ImageScorer])
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def config(request) -> dict:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[ImageEmbedder, ImageScorer])
+def exported(request, config) -> tuple[torch.nn.Module, torch.export.ExportedProgram]:
+    """A module, and what `torch.export` makes of it."""
+    module = make_module(request.param, config)
+    with torch.no_grad():
+        return module, torch.export.export(module, (IMAGES[:2],), dynamic_shapes=BATCH)
+
+
 @torch.no_grad()
-def test_torch_export(kind, config):
-    module = make_module(kind, config)
-    program = torch.export.export(module, (IMAGES[:2],), dynamic_shapes=BATCH).module()
+def test_torch_export(exported):
+    module, program = exported[0], exported[1].module()
     for count in (1, 3, 5):
         torch.testing.assert_close(program(IMAGES[:count]), module(IMAGES[:count]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS[:2], ids=str)
-@pytest.mark.parametrize("kind", [ImageEmbedder, ImageScorer])
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=str, indirect=True)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @torch.no_grad()
-def test_onnx(kind, config, tmp_path):
+def test_onnx(exported, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed; pip install sep_peft[export]")
     import onnxruntime
 
-    module, file = make_module(kind, config), str(tmp_path / "model.onnx")
-    torch.onnx.export(
-        module, (IMAGES[:2],), file, dynamo=True, dynamic_shapes=BATCH, output_names=["result"], verbose=False
-    )
+    (module, program), file = exported, str(tmp_path / "model.onnx")
+    torch.onnx.export(program, (IMAGES[:2],), file, dynamo=True, output_names=["result"], verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for count in (1, 3, 5):
         (found,) = session.run(["result"], {"pixel_values": IMAGES[:count].numpy()})

@@ -57,7 +57,7 @@ def variants_of_inputs(case: Case, tower: str) -> list[dict]:
 def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
     """Prompts that no token may see leave every token as it was, with the mask that arrives extended."""
     case = CASES[name]
-    model = adapt(case, attention, start_layer=1, frozen_weight=0.0)
+    model = adapt_once(case, attention, start_layer=1, frozen_weight=0.0)
     spec = tower_of(model, tower).spec
     extend = extend_mask
 
@@ -214,7 +214,7 @@ def test_image_prompts_enter_as_patches_do(name):
 def test_masked_padding_changes_nothing(name, tower):
     """Texts padded to the full length, where moved positions end at the last one, are the texts themselves."""
     case = CASES[name]
-    layer, words = tower_of(adapt(case), tower), case.words(tower)
+    layer, words = tower_of(adapt_once(case), tower), case.words(tower)
     if layer.spec.max_length_padding:
         pytest.skip("padding counts in its texts")
     positions = layer.spec.positions
@@ -270,7 +270,7 @@ def find_embedding(tower: torch.nn.Module, *names: str) -> torch.nn.Embedding:
 def test_texts_end_where_the_family_says(name, tower):
     """Padding without a mask is after the end of a text wherever the family tells it from the ids."""
     case = CASES[name]
-    layer, words = tower_of(adapt(case), tower), case.words(tower)
+    layer, words = tower_of(adapt_once(case), tower), case.words(tower)
     expected = [8, 8, 8] if layer.spec.text_end is None else [4, 3, 6]
     assert layer.texts.span(words([5, 4, 7], total=9, mask=False))[1].tolist() == expected
     assert layer.texts.span(words([5, 4, 7], total=9))[1].tolist() == [4, 3, 6]
@@ -345,7 +345,7 @@ def test_a_projection_to_mix_after_may_be_trained(tmp_path):
 @torch.no_grad()
 def test_results_do_not_depend_on_the_batch(name):
     case = CASES[name]
-    model = adapt(case)
+    model = adapt_once(case)
     for tower in model.base_model.towers:
         inputs = tower_inputs(case, tower)
         together = run(model, tower, inputs)
@@ -360,7 +360,7 @@ def test_results_do_not_depend_on_the_batch(name):
 def test_the_model_mixes_as_published(name):
     """Features and outputs of the model point where the mix of both branches points."""
     case = CASES[name]
-    model = adapt(case)
+    model = adapt_once(case)
     found = {"text": find_features(model, case, "text"), "vision": find_features(model, case, "vision")}
     for tower, layer in model.base_model.towers.items():
         prompted, frozen = layer.embed(**tower_inputs(case, tower))
@@ -396,7 +396,7 @@ def test_logits_are_scaled_as_the_model_scales_them(name, value):
 def test_padded_patches_are_never_selected():
     """Nor do they matter in any other way, also where an image has fewer patches than there are prompts."""
     case = CASES["siglip2"]
-    layer = tower_of(adapt(case), "vision")
+    layer = tower_of(adapt_once(case), "vision")
     inputs = patches([(2, 4), (1, 1)], total=11)(2)
     padding = inputs["pixel_attention_mask"] == 0
     loud = inputs | {"pixel_values": inputs["pixel_values"].masked_fill(padding[..., None], 100.0)}
@@ -414,8 +414,8 @@ def test_padded_patches_are_never_selected():
 def test_hidden_states_have_the_length_and_count_of_the_base_model(name, tower, attention):
     case = CASES[name]
     inputs = tower_inputs(case, tower)
-    for start in (0, 1):
-        model = adapt(case, attention, start_layer=start)
+    for options in ({}, {"start_layer": 1}):
+        model = adapt_once(case, attention, **options)
         layer = tower_of(model, tower)
         plain = layer._call_base(**layer._bind((), inputs), output_hidden_states=True)
         found = layer(**layer._bind((), inputs), output_hidden_states=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import oracle
@@ -17,48 +18,63 @@ from sep_peft import SEPConfig
 from sep_peft.method import reference
 
 
+LENGTHS = [5, 3, 9, 4]
+
+
 def make_model(settings: dict, attention: str = "sdpa", **changes):
     model = get_peft_model(make_clip(attention), SEPConfig.published(**(settings | changes)))
     perturb(model)
     return model.eval()
 
 
-def oracle_features(model, texts, images):
-    """SEP's text and image embeddings of unit length from the oracle."""
-    base = model.get_base_model()
+def oracle_inputs() -> dict[str, list]:
+    """Token ids of texts without padding, and two images."""
+    texts = make_texts(LENGTHS)
+    rows = zip(texts["input_ids"], texts["attention_mask"], strict=True)
+    return {"text": [ids[mask.bool()].tolist() for ids, mask in rows], "vision": list(make_images(2))}
+
+
+ENCODE = {"text": oracle.text_features, "vision": oracle.image_features}
+
+
+@functools.cache
+def frozen_features(modality: str) -> list[torch.Tensor]:
+    """Of the tiny CLIP by the oracle, which takes seconds."""
+    clip = make_clip()
+    return [ENCODE[modality](clip, item) for item in oracle_inputs()[modality]]
+
+
+@functools.cache
+def oracle_features(name: str) -> dict[str, torch.Tensor]:
+    """SEP's text and image embeddings of unit length from the oracle, for any attention."""
+    model = make_model(SETTINGS[name])
     clip = copy.deepcopy(model).unload()
     found = {}
-    for name, tower in model.base_model.towers.items():
-        settings = tower.active_settings
-        inputs = (
-            [ids[mask.bool()].tolist() for ids, mask in zip(texts["input_ids"], texts["attention_mask"], strict=True)]
-            if name == "text"
-            else list(images)
-        )
-        encode = oracle.text_features if name == "text" else oracle.image_features
-        frozen = [encode(clip, item) for item in inputs]
+    for modality, tower in model.base_model.towers.items():
+        settings, frozen = tower.active_settings, frozen_features(modality)
         if settings is None:
-            found[name] = torch.stack([x / x.norm() for x in frozen])
+            found[modality] = torch.stack([x / x.norm() for x in frozen])
             continue
         fusions = {}
         for layer in settings.fusion_layers:
             fusions[layer] = tower.sep_fusion["default"]["shared" if settings.share_fusion else str(layer)]
         prompts = tower.sep_prompts["default"]
         options = {"start": settings.start_layer, "fusion_tokens": settings.fusion_tokens}
-        prompted = [encode(clip, item, prompts, fusions, **options) for item in inputs]
-        found[name] = torch.stack(
-            [reference.mix(a, b, settings.frozen_weight) for a, b in zip(prompted, frozen, strict=True)]
-        )
-    return found["text"], found["vision"], base.logit_scale.exp()
+        items = oracle_inputs()[modality]
+        prompted = [ENCODE[modality](clip, item, prompts, fusions, **options) for item in items]
+        mixed = zip(prompted, frozen, strict=True)
+        found[modality] = torch.stack([reference.mix(a, b, settings.frozen_weight) for a, b in mixed])
+    return found
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.no_grad()
-def test_forward_is_the_method(name, attention, texts):
+def test_forward_is_the_method(name, attention):
     model = make_model(SETTINGS[name], attention)
-    images = make_images(2)
-    text, image, scale = oracle_features(model, texts, images)
+    texts, images = make_texts(LENGTHS), make_images(2)
+    text, image = (oracle_features(name)[modality] for modality in ("text", "vision"))
+    scale = model.get_base_model().logit_scale.exp()
     output = model(**texts, pixel_values=images)
     torch.testing.assert_close(output.text_embeds, text, rtol=1e-4, atol=2e-6)
     torch.testing.assert_close(output.image_embeds, image, rtol=1e-4, atol=2e-6)
