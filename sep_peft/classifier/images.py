@@ -21,7 +21,7 @@ from transformers.image_utils import httpx  # pyright: ignore[reportPrivateImpor
 
 
 try:
-    import pillow_heif  # pyright: ignore[reportMissingImports]
+    import pillow_heif  # pyright: ignore[reportMissingImports]  # no extra of this package asks for it
 except ImportError:
     HEIF_ENDINGS = frozenset()
 else:

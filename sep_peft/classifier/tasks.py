@@ -11,6 +11,7 @@ from torch import nn
 from ..tuner.current import chosen_adapters, walked_adapter
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.modes import evaluating
+from ..tuner.restore import unchanged_on_error
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
 from .prediction import Task
@@ -93,14 +94,9 @@ class Tasks(nn.Module):
             raise ValueError(f"There is an adapter {name!r} already. Choose another name, or use add_task.")
         with walked_adapter.set(name):  # whatever walks through the model meets no other adapter
             training, known = model.training, set(model.modules())
-            try:
-                with evaluating(model):  # as PEFT leaves everything; each module's own mode comes back after it
-                    model.load_adapter(path, name, **options)
-                    self.add(name, classes, name, chunk_size)
-            except Exception:
-                if name in model.peft_config:
-                    model.delete_adapter(name)
-                raise
+            with unchanged_on_error(model), evaluating(model):  # as PEFT leaves all; each module's own mode comes back
+                model.load_adapter(path, name, **options)
+                self.add(name, classes, name, chunk_size)
             for module in set(model.modules()) - known:
                 module.training = training
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
@@ -31,7 +31,7 @@ from ..training.checkpoint import CHECKPOINT_FILE
 from ..training.fit import fit
 from ..training.folders import ImageFolder, Samples, read_folder, read_test, without_unreadable
 from ..training.history import History, TrainingInterrupted
-from ..tuner.config import SEPConfig
+from ..tuner.config import SEPConfig, load_config
 from ..tuner.convert import convert_reference_checkpoint
 from .measured import between, draw, in_full, in_lines, not_tested, untested
 from .saving import Saved, check_output, save_somewhere, saved_bytes
@@ -483,10 +483,7 @@ def info(source: AdapterSource, session: Session) -> Result:
     """
     source.check()
     options = source.hub_options(session)
-    config = SEPConfig.from_pretrained(source.name, subfolder=source.subfolder, **options)
-    if not isinstance(config, SEPConfig):
-        method = PeftType(config.peft_type).value
-        raise ValueError(f"{source.name} holds an adapter of the method {method}, but SEP is needed.")
+    config = load_config(source.name, subfolder=source.subfolder, **options)
     weights = find_file(source.name, SAFETENSORS_WEIGHTS_NAME, source.subfolder, options)
     with safe_open(weights, framework="pt") as file:
         parameters = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from math import exp, log
 from typing import Any
@@ -23,7 +24,7 @@ from ..classifier.trunk_cache import TrunkCache
 from ..method.recipe import Recipe
 
 
-class EpochDataset(torch.utils.data.Dataset):
+class EpochDataset(torch.utils.data.Dataset, ABC):
     """A data set that shows an epoch at a time; data loader workers that run already see the epoch change."""
 
     def __init__(self):
@@ -34,13 +35,13 @@ class EpochDataset(torch.utils.data.Dataset):
         """The epoch that is shown, counted from 0."""
         return int(self._epoch)
 
+    @abstractmethod
     def __len__(self) -> int:
-        """The number of images; each kind of data set has its own."""
-        raise NotImplementedError
+        """The number of images."""
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Any:
-        """An image as it is in this epoch; each kind of data set has its own."""
-        raise NotImplementedError
+        """An image as it is in this epoch."""
 
     @property
     def fingerprint(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from peft.config import PeftConfig
+from peft.utils import PeftType
 
 from ..families.spec import Architecture
 from .files import WeightsOrigin, check_folder
@@ -291,3 +292,20 @@ class SEPConfig(PeftConfig):
                 setattr(self, name, unset)
             elif value != unset:
                 raise ValueError(f'{name} must be left at {unset!r} with fusion="{self.fusion}", but got {value!r}.')
+
+
+def load_config(source: str, **options) -> SEPConfig:
+    """The configuration of a saved adapter that must be one of SEP.
+
+    Args:
+        source: folder or repository of the adapter.
+        options: of `SEPConfig.from_pretrained`.
+
+    Raises:
+        ValueError: it is one of another method.
+    """
+    config = SEPConfig.from_pretrained(source, **options)
+    if not isinstance(config, SEPConfig):
+        method = PeftType(config.peft_type).value
+        raise ValueError(f"{source} holds an adapter of the method {method}, but SEP is needed.")
+    return config

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.config import PeftConfig
-from peft.utils import PeftType, load_peft_weights
+from peft.utils import load_peft_weights
 from torch import nn
 
-from .config import SEPConfig
+from .config import SEPConfig, load_config
 from .model import SEPModel
 from .registration import peft_type
 from .soup import check_alike
@@ -52,7 +51,7 @@ def hotswap_adapter(
     if current is None or current.peft_type != peft_type():
         raise ValueError(f"There is no SEP adapter {adapter_name!r} in this model.")
     hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-    config = SEPConfig.from_pretrained(model_name_or_path, **hub_options)
+    config = load_config(model_name_or_path, **hub_options)
     _check_config(current, config, adapter_name, model_name_or_path)
     state = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     state = SEPModel.model_keys(model, adapter_name, state)
@@ -65,10 +64,7 @@ def hotswap_adapter(
             parameters[key].copy_(value)
 
 
-def _check_config(current: SEPConfig, config: PeftConfig, adapter_name: str, source: str) -> None:
-    if not isinstance(config, SEPConfig):
-        method = PeftType(config.peft_type).value
-        raise ValueError(f"{source} holds an adapter of the method {method}, but SEP is needed.")
+def _check_config(current: SEPConfig, config: SEPConfig, adapter_name: str, source: str) -> None:
     check_alike(current, config, f"adapter {adapter_name!r} and that of {source}")
     if config.base_architecture not in (None, current.base_architecture):
         raise ValueError(
