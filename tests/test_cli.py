@@ -268,6 +268,28 @@ def test_predict_for_people(run, images, adapter):
     assert (code, printed) == (0, f"{image}: {best['label']} {best['score']:.1%}\n")
 
 
+def test_predict_says_none_of_these_and_names_sets(run, images, adapter):
+    paths = sorted((images / "test" / "cup").iterdir())
+    classifier = SEPClassifier.from_pretrained(adapter)
+    for options, asked in (
+        (["--unknown"], {"unknown": True, "top_k": 3}),
+        (["--min-score", 0.45, "--top-k", 2], {"min_score": 0.45, "top_k": 2}),
+        (["--coverage", 0.5], {"coverage": 0.5}),
+    ):
+        code, printed, _ = run("predict", adapter, *paths, *options, "--json", "--quiet")
+        expected = classifier.predict(paths, **asked)
+        found = [entry["prediction"] for entry in json.loads(printed)]
+        assert code == 0 and [[top["label"] for top in each] for each in found] == [
+            [top["label"] for top in each] for each in expected
+        ]
+    code, printed, _ = run("predict", adapter, paths[0], "--min-score", 1, "--quiet")
+    assert (code, printed) == (0, f"{paths[0]}: none of these\n")
+    message = error_of(run, "predict", adapter, paths[0], "--coverage", 0.9, "--top-k", 1)
+    assert message == "coverage chooses how many classes to name. Leave out top_k, which is 1."
+    message = error_of(run, "predict", adapter, paths[0], "--class", "zebra", "--class", "okapi", "--unknown")
+    assert message.startswith("unknown=True needs held-out images of these classes, but their calibration has none.")
+
+
 def test_predict_with_another_base_model_and_classes(run, images, adapter):
     image = sorted((images / "test" / "cup").iterdir())[0]
     options = ["--base-model", base(), "--class", "pizza", "--class", "cup", "--json", "--quiet"]
@@ -511,7 +533,8 @@ OPTIONS = {
         *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published"),
     ],
     "predict": [
-        *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--batch-size"),
+        *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--unknown"),
+        *("--min-score", "--coverage", "--batch-size"),
     ],
     "evaluate": [
         *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),

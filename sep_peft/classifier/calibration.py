@@ -17,6 +17,10 @@ import torch
 #: Limits of a temperature. Logits of CLIP and of prototypes differ by 150 at most, so that the lowest makes every score
 #: 0 or 1 and the highest makes all alike.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
+#: Share of held-out images that the rule for none of these lets through.
+KNOWN_SHARE = 0.95
+#: Scores of held-out images that are kept, at most.
+KEPT_SCORES = 1000
 #: Where the images of a calibration came from.
 SOURCES = ("held-out images", "cross-fitting")
 
@@ -32,6 +36,10 @@ class Calibration:
         source: "held-out images", or "cross-fitting" for training images, each seen by a model that was trained on
             others.
         accuracy: share of these images that were told, in percent; None: not known.
+        least_energy: below it the logits look like those of no class; `KNOWN_SHARE` of these images are above it. None:
+            not known.
+        label_scores: what these images, or at most `KEPT_SCORES` places in their order, give to their own class, from 0
+            to 1, ascending; empty: not known.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -42,6 +50,8 @@ class Calibration:
     images: int = 0
     source: str = SOURCES[0]
     accuracy: float | None = None
+    least_energy: float | None = None
+    label_scores: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name in ("temperature", "new_class_temperature"):
@@ -60,6 +70,20 @@ class Calibration:
                 "accuracy of the calibration must be in percent, between 0 and 100, but got "
                 f"{reprlib.repr(self.accuracy)}."
             )
+        if self.least_energy is not None and not _is_number(self.least_energy):
+            raise ValueError(
+                f"least_energy of the calibration must be a finite number, but got {reprlib.repr(self.least_energy)}."
+            )
+        scores = self.label_scores
+        if not isinstance(scores, tuple) or not all(_is_number(score) and 0 <= score <= 1 for score in scores):
+            raise ValueError(
+                f"label_scores of the calibration must be numbers from 0 to 1, but got {reprlib.repr(scores)}."
+            )
+        if len(scores) > KEPT_SCORES or list(scores) != sorted(scores):
+            raise ValueError(
+                f"label_scores of the calibration must be at most {KEPT_SCORES} and ascend, but are {len(scores)}: "
+                f"{reprlib.repr(scores)}."
+            )
         if self.source not in SOURCES:
             raise ValueError(
                 f"source of the calibration must be one of {', '.join(SOURCES)}, but got {reprlib.repr(self.source)}."
@@ -68,6 +92,16 @@ class Calibration:
     def for_new_classes(self) -> Calibration:
         """That of classes that take the place of these."""
         return Calibration(self.new_class_temperature, self.new_class_temperature, self.images, self.source)
+
+    def least_score(self, coverage: float) -> float:
+        """The score that a class needs to be in a set that holds an image's class with a chance of `coverage`.
+
+        Of n held-out images and a new one drawn like them, each is equally likely to give its class the lowest score,
+        the second lowest and so on; so the k-th lowest of the n misses a share of ``k / (n + 1)``. Where n is too small
+        for a promise, every class is in the set.
+        """
+        place = math.floor((len(self.label_scores) + 1) * (1 - coverage) + 1e-9)
+        return self.label_scores[place - 1] if place else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """For the class file."""
@@ -86,7 +120,8 @@ class Calibration:
             raise ValueError(f"calibration of the class list has unknown entries: {reprlib.repr(unknown)}.")
         if "temperature" not in data:
             raise ValueError("calibration of the class list lacks temperature.")
-        return cls(**data)
+        scores = data.get("label_scores", [])
+        return cls(**{**data, "label_scores": tuple(scores) if isinstance(scores, list) else scores})
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -122,6 +157,18 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if is_too_hot(math.exp(middle)) else (middle, high)
     return min(max(math.exp((low + high) / 2), MIN_TEMPERATURE), MAX_TEMPERATURE)
+
+
+def kept_scores(scores: torch.Tensor, most: int = KEPT_SCORES) -> tuple[float, ...]:
+    """Scores (N,) ascending; of more than `most` so many places in their order, which promise no more than all do.
+
+    The j-th of m kept ones is the i-th of all with ``i / (N + 1) <= j / (m + 1)``.
+    """
+    ordered, count = scores.sort().values, len(scores)
+    if count > most:
+        places = [(j + 1) * (count + 1) // (most + 1) - 1 for j in range(most)]
+        ordered = ordered[places]
+    return tuple(ordered.tolist())
 
 
 def _is_number(value: Any) -> bool:

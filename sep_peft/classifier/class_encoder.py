@@ -21,6 +21,7 @@ from ..tuner.offload import compute_device
 from ..tuner.passes import TrunkFeatures
 from ..tuner.settings import TowerSettings
 from ..tuner.tower import SEPTower
+from .calibration import Calibration
 from .classes import TaskClasses
 from .coupled import coupled_texts
 from .following import Following
@@ -101,8 +102,7 @@ class ClassEncoder(Following):
                 Otherwise they are taken from the cache, until a weight or the active adapter changes, and kept
                 prototypes, the margin of zero-shot and the calibration take part. The modules' mode does not matter.
         """
-        settings, frozen_embeds = self.tower.active_settings, self.frozen_embeds()
-        calibration = self.classes.calibration
+        settings, frozen_embeds, calibration = self.tower.active_settings, self.frozen_embeds(), self.calibration
         if settings is None:
             embeds = frozen_embeds
         elif training:
@@ -111,10 +111,14 @@ class ClassEncoder(Following):
             embeds = self._cached_mixed(settings, frozen_embeds)
         if training:
             return ClassWeights(embeds, frozen_embeds)
-        # without an adapter it is zero-shot, which was not calibrated
-        temperature = 1.0 if settings is None or calibration is None else calibration.temperature
+        temperature = 1.0 if calibration is None else calibration.temperature
         trained = self.prototype_weights(), self.classes.zero_shot_margin, temperature, self.head_logits()
         return ClassWeights(embeds, frozen_embeds, *trained)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """That of the classes; None without an adapter, because zero-shot was not calibrated."""
+        return None if self.tower.active_settings is None else self.classes.calibration
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.

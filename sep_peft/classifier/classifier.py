@@ -28,6 +28,7 @@ from ..tuner.restore import unchanged_on_error
 from ..tuner.texts import TextInputs
 from ..tuner.tower import SEPTower
 from .agreement import Agreement
+from .answers import Answers
 from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
@@ -35,7 +36,7 @@ from .classes import TEMPLATE, TaskClasses, check_labels
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
 from .images import as_images, read_image
 from .logits import class_logits, head_features, zero_shot_logits
-from .prediction import Task, check_top_k, image_embeds, predict_batch
+from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
 from .tasks import Tasks
 from .trainer_mixin import TrainerMixin
@@ -463,7 +464,15 @@ class SEPClassifier(TrainerMixin):
 
     @torch.no_grad()
     def predict(
-        self, images: Any, top_k: int | None = None, batch_size: int = 32, task: str | Sequence[str] | None = None
+        self,
+        images: Any,
+        top_k: int | None = None,
+        batch_size: int = 32,
+        task: str | Sequence[str] | None = None,
+        *,
+        min_score: float | None = None,
+        unknown: bool = False,
+        coverage: float | None = None,
     ) -> list:
         """Classify images, in evaluation whatever the mode of the classifier; threads may predict at the same time.
 
@@ -475,27 +484,34 @@ class SEPClassifier(TrainerMixin):
             batch_size: images encoded at a time.
             task: a task of `add_task` or `load_task`, or one for each image; None: the classifier's own classes with
                 the active adapter.
+            min_score: from 0 to 1; where the best class has less, the list is empty: none of these. None: no limit.
+            unknown: empty as well for images that look like no trained class. In training it was found out, on
+                held-out images, where 95 % of those that belong to a class lie; see `sep_peft.classifier.answers`.
+            coverage: above 0 and below 1; the list is the set of classes that holds the image's own with this chance,
+                best first, in the place of `top_k`; see `sep_peft.classifier.answers`.
 
         Returns:
             for each image a list of ``{"label": name, "score": probability}``; for one image its list alone.
 
         Raises:
             ValueError: an image cannot be read, `top_k` is larger than the number of classes, `batch_size` is below 1,
-                or a task is unknown.
+                a task is unknown, `min_score` or `coverage` is out of range, `coverage` comes with `top_k`, or
+                `unknown` or `coverage` is asked for classes that were not calibrated on held-out images.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
         images, single = as_images(images)
         own = Task(None, self.encoder)  # looked up once: another thread may set other classes meanwhile
         tasks = [own] * len(images) if task is None else self.tasks.of_samples(task, len(images))
-        check_top_k(top_k, [own] if task is None else tasks)
+        answers = Answers(top_k, min_score, unknown, coverage)
+        check_answers(answers, [own] if task is None else tasks)
         processor = processor_part(self.processor, "image_processor", ImageProcessingMixin, "to read images")
         images, predictions = [read_image(image) for image in images], []
         with evaluating(self.model):
             for start in range(0, len(images), batch_size):
                 batch = slice(start, start + batch_size)
                 inputs = processor(images[batch], return_tensors="pt").to(self.device)
-                predictions += predict_batch(self.vision_tower, inputs, tasks[batch], top_k)
+                predictions += predict_batch(self.vision_tower, inputs, tasks[batch], answers)
         return predictions[0] if single else predictions
 
     # files

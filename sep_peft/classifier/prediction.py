@@ -10,6 +10,7 @@ import torch
 from ..method.mix import mix_embeddings, unit, wide
 from ..tuner.current import chosen_adapters
 from ..tuner.tower import SEPTower
+from .answers import Answers
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
 from .logits import ClassWeights, class_logits
@@ -49,7 +50,7 @@ def image_logits(tower: SEPTower, inputs: Mapping[str, torch.Tensor], weights: C
 
 
 def predict_batch(
-    tower: SEPTower, inputs: Mapping[str, torch.Tensor], tasks: Sequence[Task], top_k: int | None
+    tower: SEPTower, inputs: Mapping[str, torch.Tensor], tasks: Sequence[Task], answers: Answers | None = None
 ) -> list[list[dict]]:
     """Classify a batch, in evaluation; samples of one adapter are embedded together.
 
@@ -57,11 +58,15 @@ def predict_batch(
         tower: of the images.
         inputs: what the tower takes, tensors (B, ...).
         tasks: one for each sample.
-        top_k: how many classes to return a sample, best first; None for all.
+        answers: what is asked for; None: all classes, best first.
 
     Returns:
         for each sample its classes with their probabilities.
+
+    Raises:
+        FloatingPointError, ValueError: as `Answers.of`.
     """
+    answers = answers or Answers()
     predictions: list = [None] * len(tasks)
     for adapter in dict.fromkeys(task.adapter for task in tasks):
         of_adapter = [index for index, task in enumerate(tasks) if task.adapter == adapter]
@@ -71,16 +76,21 @@ def predict_batch(
                 own = [place for place, index in enumerate(of_adapter) if tasks[index].encoder is encoder]
                 selected = _select(dict(zip(("embeds", "frozen_embeds"), embeds, strict=True)), own, len(of_adapter))
                 logits = class_logits(tower, **selected, weights=encoder.weights(training=False))
-                for place, ranking in zip(own, _ranked(logits, encoder.classes, top_k), strict=True):
+                rankings = answers.of(logits, encoder.classes, encoder.calibration)
+                for place, ranking in zip(own, rankings, strict=True):
                     predictions[of_adapter[place]] = ranking
     return predictions
 
 
-def check_top_k(top_k: int | None, tasks: Sequence[Task]) -> None:
+def check_answers(answers: Answers, tasks: Sequence[Task]) -> None:
     """
     Raises:
-        ValueError: `top_k` is below 1 or above the number of classes of a task.
+        ValueError: `top_k` is below 1 or above the number of classes of a task, or the classes of a task have no
+            calibration for what is asked.
     """
+    for classes in {id(task.classes): task.classes for task in tasks}.values():
+        answers.check(classes.calibration)
+    top_k = answers.top_k
     count = min((len(task.classes) for task in tasks), default=0)
     if top_k is not None and tasks and not 1 <= top_k <= count:
         raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")
@@ -96,21 +106,3 @@ def _select(inputs: Mapping[str, Any], samples: list[int], count: int) -> dict[s
         return value[torch.tensor(samples, device=value.device)] if has_samples else value
 
     return {name: select(value) for name, value in inputs.items()}
-
-
-def _ranked(logits: torch.Tensor, classes: TaskClasses, top_k: int | None) -> list[list[dict]]:
-    """Logits (B, C) -> for each sample its best classes with their probabilities.
-
-    Raises:
-        FloatingPointError: logits are not finite, so there are no probabilities.
-    """
-    if not logits.isfinite().all():
-        raise FloatingPointError(
-            "The logits are not finite. A weight of the model or its adapter is not, or one overflows in "
-            f"{logits.dtype}; run the model in torch.float32 or load its files again."
-        )
-    scores, indices = logits.softmax(dim=-1).topk(len(classes) if top_k is None else top_k, dim=-1)
-    return [
-        [{"label": classes.names[i], "score": score} for score, i in zip(sample_scores, sample_indices, strict=True)]
-        for sample_scores, sample_indices in zip(scores.tolist(), indices.tolist(), strict=True)
-    ]

@@ -210,6 +210,16 @@ def predict(
         typer.Option("--class", metavar="NAME", help="Tell this class in place of the trained; repeat."),
     ] = None,
     zero_shot_margin: Annotated[float | None, options.margin("--class")] = None,
+    unknown: Annotated[
+        bool, typer.Option("--unknown", help="Say none of these where an image looks like no trained class.")
+    ] = False,
+    min_score: Annotated[
+        float | None, options.number("Say none of these where the best class has a lower score, from 0 to 1.")
+    ] = None,
+    coverage: Annotated[
+        float | None,
+        options.number("Name as many classes as hold the right one with this chance, such as 0.9; no --top-k."),
+    ] = None,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -230,6 +240,9 @@ def predict(
             zero_shot_margin=zero_shot_margin,
             top_k=top_k,
             batch_size=batch_size,
+            min_score=min_score,
+            unknown=unknown,
+            coverage=coverage,
         ),
         as_json,
         quiet,

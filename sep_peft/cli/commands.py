@@ -306,6 +306,7 @@ def predict(
     zero_shot_margin: float | None = None,
     top_k: int | None = None,
     batch_size: int = 32,
+    **asked: Any,
 ) -> Result:
     """Classify images; those that cannot be read are named, and the others classified all the same.
 
@@ -318,10 +319,11 @@ def predict(
         zero_shot_margin: for `classes`; see `SEPClassifier.set_classes`.
         top_k: classes to name for each image; None: all, but at most 5.
         batch_size: images at a time.
+        asked: `min_score`, `unknown` and `coverage`, as for `SEPClassifier.predict`.
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: there are no images, or `top_k` is out of range.
+        ValueError: there are no images, or what is asked for is not allowed or not known.
     """
     paths = [path for given in images for path in _images(given)]
     if not paths:
@@ -329,10 +331,11 @@ def predict(
     classifier = _load(source, base_model, session)
     if classes:
         classifier.set_classes(classes, zero_shot_margin=zero_shot_margin)
-    top_k = top_k or min(5, len(classifier.classes))
+    if asked.get("coverage") is None:
+        top_k = top_k or min(5, len(classifier.classes))
     data = []
     for start in session.progress("batches")(range(0, len(paths), batch_size)):
-        data += _predict_batch(classifier, paths[start : start + batch_size], top_k)
+        data += _predict_batch(classifier, paths[start : start + batch_size], {"top_k": top_k, **asked})
     broken = {entry["image"]: entry["error"] for entry in data if "error" in entry}
     _warn(broken)
     lines = [_prediction_line(entry) for entry in data if "error" not in entry]
@@ -346,7 +349,7 @@ def _images(given: str) -> list[str]:
     return [str(path) for path in find_images(given)]
 
 
-def _predict_batch(classifier: SEPClassifier, images: list[str], top_k: int) -> list[dict]:
+def _predict_batch(classifier: SEPClassifier, images: list[str], asked: dict[str, Any]) -> list[dict]:
     """For each image an entry with its prediction or with what is wrong with it."""
     entries, read = [{"image": path} for path in images], []
     for entry in entries:
@@ -354,14 +357,15 @@ def _predict_batch(classifier: SEPClassifier, images: list[str], top_k: int) -> 
             read.append((entry, read_image(entry["image"])))
         except ValueError as error:
             entry["error"] = str(error)
-    predictions = classifier.predict([image for _, image in read], top_k=top_k, batch_size=len(entries))
+    predictions = classifier.predict([image for _, image in read], batch_size=len(entries), **asked)
     for (entry, _), prediction in zip(read, predictions, strict=True):
         entry["prediction"] = prediction
     return entries
 
 
 def _prediction_line(entry: dict) -> str:
-    return f"{entry['image']}: " + ", ".join(f"{top['label']} {top['score']:.1%}" for top in entry["prediction"])
+    said = ", ".join(f"{top['label']} {top['score']:.1%}" for top in entry["prediction"])
+    return f"{entry['image']}: {said or 'none of these'}"
 
 
 # evaluate

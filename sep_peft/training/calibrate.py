@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..classifier.calibration import Calibration, fit_temperature
+from ..classifier.answers import energies
+from ..classifier.calibration import KNOWN_SHARE, Calibration, fit_temperature, kept_scores
 from ..classifier.classifier import SEPClassifier
 from ..classifier.logits import ClassWeights, class_logits
 from ..method.recipe import Recipe
@@ -53,13 +54,17 @@ class HeldOut:
         Raises:
             ValueError: there are no images, or a logit is not finite.
         """
+        temperature = fit_temperature(self.logits, self.labels)
         right = (self.logits.argmax(dim=1) == self.labels).sum().item()
+        scores = (self.logits / temperature).softmax(dim=1).gather(1, self.labels[:, None])[:, 0]
         return Calibration(
-            fit_temperature(self.logits, self.labels),
+            temperature,
             fit_temperature(self.new_logits, self.labels),
             len(self.labels),
             self.source,
             100 * right / len(self.labels),
+            energies(self.logits).quantile(1 - KNOWN_SHARE).item(),
+            kept_scores(scores.clamp(0, 1)),
         )
 
 

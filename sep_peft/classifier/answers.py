@@ -1,0 +1,118 @@
+"""What is said of an image: its best classes, a set that holds its class as often as is promised, or none of these.
+
+**None of these.** The rule is the energy of the logits before calibration, ``log sum exp`` over the classes: Liu, Wang,
+Owens and Li, "Energy-based Out-of-distribution Detection" (NeurIPS 2020). Images whose energy is below that of nearly
+all held-out images look like no class. It was compared with the largest cosine to a prototype and the largest score
+(Hendrycks and Gimpel, ICLR 2017) on training images alone, told with and without their own class (docs/scores.md).
+
+**Sets.** Split conformal prediction with the score of the class itself as its conformity: Sadinle, Lei and Wasserman,
+"Least Ambiguous Set-Valued Classifiers" (JASA 2019), after Vovk, Gammerman and Shafer (2005). Of n held-out images and
+a new one that is drawn like them each is equally likely to have the lowest score, and so on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .calibration import Calibration
+from .classes import TaskClasses
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `predict` was asked for.
+
+    Args:
+        top_k: how many classes to name, best first; None: all, or those of the set.
+        min_score: of the best class, from 0 to 1; below it the answer is none of these. None: no limit.
+        unknown: whether the answer may be none of these by the rule of the calibration.
+        coverage: how often the set is to hold the image's class, above 0 and below 1; None: no set.
+
+    Raises:
+        TypeError: `unknown` is no bool.
+        ValueError: a value is not allowed, or both a set and a number of classes are asked for.
+    """
+
+    top_k: int | None = None
+    min_score: float | None = None
+    unknown: bool = False
+    coverage: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.unknown, bool):
+            raise TypeError(f"unknown must be True or False, but got {self.unknown!r}.")
+        if self.min_score is not None and not (_is_number(self.min_score) and 0 <= self.min_score <= 1):
+            raise ValueError(f"min_score must be a number from 0 to 1, but got {self.min_score!r}.")
+        if self.coverage is None:
+            return
+        if not (_is_number(self.coverage) and 0 < self.coverage < 1):
+            raise ValueError(f"coverage must be a number above 0 and below 1, but got {self.coverage!r}.")
+        if self.top_k is not None:
+            raise ValueError(f"coverage chooses how many classes to name. Leave out top_k, which is {self.top_k}.")
+
+    def check(self, calibration: Calibration | None) -> None:
+        """
+        Raises:
+            ValueError: a set or the rule is asked for, and the calibration has nothing to go by.
+        """
+        for name, asked, known in (
+            ("unknown=True", self.unknown, calibration is not None and calibration.least_energy is not None),
+            ("coverage", self.coverage is not None, calibration is not None and calibration.label_scores),
+        ):
+            if asked and not known:
+                raise ValueError(
+                    f"{name} needs held-out images of these classes, but their calibration has none. It is made for "
+                    "the classes that an adapter is trained on, by fit or sep_peft.training.calibrate."
+                )
+
+    def of(
+        self, logits: torch.Tensor, classes: TaskClasses, calibration: Calibration | None
+    ) -> list[list[dict[str, Any]]]:
+        """Logits (B, C) -> for each sample its classes with their scores, best first; nothing for none of these.
+
+        Args:
+            logits: as calibrated.
+            classes: that the logits are of.
+            calibration: that they were calibrated by; None: they were not.
+
+        Raises:
+            FloatingPointError: logits are not finite, so there are no scores.
+            ValueError: as `check`.
+        """
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                "The logits are not finite. A weight of the model or its adapter is not, or one overflows in "
+                f"{logits.dtype}; run the model in torch.float32 or load its files again."
+            )
+        self.check(calibration)
+        scores, indices = logits.softmax(dim=-1).topk(len(classes) if self.top_k is None else self.top_k, dim=-1)
+        counts = self._counts(logits, scores, calibration)
+        return [
+            [{"label": classes.names[i], "score": score} for score, i in list(zip(own, places, strict=True))[:count]]
+            for own, places, count in zip(scores.tolist(), indices.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def _counts(self, logits: torch.Tensor, scores: torch.Tensor, calibration: Calibration | None) -> torch.Tensor:
+        """How many of the scores (B, K), best first, are named for each sample, (B,)."""
+        counts = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
+        if calibration is not None and self.coverage is not None:
+            # the best class is always in the set, which makes it hold the image's class more often
+            counts = (scores >= calibration.least_score(self.coverage)).sum(dim=1).clamp_min(1)
+        rejected = torch.zeros_like(counts, dtype=torch.bool)
+        if self.min_score is not None:
+            rejected |= scores[:, 0] < self.min_score
+        if calibration is not None and calibration.least_energy is not None and self.unknown:
+            rejected |= energies(logits * calibration.temperature) < calibration.least_energy
+        return counts.masked_fill(rejected, 0)
+
+
+def energies(logits: torch.Tensor) -> torch.Tensor:
+    """``log sum exp`` of logits (B, C) that are not calibrated, (B,): large where an image looks like a class."""
+    return logits.logsumexp(dim=-1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
