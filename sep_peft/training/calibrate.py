@@ -193,7 +193,7 @@ def _logits(
     tower, found = classifier.vision_tower, []
     weights = classifier.encoder.weights(training=False)
     texts = weights.text_embeds, weights.frozen_text_embeds
-    trained = ClassWeights(*texts, weights.prototypes, weights.zero_shot_margin)
+    trained = ClassWeights(*texts, weights.prototypes, weights.zero_shot_margin, head=weights.head)
     as_new = ClassWeights(*texts, zero_shot_margin=classifier.recipe.zero_shot_margin)
     with evaluating(classifier.model):
         for batch in DataLoader(images, batch_size, num_workers=workers):
