@@ -258,6 +258,38 @@ def test_refused_before_the_model_changes(files, name, load, has_adapter):
     assert_refused(load, files.folder, has_adapter, case.error, case.message.replace("{folder}", str(files.folder)))
 
 
+# what only the classes beside an adapter show, once it is in the model
+
+
+@pytest.mark.parametrize(
+    ("load", "has_adapter"), [(by_classifier, False), (by_classifier, True), (by_task, True)], ids=str
+)
+def test_classes_of_another_vocabulary_are_refused_and_the_adapter_taken_back(files, load, has_adapter):
+    file = files.folder / "sep_classes.json"
+    data = json.loads(file.read_text())
+    data["class_inputs"]["input_ids"][0][1] = 4000
+    file.write_text(json.dumps(data))
+    message = (
+        "Token id 4000 is outside of the text tower's vocabulary of 63 ids. Tokenize with the processor of this base "
+        "model."
+    )
+    assert_refused(load, files.folder, has_adapter, ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("load", "has_adapter"), [(by_classifier, False), (by_classifier, True), (by_task, True)], ids=str
+)
+def test_prototypes_of_another_width_are_refused_and_the_adapter_taken_back(files, load, has_adapter):
+    file = files.folder / "sep_classes.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prototype_logit_weight": 1.0}))
+    save_file({"prototypes": torch.ones(4, 30)}, files.folder / "sep_prototypes.safetensors")
+    message = (
+        "The prototypes of the classes have 30 entries, but the model's embeddings 24: they were made with another "
+        "base model."
+    )
+    assert_refused(load, files.folder, has_adapter, ValueError, message)
+
+
 # names
 
 

@@ -50,8 +50,8 @@ class ClassEncoder(Following):
             always.
 
     Raises:
-        ValueError: a class text does not fit beside the prompts, or has an id outside of the vocabulary, `chunk_size`
-            is below 1, or `kept_tokens` below 0.
+        ValueError: a class text does not fit beside the prompts, or has an id outside of the vocabulary, prototypes
+            have another width than embeddings, `chunk_size` is below 1, or `kept_tokens` below 0.
     """
 
     names: TextChunks
@@ -77,6 +77,8 @@ class ClassEncoder(Following):
         for inputs in tokenized:
             self.tower.texts.check_length(inputs)
         if classes.prototypes is not None:
+            if (size := self.tower.head.embed_size) is not None:
+                _check_width(classes.prototypes, size)
             self.following["prototypes"] = unit(wide(classes.prototypes))
         if classes.head is not None:
             tensors = {name: wide(x) if x.is_floating_point() else x for name, x in classes.head.tensors.items()}
@@ -130,12 +132,7 @@ class ClassEncoder(Following):
         """
         if self.prototypes is None or self.tower.active_settings is None:
             return None
-        size = self.frozen_embeds().shape[1]
-        if self.prototypes.shape[1] != size:
-            raise ValueError(
-                f"The prototypes of the classes have {self.prototypes.shape[1]} entries, but the model's embeddings "
-                f"{size}: they were made with another base model."
-            )
+        _check_width(self.prototypes, self.frozen_embeds().shape[1])
         return self.classes.prototype_logit_weight * PROTOTYPE_SCALE * self.prototypes
 
     def head_logits(self) -> HeadLogits | None:
@@ -240,6 +237,18 @@ def _versions(parameters: Iterable[nn.Parameter]) -> tuple:
     """Changes whenever one of these is replaced, moved or written to in place, but not by way of its `data`."""
     # tensors made in inference mode count no versions
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+
+
+def _check_width(prototypes: torch.Tensor, size: int) -> None:
+    """
+    Raises:
+        ValueError: the prototypes (C, E) have another width than the embeddings.
+    """
+    if prototypes.shape[1] != size:
+        raise ValueError(
+            f"The prototypes of the classes have {prototypes.shape[1]} entries, but the model's embeddings {size}: "
+            "they were made with another base model."
+        )
 
 
 def padding_of(model: nn.Module) -> dict[str, Any]:

@@ -39,6 +39,12 @@ class Head:
         # by attributes: a wrapper of another method on the way passes them on
         return None if self.spec.projection is None else attrgetter(self.spec.projection)(self.owner)
 
+    @property
+    def embed_size(self) -> int | None:
+        """E, as the model's own projection tells it; None where the tower projects itself."""
+        linears = [] if self.projection is None else [m for m in self.projection.modules() if isinstance(m, nn.Linear)]
+        return linears[-1].out_features if linears else None
+
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the projection."""
         projection = self.projection

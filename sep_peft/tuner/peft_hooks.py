@@ -27,6 +27,7 @@ HOOKS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "_enable_adapter_layers": ("enabled",),
         "_get_adapter_state_dict": ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
+        "_get_module_names_tied_with_embedding": (),
         "_mark_only_adapters_as_trainable": ("model",),
         "_prepare_adapter_config": ("peft_config", "model_config"),
         "_prepare_model": ("peft_config", "model"),
