@@ -95,9 +95,10 @@ class SEPModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Add an adapter; see `BaseTuner.inject_adapter`. All checks come before `model` changes, those of the weights
         that a configuration was read with included, and where a later step fails, `model` is as before."""
-        config, loading = self.peft_config[adapter_name], current_loading.get()
+        config, loading = self.peft_config.pop(adapter_name), current_loading.get()
         if loading is not None:
             loading.remember()
+        self.peft_config[adapter_name] = config  # PEFT has put it there before this call
         try:
             check_adapter_name(adapter_name, model)
             check_not_compiled(model)
