@@ -13,6 +13,8 @@ from protocols import Measurement
 from readers import ImageSet, Sample
 from tqdm import tqdm
 
+from sep_peft.training.metrics import calibration_error
+
 
 @torch.no_grad()
 def measure(
@@ -42,7 +44,7 @@ def measure(
     classifier.eval()
     samples = evaluation.data.splits[evaluation.split][accelerator.process_index :: accelerator.num_processes]
     loader = batches(evaluation.data, samples, image_processor, shifted=evaluation.shift, workers=workers)
-    places, confidences, correct, unreadable, embedded = [], [], [], [], []
+    places, scores, told, unreadable, embedded = [], [], [], [], []
     place = accelerator.process_index
     for pixels, labels, broken in tqdm(
         loader, desc=evaluation.name, leave=False, disable=not accelerator.is_main_process
@@ -55,37 +57,27 @@ def measure(
                 else:
                     embedded.append((*both_images(classifier, pixels.to(accelerator.device)), labels))
                     logits = combined_logits(classifier, *embedded[-1][:2])
-            scores, guesses = logits.float().softmax(dim=1).max(dim=1)
-            confidences += scores.tolist()
-            correct += (guesses.cpu() == labels).tolist()
+            scores += logits.float().softmax(dim=1).tolist()
+            told += labels.tolist()
             places += range(place, place + accelerator.num_processes * len(labels), accelerator.num_processes)
             place = places[-1] + accelerator.num_processes
     unreadable = sorted(gather_object(unreadable))
-    found = sorted(gather_object(list(zip(places, confidences, correct, strict=True))))
+    found = sorted(gather_object(list(zip(places, scores, told, strict=True))))
     if not found:
         raise ValueError(f"{evaluation.data.name}: none of the {len(unreadable)} test images can be read.")
     if kept is not None:
         kept.add(evaluation.name, classifier, embedded)
-    right, total = sum(entry[2] for entry in found), len(found)
+    probabilities, labels = torch.tensor([entry[1] for entry in found]), torch.tensor([entry[2] for entry in found])
+    correct = (probabilities.argmax(dim=1) == labels).int()
+    right, total = int(correct.sum()), len(found)
     return {
         "accuracy": 100 * right / total,
         "right": right,
         "total": total,
-        "ece": 100 * calibration_error([entry[1] for entry in found], [entry[2] for entry in found]),
-        "correct": "".join(str(int(entry[2])) for entry in found),
+        "ece": calibration_error(probabilities, labels),
+        "correct": "".join(map(str, correct.tolist())),
         "unreadable": unreadable,
     }
-
-
-def calibration_error(confidences: list[float], correct: list[bool], bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., arXiv 1706.04599) of N predictions, over bins of equal width.
-
-    ``sum over bins of |bin| / N * |mean of correct - mean confidence|``, between 0 and 1.
-    """
-    scores, right = torch.tensor(confidences, dtype=torch.float64), torch.tensor(correct, dtype=torch.float64)
-    places = (scores * bins).ceil().long().clamp(1, bins) - 1  # (N,)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, right - scores)
-    return gaps.abs().sum().item() / len(scores)
 
 
 @torch.no_grad()
