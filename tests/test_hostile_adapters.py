@@ -130,6 +130,13 @@ LOADERS = [
     (by_classifier, True),
     (by_task, True),
 ]
+#: Those of them that read classes.
+OF_CLASSES = [(by_classifier, False), (by_classifier, True), (by_task, True)]
+
+
+def name_of(value: object) -> object:
+    """The name of a loader: what a function is printed as differs from process to process."""
+    return getattr(value, "__name__", value)
 
 
 class Case(NamedTuple):
@@ -250,7 +257,7 @@ def assert_refused(load, folder: Path, has_adapter: bool, error: type[Exception]
     assert torch.equal(outputs(model), outputs(fresh))
 
 
-@pytest.mark.parametrize(("load", "has_adapter"), LOADERS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("load", "has_adapter"), LOADERS, ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_refused_before_the_model_changes(files, name, load, has_adapter):
     case = CASES[name]
@@ -261,9 +268,7 @@ def test_refused_before_the_model_changes(files, name, load, has_adapter):
 # what only the classes beside an adapter show, once it is in the model
 
 
-@pytest.mark.parametrize(
-    ("load", "has_adapter"), [(by_classifier, False), (by_classifier, True), (by_task, True)], ids=str
-)
+@pytest.mark.parametrize(("load", "has_adapter"), OF_CLASSES, ids=name_of)
 def test_classes_of_another_vocabulary_are_refused_and_the_adapter_taken_back(files, load, has_adapter):
     file = files.folder / "sep_classes.json"
     data = json.loads(file.read_text())
@@ -276,9 +281,7 @@ def test_classes_of_another_vocabulary_are_refused_and_the_adapter_taken_back(fi
     assert_refused(load, files.folder, has_adapter, ValueError, message)
 
 
-@pytest.mark.parametrize(
-    ("load", "has_adapter"), [(by_classifier, False), (by_classifier, True), (by_task, True)], ids=str
-)
+@pytest.mark.parametrize(("load", "has_adapter"), OF_CLASSES, ids=name_of)
 def test_prototypes_of_another_width_are_refused_and_the_adapter_taken_back(files, load, has_adapter):
     file = files.folder / "sep_classes.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prototype_logit_weight": 1.0}))
