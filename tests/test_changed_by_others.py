@@ -36,6 +36,13 @@ def test_offloaded_with_the_adapter(name: str):
     assert torch.equal(outputs(model.unload()), base)
 
 
+def test_an_offloaded_classifier():
+    classifier = make_classifier().eval()
+    expected = logits_of(classifier)
+    cpu_offload(classifier.model)
+    assert torch.equal(logits_of(classifier), expected)
+
+
 def test_a_further_adapter_where_others_are_offloaded():
     expected, model = outputs(make_model()), make_model()
     cpu_offload(model)

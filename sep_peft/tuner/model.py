@@ -11,7 +11,6 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
-from accelerate.utils import has_offloaded_params
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -28,6 +27,7 @@ from .gate import check_weights
 from .layer_fusions import LayerFusions
 from .loading import current_loading
 from .mixed_batch import check_a_name_for_each, check_adapter_names
+from .offload import offload_hooks
 from .registration import PREFIX
 from .restore import unchanged_on_error
 from .soup import check_combination, weighted_sum
@@ -407,7 +407,7 @@ def _check_not_offloaded(model: nn.Module) -> None:
         ValueError: accelerate has offloaded adapters of the model, and would look for a further one among them.
     """
     for path, tower in named_towers(model):
-        if has_offloaded_params(tower.sep_prompts):
+        if offload_hooks(tower.sep_prompts):
             raise ValueError(
                 f"accelerate offloads {path} with the adapters that it had then, so a further one would not be found. "
                 "Add all adapters to the model first, and offload it then."

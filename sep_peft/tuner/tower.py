@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
@@ -463,12 +462,7 @@ class SEPTower(SEPLayer):
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
         """The learned prompts (n, D) as they enter the first prompted layer."""
-        prompts = self.sep_prompts[adapter]
-        if (
-            prompts.is_meta
-        ):  # accelerate may keep them elsewhere, and brings them for a forward that a dictionary has not
-            with align_module_device(self.sep_prompts):
-                prompts = self.sep_prompts[adapter]
+        prompts = read_parameter(self, f"sep_prompts.{adapter}")  # of a dictionary, whose forward nobody calls
         settings = self.sep_settings[adapter]
         if settings.start_layer > 0:
             return prompts
@@ -479,7 +473,7 @@ class SEPTower(SEPLayer):
             prompts = prompts + read_parameter(self.base_layer, f"{self.spec.entry_embedding}.weight")[0]
         if self.spec.entry_norm is not None:
             norm = self.base_layer.get_submodule(self.spec.entry_norm)
-            prompts = norm(prompts.to(norm.weight.dtype))
+            prompts = norm(prompts.to(cast(torch.Tensor, norm.weight).dtype))
         return prompts
 
     def _fusions(self, adapter: str) -> dict[int, TokenFusion | LearnedPrompts]:
