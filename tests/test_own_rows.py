@@ -243,7 +243,16 @@ def test_fields_that_need_each_other(change, message):
             {"layers": "encoder"},
             "names encoder as layers, but there is BertEncoder in the place of a list of layers.",
         ),
-        ("text", {"insert_at": 10**6}, "has insert_at=1000000, but the tower has 24 positions."),
+        ("text", {"insert_at": 24}, "has insert_at=24, but the tower has at most 24 tokens."),
+        ("text", {"layer_tokens": 24}, "has layer_tokens=24, but the tower has at most 24 tokens."),
+        (
+            "text",
+            {"positions": None, "leading_tokens": 24},
+            "has leading_tokens=24, but the tower has at most 24 tokens.",
+        ),
+        ("vision", {"insert_at": 99}, "has insert_at=99, but the tower has at most 11 tokens."),
+        ("vision", {"leading_tokens": 11}, "has leading_tokens=11, but the tower has at most 11 tokens."),
+        ("vision", {"layer_tokens": 10**9}, "has layer_tokens=1000000000, but the tower has at most 11 tokens."),
         (
             "text",
             {"reader": "eye", "queries": "temperature"},
@@ -286,6 +295,27 @@ def test_a_path_leads_to_modules_and_parameters_alone(tower, change, message):
     with pytest.raises(ValueError, match=f"^{re.escape(f'{who} {message}')}$"):
         get_peft_model(duo, SEPConfig(architecture=row))
     assert (dict(duo.named_modules()), list(duo.state_dict())) == before
+
+
+def test_leading_tokens_where_images_may_have_any_size():
+    """A number that no tower has is refused beforehand, any other where an image has too few tokens."""
+
+    def adapted(leading_tokens: int) -> PeftModel:
+        duo = Duo().eval()
+        duo.eye.config.image_size = [24, 24]  # one number would be the size of all images
+        vision = replace(ROW.vision, pooling="mean_tokens", leading_tokens=leading_tokens)
+        return get_peft_model(duo, SEPConfig(architecture=replace(ROW, vision=vision)))
+
+    message = "The spec of the vision tower has leading_tokens=1000000, but no tower has 1000000 tokens."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        adapted(10**6)
+    message = (
+        "The tower has 10 tokens for this input, of which leading_tokens=10 in its spec leave none to take the mean "
+        "of. Correct the spec."
+    )
+    tower = adapted(10).base_model.towers["vision"]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tower.embed(**IMAGES)
 
 
 def test_looking_a_path_up_runs_nothing():

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
 from .config import CHOSEN_TOKENS, SEPConfig
+from .lengths import count_image_tokens, most_tokens
 from .offload import offload_hooks
 from .paths import check_model_paths, check_tower_paths
 from .registration import PREFIX
@@ -24,6 +25,8 @@ MAX_NAME_BYTES = 200
 OWN_PARTS = (*SEPTower.adapter_layer_names, *SEPTower.other_param_names)
 #: Most prompts of a tower: they join the tokens of every layer, and no tower reads more tokens than these.
 MAX_PROMPTS = 4096
+#: More tokens than any tower has whose images may have any size.
+MAX_TOKENS = 1_000_000
 #: The fusion's MLP may be this wide in any tower, or `MLP_RATIO` times the tower; that of a transformer is 4 times it.
 MAX_MLP_SIZE = 1024
 MLP_RATIO = 8
@@ -260,13 +263,7 @@ def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.M
                 f"{index}."
             )
     count = config.prompts_of(modality)
-    if spec.positions is not None and spec.insert_at is not None:
-        positions = count_positions(module.get_submodule(spec.positions))
-        if spec.insert_at >= positions:
-            raise ValueError(
-                f"The spec of the {modality} tower has insert_at={spec.insert_at}, but the tower has {positions} "
-                "positions."
-            )
+    _check_token_counts(modality, spec, module)
     if spec.positions is not None and start == 0:
         positions = count_positions(module.get_submodule(spec.positions))
         room = positions - 2  # BOS and EOS stay
@@ -276,7 +273,7 @@ def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.M
                 f"positions and needs two for BOS and EOS, but got {count}."
             )
     elif spec.inputs == "pixel_values" and config.fusion == "attention" and config.fusion_tokens in CHOSEN_TOKENS:
-        tokens = _num_image_tokens(module)
+        tokens = count_image_tokens(module)
         if tokens is not None and count > tokens:
             raise ValueError(
                 f"num_{modality}_prompts must be at most {tokens}, the number of tokens of an image to select from, "
@@ -284,10 +281,11 @@ def _check_tower(config: SEPConfig, modality: str, spec: TowerSpec, module: nn.M
             )
 
 
-def _num_image_tokens(tower: nn.Module) -> int | None:
-    """Tokens of an image of the configured size in every layer, CLS not counted; None where the size is open."""
-    size, patch = getattr(tower.config, "image_size", None), getattr(tower.config, "patch_size", None)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        return None
-    groups = getattr(tower.config, "num_output_groups", ())  # GroupViT's later stages see groups in place of patches
-    return min((size // patch) ** 2, *groups) if groups else (size // patch) ** 2
+def _check_token_counts(modality: str, spec: TowerSpec, module: nn.Module) -> None:
+    """Refuse numbers and places of tokens beyond all tokens of the tower."""
+    known = most_tokens(module, spec)
+    has = f"the tower has at most {known} tokens" if known is not None else f"no tower has {MAX_TOKENS} tokens"
+    for name in ("insert_at", "leading_tokens", "layer_tokens"):
+        value = getattr(spec, name)
+        if value is not None and value >= (MAX_TOKENS if known is None else known):
+            raise ValueError(f"The spec of the {modality} tower has {name}={value}, but {has}.")

@@ -53,7 +53,11 @@ class Head:
     # from the tower's output to an embedding
 
     def pool(self, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """What the model pools from the tower's output for these inputs, (B, D), or (B, Q, D) with a reader."""
+        """What the model pools from the tower's output for these inputs, (B, D), or (B, Q, D) with a reader.
+
+        Raises:
+            ValueError: the mean is pooled, and no tokens are left after the leading ones.
+        """
         spec = self.spec
         if spec.reader is not None:
             return self._read(output.last_hidden_state)
@@ -63,6 +67,11 @@ class Head:
             return output.last_hidden_state[:, 0]
         leading, mask = spec.leading_tokens, inputs.get(spec.mask_input)
         states = output.last_hidden_state[:, leading:]
+        if states.shape[1] == 0:
+            raise ValueError(
+                f"The tower has {output.last_hidden_state.shape[1]} tokens for this input, of which leading_tokens="
+                f"{leading} in its spec leave none to take the mean of. Correct the spec."
+            )
         if mask is None:
             return states.mean(dim=1)
         weights = mask[:, leading:, None].to(states.dtype)  # (B, L, 1)
