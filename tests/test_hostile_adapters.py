@@ -31,6 +31,12 @@ NUMBERS = (
     "the file of adapter 'new' holds numbers that are not finite or larger than 65504 in {}. Train with a lower "
     "learning rate, or take an earlier save."
 )
+OF_BASE = (
+    "the file of adapter 'new' holds weights of the base model, {} in all, such as {}. PEFT saves embeddings with an "
+    "adapter where save_embedding_layers=True or the vocabulary was resized; loaded, they would change the model for all "
+    "its adapters. Save the adapter again with save_embedding_layers=False; a base model that was changed is saved by "
+    "itself, with its own save_pretrained."
+)
 OUTSIDE = (
     "modules_to_save must name modules outside of the towers that take prompts, but {} is one, in one or around one."
 )
@@ -212,7 +218,7 @@ CASES = {
     ),
     "a weight of the base model": weights(
         lambda state: state.update({"base_model.model.logit_scale": torch.zeros(())}),
-        MISFIT + "unexpected keys: base_model.model.logit_scale",
+        OF_BASE.format(1, "base_model.model.logit_scale"),
     ),
     "a weight of another adapter": weights(
         lambda state: state.update({"base_model.model.text_model.sep_prompts.default": torch.zeros(3, 32)}),

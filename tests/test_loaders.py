@@ -49,6 +49,23 @@ def test_transformers_loads_what_was_saved(name, tmp_path):
     assert base.active_adapters() == ["default"]
 
 
+def test_embeddings_that_peft_saves_with_an_adapter_are_refused_with_what_to_do(tmp_path):
+    """They would change the base model; PEFT saves them where it is told to, or the vocabulary was resized."""
+    case = CASES["clip text with projection"]
+    adapt_once(case).save_pretrained(tmp_path, save_embedding_layers=True)
+    base = case.build()
+    before = snapshot(base)
+    with raises(
+        "the file of adapter 'default' holds weights of the base model, 1 in all, such as "
+        "base_model.model.text_model.embeddings.token_embedding.weight. PEFT saves embeddings with an adapter where "
+        "save_embedding_layers=True or the vocabulary was resized; loaded, they would change the model for all its "
+        "adapters. Save the adapter again with save_embedding_layers=False; a base model that was changed is saved by "
+        "itself, with its own save_pretrained."
+    ):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert snapshot(base) == before
+
+
 def test_transformers_takes_weights_that_are_handed_in(saved):
     state = load_file(saved / SAFETENSORS_WEIGHTS_NAME)
     clip, config = make_clip(), PeftConfig.from_pretrained(saved)

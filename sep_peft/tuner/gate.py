@@ -11,9 +11,10 @@ from torch import nn
 from ..families.spec import Architecture
 from .checks import base_tower, modules_to_save, target_towers
 from .config import SEPConfig
-from .files import check_keys, check_numbers, read_shapes, read_tensors
+from .files import AdapterMismatchError, check_keys, check_numbers, read_shapes, read_tensors
 from .layer_fusions import fusion_keys, new_fusion
 from .loading import Loading
+from .registration import PREFIX
 from .settings import TowerSettings
 from .wrappers import layer_lists
 
@@ -56,8 +57,37 @@ def check_weights(
         )
     source = f"the file of adapter {adapter_name!r}"
     found = {_plain(_renamed(key, key_mapping)): shape for key, shape in read_shapes(file).items()}
-    check_keys(found, expected_shapes(config, architecture, model), source)
+    check_entries(found, expected_shapes(config, architecture, model), model, source)
     check_numbers(read_tensors(file), source)
+
+
+def check_entries(
+    found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], model: nn.Module, source: str
+) -> None:
+    """`check_keys`, where weights of the base model are called that.
+
+    Args:
+        found: key -> shape of what a file holds.
+        expected: key -> shape of what the adapter needs.
+        model: with the adapter or without it.
+        source: for messages.
+
+    Raises:
+        AdapterMismatchError: the file holds weights of the base model, or a key is missing, unexpected or of another
+            shape.
+    """
+    if unexpected := set(found) - set(expected):
+        names = (name for name, _ in model.named_parameters(remove_duplicate=False) if PREFIX not in name)
+        of_base = set(map(_plain, names))
+        if taken := sorted(key for key in unexpected if _plain(key) in of_base):
+            raise AdapterMismatchError(
+                f"{source} holds weights of the base model, {len(taken)} in all, such as {taken[0]}. PEFT saves "
+                "embeddings with an adapter where save_embedding_layers=True or the vocabulary was resized; loaded, "
+                "they would change the model for all its adapters. Save the adapter again with "
+                "save_embedding_layers=False; a base model that was changed is saved by itself, with its own "
+                "save_pretrained."
+            )
+    check_keys(found, expected, source)
 
 
 def expected_shapes(config: SEPConfig, architecture: Architecture, model: nn.Module) -> dict[str, torch.Size]:

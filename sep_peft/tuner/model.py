@@ -22,8 +22,8 @@ from .checks import check_adapter_name, check_config, target_towers
 from .compiled import check_not_compiled, check_reached
 from .config import SEPConfig
 from .current import chosen_adapters, walked_adapter
-from .files import check_keys, check_numbers
-from .gate import check_weights
+from .files import check_numbers
+from .gate import check_entries, check_weights
 from .layer_fusions import LayerFusions
 from .loading import current_loading
 from .mixed_batch import check_a_name_for_each, check_adapter_names
@@ -384,7 +384,7 @@ class SEPModel(BaseTuner):
         found = {full: state_dict[key].shape for key, full in full_keys.items() if full in key_of or key not in known}
         expected = {full: parameters[key].shape for full, key in key_of.items()}
         source = f"the file of adapter {adapter_name!r}"
-        check_keys(found, expected, source)
+        check_entries(found, expected, model, source)
         check_numbers(state_dict.items(), source)
         return remapped
 
