@@ -33,9 +33,9 @@ NUMBERS = (
 )
 OF_BASE = (
     "the file of adapter 'new' holds weights of the base model, {} in all, such as {}. PEFT saves embeddings with an "
-    "adapter where save_embedding_layers=True or the vocabulary was resized; loaded, they would change the model for all "
-    "its adapters. Save the adapter again with save_embedding_layers=False; a base model that was changed is saved by "
-    "itself, with its own save_pretrained."
+    "adapter where save_embedding_layers=True or the vocabulary was resized; loaded, they would change the model for "
+    "all its adapters. Save the adapter again with save_embedding_layers=False; a base model that was changed is saved "
+    "by itself, with its own save_pretrained."
 )
 OUTSIDE = (
     "modules_to_save must name modules outside of the towers that take prompts, but {} is one, in one or around one."
