@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import torch
+from accelerate.utils import compile_regions, has_compiled_regions
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_classifier import make_model, raises
 from small_clip import make_clip
@@ -90,6 +92,22 @@ def test_gradients_through_a_compiled_encoder():
     assert list(found) == list(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_regions_compiled_by_accelerate(tmp_path):
+    """In a copy of the model with the same parameters: with the adapter, without it, and saved."""
+    model = with_sep(small_clip())
+    expected = outputs(model)
+    with model.disable_adapter():
+        disabled = outputs(model)
+    regions = cast(PeftModel, compile_regions(model, backend="eager"))
+    assert has_compiled_regions(regions) and not has_compiled_regions(model)
+    torch.testing.assert_close(outputs(regions), expected, rtol=1e-5, atol=1e-5)
+    with regions.disable_adapter():
+        torch.testing.assert_close(outputs(regions), disabled, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, disabled, atol=1e-2)
+    regions.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(small_clip(), tmp_path)), expected)
 
 
 @pytest.mark.parametrize(

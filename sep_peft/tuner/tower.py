@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from ..families.spec import Architecture, TowerSpec
@@ -117,6 +118,13 @@ class SEPTower(SEPLayer):
     def texts(self) -> TextRules:
         """What the tower does with tokenized texts."""
         return TextRules(self.spec, self.base_layer)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch. What holds the adapters stays as it is where a copy of the model has its modules compiled, as by
+        `accelerate.utils.compile_regions`: it is looked into and never called."""
+        if name in self.adapter_layer_names and module is not None and is_compiled_module(module):
+            module = cast(nn.Module, module._orig_mod)
+        super().add_module(name, module)
 
     # adapters
 
