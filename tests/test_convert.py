@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from reference_files import CHECKPOINT, EXPECTED, LAYERS, REFERENCE
+from small_classifier import raises
 from transformers import CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, convert_reference_checkpoint
 from sep_peft.training import Recipe
 from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
+from sep_peft.tuner.save_id import read_save_id
 
 
 def reference_clip() -> CLIPModel:
@@ -36,6 +40,25 @@ def classifier(folder) -> SEPClassifier:
         {"input_ids": EXPECTED["in.template_ids"]},
         recipe=Recipe.published(),
     )
+
+
+def test_weights_and_configuration_of_two_conversions_are_told_apart(folder, tmp_path):
+    """Their save ids differ, as those of any two saves."""
+    convert_reference_checkpoint(CHECKPOINT, reference_clip(), tmp_path, text_layers=LAYERS, vision_layers=LAYERS)
+    assert read_save_id(tmp_path / SAFETENSORS_WEIGHTS_NAME) == read_save_id(folder / SAFETENSORS_WEIGHTS_NAME)
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["state_dict"]["ctx"] += 1
+    torch.save(checkpoint, tmp_path / "other.tar")
+    other = tmp_path / "other"
+    convert_reference_checkpoint(
+        tmp_path / "other.tar", reference_clip(), other, text_layers=LAYERS, vision_layers=LAYERS
+    )
+    shutil.copy(folder / CONFIG_NAME, other)
+    with raises(
+        f"{other / SAFETENSORS_WEIGHTS_NAME} and {other / CONFIG_NAME} belong to two different saves: a save was "
+        "interrupted while it replaced an older one. Save again, or copy or download all files of one save."
+    ):
+        PeftModel.from_pretrained(reference_clip(), other)
 
 
 def close(found: torch.Tensor, name: str, relative: float = 1e-4) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from .config import SEPConfig
 from .files import AdapterMismatchError, check_numbers, replace_files
 from .model import find_towers
+from .save_id import stamp_files
 
 
 #: Name of the tower -> its prompts, and its list of fusion modules, in the authors' naming.
@@ -103,6 +104,7 @@ def convert_reference_checkpoint(
     set_peft_model_state_dict(model, adapter)
     with replace_files(output_dir) as temporary:
         model.save_pretrained(temporary, save_embedding_layers=False)
+        stamp_files(temporary)
     return ConversionReport(
         config=cast(SEPConfig, model.peft_config["default"]),
         output_dir=os.fspath(output_dir),
