@@ -25,13 +25,17 @@ PROMPTS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
 _ADAPTED: dict[tuple, tuple[Case, PeftModel]] = {}
+_UNUSED: dict[tuple, tuple[Case, PeftModel]] = {}
 
 
 def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **options) -> PeftModel:
     """A model of its own for who asks; the usual one of a case is made once and copied."""
     if options or not perturbed:
         return _adapt(case, attention, perturbed, **options)
-    return copy.deepcopy(adapt_once(case, attention))
+    key = id(case), attention or case.attentions[-1]
+    if key not in _UNUSED:  # not those of `adapt_once`: a forward leaves hooks of transformers, which no pickle takes
+        _UNUSED[key] = case, _adapt(case, attention)
+    return copy.deepcopy(_UNUSED[key][1])
 
 
 def adapt_once(case: Case, attention: str | None = None, **options) -> PeftModel:

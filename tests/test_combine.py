@@ -125,6 +125,7 @@ def test_options_that_must_agree():
         "fusion",
         "fusion_hidden_size",
         "fusion_rank",
+        "fusion_tokens",
         "modules_to_save",
         "num_text_prompts",
         "num_vision_prompts",

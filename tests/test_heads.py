@@ -24,6 +24,7 @@ from small_classifier import (
 from small_clip import make_clip, make_images
 
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
+from sep_peft.classifier.answers import Answers
 from sep_peft.classifier.prediction import Task, predict_batch
 from sep_peft.method.fit_heads import class_means, fit_head, gda, probe, tip_adapter_keys
 from sep_peft.method.heads import NAMES, ClassHead, HeadLogits, cache_logits
@@ -225,7 +226,9 @@ def test_a_head_predicts_alone_in_a_batch_and_exported(kind):
     torch.testing.assert_close(scorer(IMAGES), together.softmax(dim=-1))
     program = torch.export.export(scorer, (IMAGES,), strict=False)
     torch.testing.assert_close(program.module()(IMAGES), together.softmax(dim=-1))
-    ranked = predict_batch(classifier.vision_tower, {"pixel_values": IMAGES}, [Task(None, classifier.encoder)] * 5, 1)
+    ranked = predict_batch(
+        classifier.vision_tower, {"pixel_values": IMAGES}, [Task(None, classifier.encoder)] * 5, Answers(1)
+    )
     assert [row[0]["label"] for row in ranked] == ["abcd"[i] for i in together.argmax(dim=1)]
 
 
