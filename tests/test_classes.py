@@ -79,8 +79,8 @@ BLANK = "A class name must be a text that is not blank, but got {!r}."
     ("names", "message"),
     [
         ([], "The class list is empty; at least one class name is needed."),
-        (["cup", "lamp", "cup"], "Class names must differ, but these occur more than once: cup."),
-        (["b", "a", "b", "a"], "Class names must differ, but these occur more than once: a, b."),
+        (["cup", "lamp", "cup"], "Class names must differ, but these occur more than once: 'cup'."),
+        (["b", "a", "b", "a"], "Class names must differ, but these occur more than once: 'a', 'b'."),
         (["cup", ""], BLANK.format("")),
         (["cup", " \t"], BLANK.format(" \t")),
         (["cup", None], BLANK.format(None)),
@@ -183,7 +183,7 @@ FOUR = make_texts([3, 4, 5, 3])
         ({"class_inputs": FOUR, "names": ("a", "b")}, "There are 2 class names for 4 texts of class_inputs."),
         (
             {"class_inputs": FOUR, "names": ("a", "b", "a", "c")},
-            "Class names must differ, but these occur more than once: a.",
+            "Class names must differ, but these occur more than once: 'a'.",
         ),
         ({"class_inputs": FOUR, "names": ("a", "b", "c", " ")}, BLANK.format(" ")),
         (

@@ -247,10 +247,10 @@ NO_JSON = "{file} is no valid JSON ("
         (b"\xff\xfe\x00", NO_JSON),
         (b'{"format_version": 3}', VERSION.format(3)),
         (b'{"names": ["a"]}', VERSION.format(None)),
-        (b"[]", VERSION.format(None)),
+        (b"[]", "{file} must hold a JSON object, but holds []."),
         (
             b'{"format_version": 1, "sep_save_id": "ID", "names": ["a"], "templates": []}',
-            "The class list lacks class_inputs, template_inputs.",
+            "{file}: The class list lacks class_inputs, template_inputs.",
         ),
     ],
     ids=["missing", "empty", "cut short", "binary", "newer", "no version", "a list", "entries missing"],

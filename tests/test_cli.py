@@ -463,7 +463,7 @@ def test_errors_of_import_reference(run, tmp_path):
     message = error_of(run, "import-reference", tmp_path / "none", *options)
     assert message == f"There is no checkpoint {tmp_path / 'none'}."
     message = error_of(run, "import-reference", make_checkpoint(tmp_path), *options, "--classes", names)
-    assert message == "Class names must differ, but these occur more than once: cup."
+    assert message == "Class names must differ, but these occur more than once: 'cup'."
     assert not out.exists()
 
 

@@ -169,7 +169,8 @@ def number(value: float, dtype: torch.dtype = torch.float32) -> Case:
 
 CASES = {
     "modules_to_save: an empty name": config(
-        "modules_to_save must name modules, but got an empty name in [''].", modules_to_save=[""]
+        "{folder}/adapter_config.json: modules_to_save must name modules, but got an empty name in [''].",
+        modules_to_save=[""],
     ),
     "modules_to_save: a part of the fusions": config(
         OUTSIDE.format("text_model.encoder.layers.0.mlp.fc1"), modules_to_save=["fc1"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 
 from ..method.heads import ClassHead, check_logit_weight
 from ..tracing import is_traced
+from ..tuner.messages import listed, printable, shown
 from .calibration import Calibration
 
 
@@ -20,6 +20,10 @@ from .calibration import Calibration
 CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
+#: What text towers read of tokenized texts.
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+#: Longest class name or template, in characters.
+MAX_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class TaskClasses:
         for name in ("zero_shot_margin", "new_class_margin"):
             margin = getattr(self, name)
             if margin is not None and not (_is_number(margin) and 0 <= margin < float("inf")):
-                raise ValueError(f"{name} must be at least 0 and finite, but got {margin!r}.")
+                raise ValueError(f"{name} must be at least 0 and finite, but got {shown(margin)}.")
         if self.prototypes is not None:
             self._check_prototypes(self.prototypes)
         if self.head is not None:
@@ -86,6 +90,8 @@ class TaskClasses:
         shape = tuple(prototypes.shape)
         if len(shape) != 2 or shape[0] != len(self):
             raise ValueError(f"prototypes must have shape ({len(self)}, embedding size), but got {shape}.")
+        if not prototypes.is_floating_point():
+            raise ValueError(f"prototypes must be floats, but got {prototypes.dtype}.")
         if not prototypes.isfinite().all():
             raise ValueError("prototypes must be finite, but some values are not. Train with a lower learning rate.")
         check_logit_weight(self.prototype_logit_weight, "prototype_logit_weight")
@@ -175,19 +181,22 @@ class TaskClasses:
             raise ValueError(f"The class list lacks {', '.join(missing)}.")
         for key in ("names", "templates", "template_inputs"):
             if not isinstance(data[key], list):
-                raise ValueError(f"{key} of the class list must be a list, but got {reprlib.repr(data[key])}.")
+                raise ValueError(f"{key} of the class list must be a list, but got {shown(data[key])}.")
         if prototypes is not None and "prototype_logit_weight" not in data:
             raise ValueError("The class list lacks prototype_logit_weight.")
         if not data["names"]:  # which would be made up
             raise ValueError("The class list is empty; at least one class name is needed.")
         calibration = data.get("calibration")
+        weight = data.get("prototype_logit_weight", 0.0)
+        if not _is_number(weight):
+            raise ValueError(f"prototype_logit_weight of the class list must be a number, but got {shown(weight)}.")
         classes = cls(
             _to_tensors(data["class_inputs"], "class_inputs"),
             tuple(_to_tensors(inputs, "template_inputs") for inputs in data["template_inputs"]),
             tuple(data["names"]),
             tuple(data["templates"]),
             prototypes,
-            0.0 if prototypes is None else data["prototype_logit_weight"],
+            0.0 if prototypes is None else weight,
             data.get("zero_shot_margin", 0.0),
             data.get("new_class_margin"),
             None if calibration is None else Calibration.from_json(calibration),
@@ -203,7 +212,7 @@ def _head_of(data: Any, tensors: Mapping[str, torch.Tensor]) -> ClassHead:
         ValueError: what the class list says of its head is not what `TaskClasses.to_json` writes.
     """
     if not isinstance(data, Mapping) or not {"kind", "logit_weight"} <= set(data) or not isinstance(data["kind"], str):
-        raise ValueError(f"head of the class list must have a kind and a logit_weight, but got {reprlib.repr(data)}.")
+        raise ValueError(f"head of the class list must have a kind and a logit_weight, but got {shown(data)}.")
     return ClassHead(data["kind"], dict(tensors), data["logit_weight"])
 
 
@@ -230,40 +239,52 @@ def check_labels(labels: torch.Tensor, count: int) -> None:
 def check_class_names(names: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: `names` is no sequence, is empty, holds something else than text, or one name twice, also where only
-            underscores and spaces tell two apart.
+        ValueError: `names` is no sequence, is empty, holds something else than text, a name twice, also where only
+            underscores and spaces tell two apart, or one that is too long or that UTF-8 cannot hold.
     """
     if isinstance(names, str):
-        raise ValueError(f"Class names must be a list of names, but got the single string {names!r}.")
+        raise ValueError(f"Class names must be a list of names, but got the single string {shown(names)}.")
     if not isinstance(names, Sequence) or isinstance(names, bytes):
-        raise ValueError(f"Class names must be a list of names, but got {reprlib.repr(names)}.")
+        raise ValueError(f"Class names must be a list of names, but got {shown(names)}.")
     if not names:
         raise ValueError("The class list is empty; at least one class name is needed.")
     for name in names:
         if not isinstance(name, str) or not name.replace("_", " ").strip():
-            raise ValueError(f"A class name must be a text that is not blank, but got {name!r}.")
+            raise ValueError(f"A class name must be a text that is not blank, but got {shown(name)}.")
+        _check_text(name, "A class name")
     if duplicates := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise ValueError(f"Class names must differ, but these occur more than once: {', '.join(duplicates)}.")
+        raise ValueError(f"Class names must differ, but these occur more than once: {listed(duplicates)}.")
     spoken: dict[str, str] = {}
     for name in names:
         other = spoken.setdefault(" ".join(name.replace("_", " ").split()), name)
         if other != name:
             raise ValueError(
                 "Class names must differ in more than underscores and spaces, which are read alike, but got "
-                f"{other!r} and {name!r}."
+                f"{shown(other)} and {shown(name)}."
             )
 
 
 def check_templates(templates: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: `templates` is no list, is empty, or one of them is no text that contains ``{}`` once.
+        ValueError: `templates` is no list, is empty, or one of them is no text with ``{}`` once, is too long or
+            cannot be held by UTF-8.
     """
     if not isinstance(templates, (list, tuple)) or not templates:
-        raise ValueError(f"template must be a text or a list of texts, but got {reprlib.repr(templates)}.")
+        raise ValueError(f"template must be a text or a list of texts, but got {shown(templates)}.")
     for text in templates:
         if not isinstance(text, str) or text.count("{}") != 1:
-            raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {text!r}.")
+            raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {shown(text)}.")
+        _check_text(text, "A template")
+
+
+def _check_text(text: str, what: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{what} must have at most {MAX_TEXT} characters, but got {len(text)}: {shown(text)}.")
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in text
+    ):  # halves of characters, as in file names of other encodings
+        raise ValueError(f"{what} must be a text that UTF-8 can hold, but got {shown(text)}. Rename it.")
 
 
 def _is_number(value: Any) -> bool:
@@ -277,8 +298,10 @@ def _check_inputs(inputs: Mapping[str, torch.Tensor], count: int) -> None:
             without a token.
     """
     for key, value in inputs.items():
+        if key not in TEXT_INPUTS:
+            raise ValueError(f"Tokenized texts may hold {', '.join(TEXT_INPUTS)}, but got {shown(key)}.")
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{key} must be a tensor, but got {reprlib.repr(value)}.")
+            raise ValueError(f"{key} must be a tensor, but got {shown(value)}.")
         if value.ndim != 2 or len(value) != count:
             raise ValueError(f"{key} must have shape ({count}, tokens), but got {tuple(value.shape)}.")
     if "input_ids" not in inputs:
@@ -321,15 +344,17 @@ def _to_tensors(lists: Mapping[str, list], source: str) -> dict[str, torch.Tenso
         ValueError: not a dict of lists of integers of one length; the message names `source` and the key.
     """
     if not isinstance(lists, Mapping):
-        raise ValueError(f"{source} of the class list must hold dicts of token ids, but got {reprlib.repr(lists)}.")
+        raise ValueError(f"{source} of the class list must hold dicts of token ids, but got {shown(lists)}.")
     tensors = {}
     for key, value in lists.items():
         rows = value if isinstance(value, list) else [value]
         if not all(isinstance(row, list) and all(type(i) is int and abs(i) < 2**31 for i in row) for row in rows):
             raise ValueError(
-                f"{key} in {source} of the class list must hold lists of integers, but got {reprlib.repr(value)}."
+                f"{printable(key)} in {source} of the class list must hold lists of integers, but got {shown(value)}."
             )
         if len({len(row) for row in rows}) > 1:
-            raise ValueError(f"{key} in {source} of the class list must hold lists of one length, but they differ.")
+            raise ValueError(
+                f"{printable(key)} in {source} of the class list must hold lists of one length, but they differ."
+            )
         tensors[key] = torch.tensor(value, dtype=torch.long)
     return tensors

@@ -20,6 +20,7 @@ from ..method.heads import NAMES, check_logit_weight
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
 from ..method.recipe import Recipe
+from ..tuner.config import SEPConfig
 from ..tuner.current import walked_adapter
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
@@ -279,7 +280,9 @@ class SEPClassifier(TrainerMixin):
             TypeError, ValueError, AdapterMismatchError: as `from_pretrained`, or the name is taken; nothing is loaded.
         """
         path, options = os.fspath(path), {"subfolder": subfolder, **hub_options}
-        self.tasks.load(name, path, load_classes(path, subfolder, hub_options), self.encoder.chunk_size, **options)
+        classes = load_classes(path, subfolder, hub_options)
+        SEPConfig.of_adapter(path, **options)  # read before PEFT reads it, whose errors name no file
+        self.tasks.load(name, path, classes, self.encoder.chunk_size, **options)
         return self
 
     # prototypes
@@ -629,6 +632,7 @@ class SEPClassifier(TrainerMixin):
         """
         path = os.fspath(path)
         classes = load_classes(path, subfolder, hub_options)  # first, before the model is touched
+        SEPConfig.of_adapter(path, subfolder, **hub_options)  # before PEFT reads it, whose errors name no file
         if model is None:
             model, found = load_base(path, subfolder, hub_options, trust_remote_code)
             processor = processor or found

@@ -7,7 +7,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, cast
@@ -17,14 +18,26 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..tuner.config import SEPConfig
 from ..tuner.disk import try_folder
-from ..tuner.files import cast_adapter, cast_tensor, check_file, check_numbers, check_save_dtype, replace_files
+from ..tuner.files import (
+    cast_adapter,
+    cast_tensor,
+    check_file,
+    check_numbers,
+    check_save_dtype,
+    read_shapes,
+    read_tensors,
+    replace_files,
+)
+from ..tuner.find_file import find_file
+from ..tuner.json_files import read_json
+from ..tuner.messages import shown
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
@@ -40,6 +53,10 @@ PROTOTYPES_FILE = "sep_prototypes.safetensors"
 HEAD_FILE = "sep_head.safetensors"
 #: Version of the layout of classes, and of classes with a head, which earlier releases cannot read.
 FORMAT_VERSION, HEAD_FORMAT_VERSION = 1, 2
+#: Largest class file that is written and read, in bytes: 20,000 classes with 7 templates.
+MAX_CLASSES_BYTES = 2**26
+#: No model embeds images and texts in more dimensions.
+MAX_EMBEDDING_SIZE = 2**16
 
 
 # writing
@@ -260,85 +277,90 @@ def path_first(load: Callable) -> Callable:
     return from_pretrained
 
 
-def find_file(path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> str:
-    """A file of an adapter in a folder or on the Hub, as a path on this machine; it may not exist in a folder."""
-    if os.path.isdir(path):
-        return os.path.join(path, subfolder or "", name)
-    return hf_hub_download(path, name, subfolder=subfolder, **hub_options)
+class MissingClassesError(ValueError):
+    """There is an adapter, but no class list beside it."""
 
 
 def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> TaskClasses:
     """The classes beside an adapter.
 
     Raises:
-        ValueError: there are none, they are no JSON, incomplete, or of a newer format.
+        MissingClassesError: there are none.
+        ValueError: they are no JSON, incomplete, or of a newer format; the message names the file.
         MixedSaveError: they belong to another save than the weights or the prototypes.
         SafetensorError: the weights or the prototypes are cut short.
     """
-    try:
-        file = find_file(path, CLASSES_FILE, subfolder, hub_options)
-        missing = None if os.path.isfile(file) else file
-    except RemoteEntryNotFoundError:
-        missing = "/".join(filter(None, (path, subfolder, CLASSES_FILE)))
-    if missing:
-        raise ValueError(
-            f"{missing} does not exist, so there are no classes to load. Save with SEPClassifier.save_pretrained, or "
+    file, found = _find(path, CLASSES_FILE, subfolder, hub_options)
+    if not found:
+        raise MissingClassesError(
+            f"{file} does not exist, so there are no classes to load. Save with SEPClassifier.save_pretrained, or "
             "load the adapter alone with PeftModel.from_pretrained and name the classes with "
             "SEPClassifier.from_class_names."
         )
-    with open(file, encoding="utf-8") as stream:
-        try:
-            data = json.load(stream)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no valid JSON ({error}). Copy or download it again.") from error
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in (FORMAT_VERSION, HEAD_FORMAT_VERSION):
+    data = read_json(file, MAX_CLASSES_BYTES)
+    version = data.get("format_version")
+    if type(version) is not int or version not in (FORMAT_VERSION, HEAD_FORMAT_VERSION):
         raise ValueError(
-            f"{file} has format version {version!r}, but this version of sep_peft reads "
+            f"{file} has format version {shown(version)}, but this version of sep_peft reads "
             f"{FORMAT_VERSION} and {HEAD_FORMAT_VERSION}. Upgrade sep_peft."
         )
-    weights = _find_weights(path, subfolder, hub_options)
-    if weights is not None:
+    weights, found = _find(path, SAFETENSORS_WEIGHTS_NAME, subfolder, hub_options)
+    if found:
         check_file(weights)
         check_save_id(weights, file, data.get(SAVE_ID))
+    prototypes, head_tensors = None, None
     if data.get("head"):
-        tensors = _read_part(path, HEAD_FILE, subfolder, hub_options, file, data.get(SAVE_ID))
-        return TaskClasses.from_json(data, head_tensors=tensors)
-    if not data.get("prototype_logit_weight"):
-        return TaskClasses.from_json(data)
-    prototypes = _read_part(path, PROTOTYPES_FILE, subfolder, hub_options, file, data.get(SAVE_ID))
-    if "prototypes" not in prototypes:
-        source = find_file(path, PROTOTYPES_FILE, subfolder, hub_options)
-        raise ValueError(f"{source} holds no prototypes, but {CLASSES_FILE} says that it should. Download it again.")
-    return TaskClasses.from_json(data, prototypes["prototypes"])
+        head_file = _find_part(path, HEAD_FILE, subfolder, hub_options, file, data.get(SAVE_ID))
+        check_numbers(read_tensors(head_file), head_file)
+        head_tensors = load_file(head_file)
+    elif data.get("prototype_logit_weight"):
+        prototypes_file = _find_part(path, PROTOTYPES_FILE, subfolder, hub_options, file, data.get(SAVE_ID))
+        prototypes = _read_prototypes(prototypes_file, data.get("names"))
+    try:
+        return TaskClasses.from_json(data, prototypes, head_tensors)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
-def _read_part(
+def _find(path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> tuple[str, bool]:
+    """A file of an adapter, as a path on this machine where it is there, and whether it is."""
+    try:
+        file = find_file(path, name, subfolder, hub_options)
+    except RemoteEntryNotFoundError:
+        return "/".join(filter(None, (path, subfolder, name))), False
+    return file, os.path.isfile(file)
+
+
+def _find_part(
     path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any], classes_file: str, save_id: str | None
-) -> dict[str, torch.Tensor]:
-    """Tensors of a file that the classes need.
+) -> str:
+    """A file that the classes need, as a path on this machine.
 
     Raises:
-        ValueError: it is not there, or holds numbers that are not finite.
+        ValueError: it is not there.
         MixedSaveError: it belongs to another save than the classes.
         SafetensorError: it is cut short.
     """
-    file = find_file(path, name, subfolder, hub_options)
-    if not os.path.isfile(file):
+    file, found = _find(path, name, subfolder, hub_options)
+    if not found:
         raise ValueError(f"{file} does not exist, but {CLASSES_FILE} says that it should. Copy or download it again.")
+    check_file(file)
     check_save_id(file, classes_file, save_id)
-    tensors = load_file(file)
-    check_numbers(tensors.items(), file)
-    return tensors
+    return file
 
 
-def _find_weights(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> str | None:
-    """The adapter's weights in safetensors, as a path on this machine; None where there are none."""
-    try:
-        file = find_file(path, SAFETENSORS_WEIGHTS_NAME, subfolder, hub_options)
-    except RemoteEntryNotFoundError:
-        return None
-    return file if os.path.isfile(file) else None
+def _read_prototypes(file: str, names: Any) -> torch.Tensor:
+    """(C, E), for C names; the header is compared before anything is read."""
+    shapes = {key: tuple(shape) for key, shape in read_shapes(file).items()}
+    shape = shapes.get("prototypes", ())
+    fits = len(shape) == 2 and isinstance(names, list) and shape[0] == len(names) and shape[1] <= MAX_EMBEDDING_SIZE
+    if len(shapes) != 1 or not fits:
+        raise ValueError(
+            f"{file} must hold prototypes alone, one for each name in {CLASSES_FILE}, but holds "
+            f"{shown(shapes)}. Copy or download it again."
+        )
+    check_numbers(read_tensors(file), file)
+    return load_file(file)["prototypes"]
 
 
 def load_base(
@@ -354,10 +376,11 @@ def load_base(
             the caller who decides.
 
     Raises:
-        ValueError: the adapter does not say which, or it lies on the Hub and names a path on this machine; the message
-            tells how to hand in the model.
+        OSError: the base model cannot be loaded.
+        ValueError: the adapter does not say which, or it lies on the Hub and names a path on this machine. Every
+            message tells how to hand in the model.
     """
-    config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub_options)
+    config = SEPConfig.of_adapter(path, subfolder, **hub_options)
     name, mapping, revision = config.base_model_name_or_path, config.auto_mapping, config.revision or "main"
     class_name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     model_class = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
@@ -370,12 +393,31 @@ def load_base(
     if not is_hub_name(name):
         if not os.path.isdir(path):
             raise ValueError(
-                f"The adapter {path} on the Hub names {name!r} as its base model, which is a path on this machine or "
-                "no name on the Hub. Load the model you trust and hand it in: "
+                f"The adapter {path} on the Hub names {shown(name)} as its base model, which is a path on this machine "
+                "or no name on the Hub. Load the model you trust and hand it in: "
                 "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
             )
         logger.warning("The adapter %s names its base model by a path on this machine: %r is loaded.", path, name)
     options = {key: hub_options[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_options}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = model_class.from_pretrained(name, **options)
-    return model, transformers.AutoProcessor.from_pretrained(name, **options)
+    with naming_base_model(name):
+        model = model_class.from_pretrained(name, **options)
+        return model, transformers.AutoProcessor.from_pretrained(name, **options)
+
+
+@contextmanager
+def naming_base_model(name: str) -> Iterator[None]:
+    """Errors of loading a base model or its processor say which it is, and what to pass.
+
+    Raises:
+        OSError: in the place of any OSError or ValueError of the block.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OSError(
+            f"The base model {shown(name)} cannot be loaded: {reason}. Pass one that can: "
+            "--base-model NAME on the command line, or in Python "
+            "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
+        ) from error

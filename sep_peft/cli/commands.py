@@ -15,7 +15,6 @@ import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
@@ -23,7 +22,7 @@ from ..classifier.calibration import Calibration
 from ..classifier.card import METRIC, CardDetails, Score, read_card
 from ..classifier.classes import TEMPLATE
 from ..classifier.classifier import SEPClassifier
-from ..classifier.files import find_file, load_classes
+from ..classifier.files import MissingClassesError, load_classes, naming_base_model
 from ..classifier.images import find_images, other_endings, read_image, warn_left_out
 from ..method.recipe import Recipe
 from ..training import evaluation
@@ -31,8 +30,10 @@ from ..training.checkpoint import CHECKPOINT_FILE
 from ..training.fit import fit
 from ..training.folders import ImageFolder, Samples, read_folder, read_test, without_unreadable
 from ..training.history import History, TrainingInterrupted
-from ..tuner.config import SEPConfig, load_config
+from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
+from ..tuner.files import WeightsOrigin, read_shapes
+from ..tuner.find_file import check_path, find_file
 from .measured import between, draw, in_full, in_lines, not_tested, untested
 from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .text import one_line
@@ -92,15 +93,6 @@ class AdapterSource:
     name: str
     revision: str | None = None
     subfolder: str | None = None
-
-    def check(self) -> None:
-        """
-        Raises:
-            FileNotFoundError: the name is that of a folder, and there is none; the Hub would call it no valid name.
-        """
-        name = self.name
-        if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-            raise FileNotFoundError(f"There is no adapter folder {name}.")
 
     def hub_options(self, session: Session) -> dict[str, Any]:
         """Those that were given."""
@@ -483,17 +475,17 @@ def info(source: AdapterSource, session: Session) -> Result:
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: it is one of another method.
+        ValueError: it is one of another method, or a file of it is missing or damaged.
     """
-    source.check()
     options = source.hub_options(session)
-    config = load_config(source.name, subfolder=source.subfolder, **options)
-    weights = find_file(source.name, SAFETENSORS_WEIGHTS_NAME, source.subfolder, options)
-    with safe_open(weights, framework="pt") as file:
-        parameters = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())
+    config = SEPConfig.of_adapter(source.name, source.subfolder, **options)
+    weights = cast(WeightsOrigin, config.take_weights_origin()).find()  # it has just been read
+    if weights is None:
+        raise ValueError(f"{source.name} holds the configuration of an adapter, but no weights. Copy it again.")
+    parameters = sum(shape.numel() for shape in read_shapes(weights).values())
     try:
         classes = load_classes(source.name, source.subfolder, options)
-    except ValueError:  # an adapter of a plain model
+    except MissingClassesError:  # an adapter of a plain model
         classes = None
     data = {
         "adapter": source.name,
@@ -534,17 +526,18 @@ def _shown(value: Any) -> str:
 
 
 def _load_base(name: str, session: Session) -> tuple[torch.nn.Module, Any]:
-    return _load_base_model(name, session), AutoProcessor.from_pretrained(
-        name, token=session.token, trust_remote_code=False
-    )
+    model = _load_base_model(name, session)
+    with naming_base_model(name):
+        return model, AutoProcessor.from_pretrained(name, token=session.token, trust_remote_code=False)
 
 
 def _load_base_model(name: str, session: Session) -> torch.nn.Module:
-    return AutoModel.from_pretrained(name, token=session.token, trust_remote_code=False)
+    with naming_base_model(name):
+        return AutoModel.from_pretrained(name, token=session.token, trust_remote_code=False)
 
 
 def _load(source: AdapterSource, base_model: str | None, session: Session) -> SEPClassifier:
-    source.check()
+    check_path(source.name)  # before a base model is loaded for it
     options = {"subfolder": source.subfolder, **source.hub_options(session)}
     if base_model is None:
         classifier = SEPClassifier.from_pretrained(source.name, **options)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 #: A name in a path: an identifier that is not private, or the index of a list.
 _NAME = r"(?:(?!_)\w+)"
+#: Longest path or name in a spec; those of modules in models have some forty characters.
+MAX_PATH = 300
 _PATH = re.compile(rf"{_NAME}(?:\.{_NAME})*", re.ASCII)
 _STAGES = re.compile(rf"{_NAME}(?:\.(?:{_NAME}|\*))*", re.ASCII)
 _IDENTIFIER = re.compile(r"(?!_|\d)\w+", re.ASCII)
@@ -213,7 +215,7 @@ class _Allowed:
 
 
 def _written(pattern: re.Pattern, description: str) -> _Allowed:
-    return _Allowed(description, lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None)
+    return _Allowed(description, lambda value: _is_written(value, pattern))
 
 
 def _one_of(*values: str) -> _Allowed:
@@ -238,6 +240,10 @@ def _check_fields(spec: Any, allowed: Mapping[str, _Allowed]) -> None:
             raise ValueError(f"{type(spec).__name__}.{name} must be {rule.description}, but got {reprlib.repr(value)}.")
 
 
+def _is_written(value: Any, pattern: re.Pattern) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_PATH and pattern.fullmatch(value) is not None
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
@@ -255,7 +261,7 @@ TOWER_FIELDS = {
     "path": _Allowed(f"'' or {_PLACE.description}", lambda value: value == "" or _PLACE.holds(value)),
     "layers": _Allowed(
         'a dotted path of module names without leading underscores, "*" for stages',
-        lambda value: isinstance(value, str) and (value == "" or _STAGES.fullmatch(value) is not None),
+        lambda value: value == "" or _is_written(value, _STAGES),
     ),
     "inputs": _one_of("input_ids", "pixel_values"),
     "pooling": _one_of("pooler_output", "first_token", "mean_tokens"),

@@ -11,6 +11,7 @@ from torch import nn
 from ..families.spec import Architecture, TowerSpec
 from .config import CHOSEN_TOKENS, SEPConfig
 from .lengths import count_image_tokens, most_tokens
+from .messages import shown
 from .offload import offload_hooks
 from .paths import check_model_paths, check_tower_paths
 from .registration import PREFIX
@@ -119,7 +120,7 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
     known = [spec.path for spec in architecture.towers.values()]
     for path in config.target_modules or ():
         if path not in known:
-            raise ValueError(f"target_modules must be among {known} for this model, but got {path!r}.")
+            raise ValueError(f"target_modules must be among {known} for this model, but got {shown(path)}.")
     check_model_paths(model, architecture)
     found: dict[str, Any] = {"model_type": getattr(getattr(model, "config", None), "model_type", "custom")}
     for modality in target_towers(config, architecture).values():
@@ -139,7 +140,7 @@ def check_config(config: SEPConfig, architecture: Architecture, model: nn.Module
     wanted = config.made_for
     if wanted is not None and wanted != found:
         raise ValueError(
-            f"This adapter was made for another architecture: it needs {wanted}, but the model has {found}."
+            f"This adapter was made for another architecture: it needs {shown(wanted)}, but the model has {found}."
         )
     if not any(config.prompts_of(modality) for modality in found if modality != "model_type"):
         raise ValueError(
@@ -171,7 +172,9 @@ def _check_modules_to_save(config: SEPConfig, architecture: Architecture, model:
     found = modules_to_save(config, model)
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in found):
-            raise ValueError(f"modules_to_save must name modules of {type(model).__name__}, but it has no {name!r}.")
+            raise ValueError(
+                f"modules_to_save must name modules of {type(model).__name__}, but it has no {shown(name)}."
+            )
     modules = list(model.named_modules(remove_duplicate=False))
     targets = target_towers(config, architecture).items()
     towers = {path for path, modality in targets if architecture.towers[modality].refused is None}

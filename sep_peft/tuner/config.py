@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from ..families.spec import Architecture
 from .files import WeightsOrigin, check_folder
-from .registration import peft_type
+from .find_file import find_file
+from .json_files import JSONFileError, read_json
+from .messages import shown
+from .registration import METHOD, peft_type
 
 
 #: What the paper and its released code use, whatever the defaults of `SEPConfig` are.
@@ -130,17 +134,17 @@ class SEPConfig(PeftConfig):
     )
 
     def __post_init__(self):
+        if self.task_type is not None:
+            raise ValueError(
+                f"task_type must be None, but got {shown(self.task_type)}: SEP adapts both towers of a dual encoder, "
+                "while PEFT's task types wrap models of another call signature. Leave task_type out."
+            )
         super().__post_init__()
         self.peft_type = peft_type()
         # What the adapter's file asks for. No field, so that it is neither saved nor compared, while base_architecture
         # is filled in for each model.
         self.made_for = self.base_architecture
         self.weights_origin: WeightsOrigin | None = None  # no field for the same reason
-        if self.task_type is not None:
-            raise ValueError(
-                f"task_type must be None, but got {self.task_type!r}: SEP adapts both towers of a dual encoder, while "
-                "PEFT's task types wrap models of another call signature. Leave task_type out."
-            )
         for name in ("num_text_prompts", "num_vision_prompts"):
             self._require(name, lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
         if self.num_text_prompts == 0 and self.num_vision_prompts == 0:
@@ -158,6 +162,7 @@ class SEPConfig(PeftConfig):
             lambda v: (_is_int(v) or isinstance(v, float)) and 0 <= v < 1,
             "a number of at least 0 and below 1",
         )
+        self._require("base_architecture", lambda v: v is None or isinstance(v, dict), "None or a dict")
         self._settle_start_layer()
         for modality in MODALITIES:
             self._check_layers(modality)
@@ -204,9 +209,17 @@ class SEPConfig(PeftConfig):
         It is one of another class where the file is that of another method, as in PEFT.
 
         Raises:
+            ValueError: the configuration is missing or damaged, or an option has a value that is not allowed; the
+                message names the file.
             SafetensorError: the weights are cut short; the message names the file.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except JSONFileError:
+            raise
+        except ValueError as error:
+            file = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            raise ValueError(f"{file}: {error}") from error
         check_folder(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, cls):  # PEFT gives the configuration of the method that the file names
             hub_options, _, _ = cls._split_kwargs(kwargs)
@@ -214,6 +227,48 @@ class SEPConfig(PeftConfig):
             path = os.fspath(pretrained_model_name_or_path)
             config.weights_origin = WeightsOrigin(path, subfolder, hub_options, options, frozen)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict[str, Any]:
+        """The options in a file, which `from_pretrained` reads by this.
+
+        Raises:
+            ValueError: the file is no JSON object within the bounds of `read_json`, or a key cannot be an option's.
+        """
+        options = read_json(path_json_file)
+        options.pop("runtime_config", None)  # as PEFT does: it is never read from a file
+        if taken := sorted({"cls", "self"} & set(options)):  # PEFT passes all of them by name
+            raise ValueError(f"{os.fspath(path_json_file)} must not have the key {taken[0]!r}: no option is called so.")
+        return options
+
+    @classmethod
+    def of_adapter(cls, path: str, subfolder: str | None = None, **hub_options) -> SEPConfig:
+        """The configuration of a SEP adapter; unlike `from_pretrained` it refuses one of another method.
+
+        Args:
+            path: a folder, or the id of a repository on the Hub.
+            subfolder: below `path`.
+            hub_options: keyword arguments of `hf_hub_download`.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: there is no configuration, it is damaged or that of another method, or an option has a value
+                that is not allowed.
+            SafetensorError: the weights are cut short; the message names the file.
+        """
+        try:
+            file = find_file(path, CONFIG_NAME, subfolder, hub_options)
+            found = os.path.isfile(file)
+        except RemoteEntryNotFoundError:
+            file, found = "/".join(filter(None, (path, subfolder, CONFIG_NAME))), False
+        if not found:
+            raise ValueError(f"{file} does not exist, so this is no adapter. Pass the folder that holds it.")
+        method = cls.from_json_file(file).get("peft_type")
+        if method != METHOD:
+            known = isinstance(method, str) and method in PeftType.__members__
+            described = f"the method {method}" if known else "a method that PEFT does not know"
+            raise ValueError(f"{path} holds an adapter of {described}, but SEP is needed.")
+        return cast(SEPConfig, cls.from_pretrained(path, subfolder=subfolder, **hub_options))
 
     def take_weights_origin(self) -> WeightsOrigin | None:
         """Where the weights for this configuration lie, asked for once.
@@ -241,7 +296,7 @@ class SEPConfig(PeftConfig):
     def _require(self, name: str, allowed, description: str) -> None:
         value = getattr(self, name)
         if not allowed(value):
-            raise ValueError(f"{name} must be {description}, but got {value!r}.")
+            raise ValueError(f"{name} must be {description}, but got {shown(value)}.")
 
     def _settle_start_layer(self) -> None:
         """Check it; what is the same for both towers becomes one number."""
@@ -250,11 +305,13 @@ class SEPConfig(PeftConfig):
             self._require("start_layer", lambda v: _is_int(v) and v >= 0, description)
             return
         if not self.start_layer or not set(self.start_layer) <= set(MODALITIES):
-            raise ValueError(f'start_layer must name the towers "text" and "vision", but got {self.start_layer!r}.')
+            raise ValueError(
+                f'start_layer must name the towers "text" and "vision", but got {shown(self.start_layer)}.'
+            )
         for modality, value in self.start_layer.items():
             if not _is_int(value) or value < 0:
                 raise ValueError(
-                    f"start_layer must be an integer of at least 0 for the {modality} tower, but got {value!r}."
+                    f"start_layer must be an integer of at least 0 for the {modality} tower, but got {shown(value)}."
                 )
         starts = {modality: self.start_layer.get(modality, 0) for modality in MODALITIES}
         self.start_layer = starts if len(set(starts.values())) > 1 else starts[MODALITIES[0]]
@@ -264,12 +321,13 @@ class SEPConfig(PeftConfig):
         if layers is None:
             return
         if not isinstance(layers, (list, tuple, range)) or not all(_is_int(i) and i >= 0 for i in layers):
-            raise ValueError(f"{name} must be None or a list of layer indices of at least 0, but got {layers!r}.")
+            raise ValueError(f"{name} must be None or a list of layer indices of at least 0, but got {shown(layers)}.")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"{name} must name each layer once, but got {list(layers)!r}.")
+            raise ValueError(f"{name} must name each layer once, but got {shown(list(layers))}.")
         if any(i <= start for i in layers):
             raise ValueError(
-                f"{name} must be indices above start_layer={start}, where the prompts enter, but got {list(layers)!r}."
+                f"{name} must be indices above start_layer={start}, where the prompts enter, but got "
+                f"{shown(list(layers))}."
             )
         setattr(self, name, sorted(layers))
 
@@ -279,9 +337,9 @@ class SEPConfig(PeftConfig):
             return
         is_list = isinstance(value, (list, tuple, set))
         if not is_list or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{name} must be None or a list of module names, but got {value!r}.")
+            raise ValueError(f"{name} must be None or a list of module names, but got {shown(value)}.")
         if name == "modules_to_save" and "" in value:  # which PEFT takes for every module
-            raise ValueError(f"modules_to_save must name modules, but got an empty name in {list(value)!r}.")
+            raise ValueError(f"modules_to_save must name modules, but got an empty name in {shown(list(value))}.")
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
     def _settle_unused_options(self) -> None:
@@ -291,21 +349,6 @@ class SEPConfig(PeftConfig):
             if self.made_for is not None:
                 setattr(self, name, unset)
             elif value != unset:
-                raise ValueError(f'{name} must be left at {unset!r} with fusion="{self.fusion}", but got {value!r}.')
-
-
-def load_config(source: str, **options) -> SEPConfig:
-    """The configuration of a saved adapter that must be one of SEP.
-
-    Args:
-        source: folder or repository of the adapter.
-        options: of `SEPConfig.from_pretrained`.
-
-    Raises:
-        ValueError: it is one of another method.
-    """
-    config = SEPConfig.from_pretrained(source, **options)
-    if not isinstance(config, SEPConfig):
-        method = PeftType(config.peft_type).value
-        raise ValueError(f"{source} holds an adapter of the method {method}, but SEP is needed.")
-    return config
+                raise ValueError(
+                    f'{name} must be left at {unset!r} with fusion="{self.fusion}", but got {shown(value)}.'
+                )

@@ -17,7 +17,7 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from .config import SEPConfig
-from .files import AdapterMismatchError, check_numbers, replace_files
+from .files import AdapterMismatchError, check_numbers, is_state_dict, load_pickled, replace_files
 from .model import find_towers
 from .save_id import stamp_files
 
@@ -92,6 +92,9 @@ def convert_reference_checkpoint(
     for name, (prompts, _) in TOWERS.items():
         if prompts not in state:
             raise AdapterMismatchError(f"{os.fspath(checkpoint)} lacks {prompts}, the prompts of the {name} tower.")
+        if state[prompts].ndim != 2:
+            shape = tuple(state[prompts].shape)
+            raise AdapterMismatchError(f"{os.fspath(checkpoint)} must hold {prompts} (n, D), but its shape is {shape}.")
     config = SEPConfig.published(
         num_text_prompts=len(state["ctx"]),
         num_vision_prompts=len(state["ctx_visual"]),
@@ -152,12 +155,20 @@ def convert_state_dict(
                 adapter[f"{target}.{ours}"] = take(f"{fusions}.{position}.{theirs}")
             for theirs, suffix in PACKED.items():
                 packed = take(f"{fusions}.{position}.{theirs}")
-                parts = (None, None, None) if packed is None else packed.chunk(3)
+                parts = (None, None, None) if packed is None else _thirds(packed, source, theirs)
                 for name, part in zip(("query", "key", "value"), parts, strict=True):
                     adapter[f"{target}.attention.{name}.{suffix}"] = part
     if missing:
         raise AdapterMismatchError(f"{source} lacks entries that the adapter needs: {', '.join(missing)}.")
     return adapter, used
+
+
+def _thirds(packed: torch.Tensor, source: str, name: str) -> tuple[torch.Tensor, ...]:
+    """(3 D, ...) -> query, key and value, each (D, ...)."""
+    if packed.ndim == 0 or len(packed) % 3 or not len(packed):
+        shape = tuple(packed.shape)
+        raise AdapterMismatchError(f"{source} must hold {name} of three equal parts, but its shape is {shape}.")
+    return packed.chunk(3)
 
 
 def fusion_layers(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -173,13 +184,9 @@ def fusion_layers(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _read(checkpoint: str | os.PathLike) -> dict:
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"There is no checkpoint {os.fspath(checkpoint)}.")
-    try:
-        data = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:
+    data = load_pickled(checkpoint)
+    if not isinstance(data, dict) or not is_state_dict(data.get("state_dict")):
         raise ValueError(
-            f"{os.fspath(checkpoint)} cannot be read as a checkpoint ({error}). It may be cut short, or hold more than "
-            "tensors."
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("state_dict"), dict):
-        raise ValueError(f'{os.fspath(checkpoint)} holds no "state_dict", so it is no checkpoint of a prompt learner.')
+            f'{os.fspath(checkpoint)} holds no "state_dict" of tensors, so it is no checkpoint of a prompt learner.'
+        )
     return data

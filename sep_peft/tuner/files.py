@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .disk import full_disk_named
+from .json_files import read_json
+from .messages import one_line
 from .save_id import FIRST_PARTS, check_save_id, config_save_id, read_save_id, save_stamped
 
 
@@ -33,6 +35,8 @@ SAVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The largest number that an adapter may hold: that of half precision, far above what training leaves. Numbers that are
 #: finite but larger overflow once they are squared.
 MAX_WEIGHT = torch.finfo(torch.float16).max
+#: Largest header of a safetensors file, in bytes; that of an adapter has some 150 for each tensor.
+MAX_HEADER_BYTES = 2**22
 #: Keys that an error message lists of each kind.
 LISTED_KEYS = 50
 
@@ -152,14 +156,42 @@ def _is_safetensors(path: str | os.PathLike) -> bool:
     return os.fspath(path).endswith(".safetensors")
 
 
-def _read_pickled(path: str | os.PathLike, device: str) -> dict[str, torch.Tensor]:
+def load_pickled(path: str | os.PathLike, device: str = "cpu") -> Any:
+    """What torch.save wrote, if it is made of tensors and plain Python; no code of it runs.
+
+    Raises:
+        ValueError: it is damaged or holds anything else. The message does not repeat torch's, which says how to run the
+            code of a file.
+    """
     try:
-        data = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
+        _check_archive(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # zip, pickle and torch raise many kinds
         raise ValueError(
-            f"{os.fspath(path)} cannot be read as weights ({error}). Copy or download it again."
+            f"{os.fspath(path)} cannot be read: it is cut short or damaged, or holds more than tensors. Copy or "
+            "download it again."
         ) from error
-    if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """torch.save compresses nothing, so an archive that holds more bytes than it has is made to take memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("the archive is compressed")
+
+
+def is_state_dict(data: Any) -> bool:
+    """Whether it is a dict of strided tensors by name."""
+    return isinstance(data, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in data.items()
+    )
+
+
+def _read_pickled(path: str | os.PathLike, device: str) -> dict[str, torch.Tensor]:
+    data = load_pickled(path, device)
+    if not is_state_dict(data):
         raise ValueError(
             f"{os.fspath(path)} holds more than tensors by name, so it is no file of an adapter's weights."
         )
@@ -170,14 +202,21 @@ def check_file(path: str | os.PathLike) -> None:
     """Make sure that a safetensors file is whole; reads its header only.
 
     Raises:
-        SafetensorError: the file is cut short or no safetensors file; the message names it.
+        SafetensorError: the file is cut short or no safetensors file, or its header is larger than `MAX_HEADER_BYTES`;
+            the message names it.
     """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER_BYTES < size <= os.path.getsize(path):  # parsed, a header takes many times its size
+        raise SafetensorError(
+            f"{os.fspath(path)} has a header of {size} bytes, but at most {MAX_HEADER_BYTES} are read."
+        )
     try:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
         raise SafetensorError(
-            f"{os.fspath(path)} cannot be read ({error}); it is cut short or no safetensors file. "
+            f"{os.fspath(path)} cannot be read ({one_line(str(error))}); it is cut short or no safetensors file. "
             "Copy or download it again."
         ) from error
 
@@ -188,14 +227,14 @@ def check_folder(folder: str | os.PathLike) -> None:
     Raises:
         SafetensorError: the weights are cut short.
         MixedSaveError: weights and configuration belong to two saves.
+        JSONFileError: the configuration is damaged.
     """
     path, config = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), os.path.join(folder, CONFIG_NAME)
     if not os.path.isfile(path):
         return
     check_file(path)
     if os.path.isfile(config):
-        with open(config, encoding="utf-8") as file:
-            check_save_id(path, config, config_save_id(json.load(file)))
+        check_save_id(path, config, config_save_id(read_json(config)))
 
 
 def check_save_dtype(dtype: torch.dtype | None) -> None:

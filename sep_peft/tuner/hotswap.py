@@ -12,7 +12,8 @@ import torch
 from peft.utils import load_peft_weights
 from torch import nn
 
-from .config import SEPConfig, load_config
+from .config import SEPConfig
+from .files import read_shapes
 from .model import SEPModel
 from .registration import peft_type
 from .soup import check_alike
@@ -51,8 +52,11 @@ def hotswap_adapter(
     if current is None or current.peft_type != peft_type():
         raise ValueError(f"There is no SEP adapter {adapter_name!r} in this model.")
     hub_options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-    config = load_config(model_name_or_path, **hub_options)
+    config = SEPConfig.of_adapter(model_name_or_path, **hub_options)
     _check_config(current, config, adapter_name, model_name_or_path)
+    origin = config.take_weights_origin()
+    if origin is not None and (file := origin.find()) is not None:
+        read_shapes(file)  # damaged files are named before PEFT reads them
     state = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     state = SEPModel.model_keys(model, adapter_name, state)
     parameters = dict(model.named_parameters())
