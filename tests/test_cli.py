@@ -755,6 +755,38 @@ def test_errors_that_act(run, adapter):
 # the process
 
 
+@pytest.fixture(scope="module")
+def in_ascii(adapter, images, tmp_path_factory) -> Callable[[str], str]:
+    """What commands print where standard output takes ASCII alone and raises at anything else."""
+    folder = tmp_path_factory.mktemp("ünder")
+    shutil.copytree(adapter, folder / "saved")
+    data = json.loads((folder / "saved" / "sep_classes.json").read_text())
+    data["names"][0] = "Tässe ☕"
+    (folder / "saved" / "sep_classes.json").write_text(json.dumps(data))
+    shutil.copy(next((images / "test" / "cup").iterdir()), folder / "ïmage.jpg")
+    for_predict = [str(folder / "saved"), str(folder / "ïmage.jpg"), "--quiet"]
+    commands = {
+        "info": ["info", str(folder / "saved")],
+        "predict": ["predict", *for_predict],
+        "json": ["predict", *for_predict, "--json"],
+    }
+    strict = "import io, sys; sys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False), encoding='ascii')"
+    statements = {
+        name: f"{strict}; from sep_peft.cli.app import main; code = main({arguments!r}); assert code == 0, code"
+        for name, arguments in commands.items()
+    }
+    return Outcomes("import sep_peft.cli.commands", statements).of
+
+
+def test_output_that_takes_ascii_alone(in_ascii):
+    assert r"T\xe4sse \u2615" in in_ascii("info")
+    (line,) = [line for line in in_ascii("predict").splitlines() if ".jpg" in line]
+    assert r"/\xefmage.jpg: " in line and r"T\xe4sse \u2615" in line
+    printed = in_ascii("json")
+    (entry,) = json.loads(printed[printed.index("[") :])
+    assert entry["image"].endswith("/ïmage.jpg") and "Tässe ☕" in {top["label"] for top in entry["prediction"]}
+
+
 def test_debug_shows_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^There is no adapter folder "):
         main(["info", str(tmp_path / "none"), "--debug"])
@@ -764,7 +796,7 @@ def test_interrupted(run, adapter, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sep_peft.cli.commands.safe_open", interrupt)
+    monkeypatch.setattr("sep_peft.cli.commands.read_shapes", interrupt)
     assert run("info", adapter) == (130, "", "sep-peft: interrupted\n")
 
 

@@ -104,8 +104,8 @@ def kill_after_shards(arguments: list[str], output: Path, count: int) -> None:
 
 
 @torch.no_grad()
-def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
-    output = tmp_path / "embeds"
+def test_killed_and_resumed_by_two_processes(images, adapter, run_here, tmp_path):
+    output, unbroken = tmp_path / "embeds", tmp_path / "unbroken"
     kill_after_shards(make_arguments(images, adapter, output), output, 3)
     written = {path: path.stat().st_mtime_ns for path in shards(output)}
     assert 3 <= len(written) < COUNT // SHARD_SIZE
@@ -126,6 +126,12 @@ def test_killed_and_resumed_by_two_processes(images, adapter, tmp_path):
     assert "done by 2 processes\n" in first.stdout and second.stdout == ""
     assert f"{COUNT - 2} images embedded in {summary['shards']} shards, 3 could not be read" in first.stdout
     assert sorted({path.suffix for path in output.iterdir()}) == [".json", ".safetensors"]
+
+    assert run_here(make_arguments(images, adapter, unbroken))[0] is None
+    assert read(unbroken)[:2] == (names, unreadable) and torch.equal(read(unbroken)[2], embeddings)
+    assert [path.name for path in shards(unbroken)] == [path.name for path in shards(output)]
+    for name in ("settings.json", "summary.json"):
+        assert (unbroken / name).read_bytes() == (output / name).read_bytes()
 
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(shallow_clip(2)), adapter).eval()
     processor = AutoImageProcessor.from_pretrained(shallow_clip(2))

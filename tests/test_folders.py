@@ -113,6 +113,37 @@ def test_classes_whose_endings_are_not_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
+def beside(caught) -> list[str]:
+    return [str(warning.message) for warning in caught]
+
+
+def test_images_beside_the_folders_of_classes_are_counted_and_named(tmp_path):
+    fill(tmp_path, cup=2, lamp=2)
+    for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        assert read_folder(tmp_path, shots=1, seed=0).names == ["cup", "lamp"]
+    message = f"Left out are 2 images in {tmp_path} that lie in no folder of a class: 'a.JPG', 'b.png'."
+    assert beside(caught) == [message]
+    with pytest.warns(UserWarning) as caught:
+        assert len(read_test(tmp_path)) == 4
+    assert beside(caught) == [message]
+
+
+def test_what_lies_beside_the_parts_is_named(tmp_path):
+    for part in ("train", "test"):
+        fill(tmp_path / part, cup=1, lamp=1)
+    fill(tmp_path, umbrella=1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loose.png").write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        assert read_folder(tmp_path, shots=1, seed=0).names == ["cup", "lamp"]
+    assert beside(caught) == [
+        f"Left out is 1 image in {tmp_path} that lies in no folder of a class: 'loose.png'.",
+        f"Left out are the folders with images in {tmp_path} beside its parts (train, test): 'umbrella'.",
+    ]
+
+
 def test_classes_may_be_called_like_parts(tmp_path):
     fill(tmp_path, valid=2, invalid=2, Test=1)
     assert read_folder(tmp_path, 1, 0).names == ["Test", "invalid", "valid"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -402,9 +402,9 @@ def test_hot_swaps_swap_all_or_nothing(files, name):
 
 
 def test_a_path_that_an_adapter_of_the_hub_names_is_refused(files, monkeypatch):
-    files.config(base_model_name_or_path=str(files.folder), auto_mapping={"base_model_class": "CLIPModel"})
-    read = PeftConfig.from_pretrained(files.folder)
-    monkeypatch.setattr(PeftConfig, "from_pretrained", lambda *args, **kwargs: read)
+    files.config(base_model_name_or_path=str(files.folder))
+    read = SEPConfig.of_adapter(files.folder)
+    monkeypatch.setattr(SEPConfig, "of_adapter", lambda *args, **kwargs: read)
     with raises(
         f"The adapter user/name on the Hub names {str(files.folder)!r} as its base model, which is a path on this "
         "machine or no name on the Hub. Load the model you trust and hand it in: "
@@ -415,7 +415,7 @@ def test_a_path_that_an_adapter_of_the_hub_names_is_refused(files, monkeypatch):
 
 @pytest.mark.parametrize("trust", [False, True])
 def test_code_of_the_base_model_runs_only_for_the_caller(files, monkeypatch, caplog, trust):
-    files.config(base_model_name_or_path=str(files.folder), auto_mapping={"base_model_class": "CLIPModel"})
+    files.config(base_model_name_or_path=str(files.folder))
     asked = []
     for loader in (CLIPModel, AutoProcessor):
         monkeypatch.setattr(loader, "from_pretrained", lambda name, **options: asked.append((name, options)))
@@ -437,6 +437,7 @@ def test_code_of_the_base_model_runs_only_for_the_caller(files, monkeypatch, cap
     ],
 )
 def test_no_base_model_of_transformers(files, options):
+    (files.folder / SAFETENSORS_WEIGHTS_NAME).unlink()  # which have the id of their save
     files.config(**options)
     with raises(
         f"The adapter {files.folder} does not name a base model of transformers. Load the model and hand it in: "

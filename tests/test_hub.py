@@ -400,7 +400,7 @@ def test_model_pushed_by_peft_has_no_classes(call, client, pushed):
     call(push_plain, "ann/plain")
     assert client(download, "ann/plain", "sep_classes.json")[1][0] == "RemoteEntryNotFoundError"
     assert client(predict, "ann/plain")[1] == [
-        "ValueError",
+        "MissingClassesError",
         "ann/plain/sep_classes.json does not exist, so there are no classes to load. Save with "
         "SEPClassifier.save_pretrained, or load the adapter alone with PeftModel.from_pretrained and name the classes "
         "with SEPClassifier.from_class_names.",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from bundled import IMAGE_FILES, NAMES, scores_of
+from PIL import Image
 from transformers import pipeline
 
 from sep_peft import ImageClassifier, SEPClassifier
+from sep_peft.classifier.images import read_image
 
 
 LABELS = [name.replace("_", " ") for name in NAMES]
@@ -69,6 +72,28 @@ def test_labels_follow_the_classifier(small_model, processor):
         found, expected = classify(images, top_k=len(names)), classifier.predict(IMAGE_FILES)
         assert_close(found, expected, names)
         assert model.config.num_labels == len(names) and sorted(model.config.label2id) == sorted(names)
+
+
+def test_images_that_the_pipeline_would_read_otherwise(small_model, processor, tmp_path):
+    """Gray of 16 bits and transparency: opened by SEP's reader first, they give what `predict` gives."""
+    gray = np.asarray(Image.open(IMAGE_FILES[0]).convert("L"), dtype=np.uint16) * 257
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    clear = Image.open(IMAGE_FILES[1]).convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(tmp_path / "clear.png")
+    files = [tmp_path / "gray.png", tmp_path / "clear.png"]
+    classifier = SEPClassifier.from_class_names(small_model, processor, NAMES).eval()
+    expected = classifier.predict(files)
+    classify = pipeline(
+        "image-classification",
+        model=ImageClassifier(classifier),
+        image_processor=processor.image_processor,
+        device="cpu",
+    )
+    assert_close(classify([read_image(file) for file in files]), expected, NAMES)
+    for file, prediction in zip(files, expected, strict=True):  # which is why the documentation says so
+        (found,) = classify([str(file)])
+        assert scores_of(found, NAMES) != pytest.approx(scores_of(prediction, NAMES), abs=1e-3)
 
 
 def test_what_the_pipeline_reads(small_model, processor):

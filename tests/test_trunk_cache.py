@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -213,6 +214,24 @@ def test_a_write_that_fails_leaves_no_file_that_counts(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert len(TrunkCache(make_classifier().model, Images(), tmp_path)) == 5
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    def killed(tensors, file, metadata):
+        Path(file).write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr("sep_peft.classifier.trunk_cache.save_file", killed)
+            TrunkCache(make_classifier().model, Images(), tmp_path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert any(path.read_bytes() == b"half a file" for path in tmp_path.rglob("*") if path.is_file())
+    assert len(TrunkCache(make_classifier().model, Images(), tmp_path)) == 5
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
 def flip(file: Path, place: int) -> None:

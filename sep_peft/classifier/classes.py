@@ -220,13 +220,15 @@ def check_labels(labels: torch.Tensor, count: int) -> None:
     """
     Raises:
         TypeError: `labels` is no tensor of integers.
-        ValueError: one of `labels` (B,) is no index of `count` classes.
+        ValueError: `labels` has another shape than (B,), or one of them is no index of `count` classes.
     """
     kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
     if kind not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(
             f"Labels must be a tensor of integers (B,), which count in the order of the classes, but got {kind}."
         )
+    if labels.ndim != 1:
+        raise ValueError(f"Labels must have the shape (B,), one for each image, but got {tuple(labels.shape)}.")
     if is_traced():
         return  # a branch on data would break the graph; cross entropy checks the range as well
     wrong = labels[(labels < 0) | (labels >= count)]

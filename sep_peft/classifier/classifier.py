@@ -501,7 +501,7 @@ class SEPClassifier(TrainerMixin):
                 a task is unknown, `min_score` or `coverage` is out of range, `coverage` comes with `top_k`, or
                 `unknown` or `coverage` is asked for classes that were not calibrated on held-out images.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
         images, single = as_images(images)
         own = Task(None, self.encoder)  # looked up once: another thread may set other classes meanwhile

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from io import BytesIO
+from io import BytesIO, TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ def _open(image: Any) -> Image.Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return Image.open(BytesIO(image))
     if hasattr(image, "read"):
+        if isinstance(image, TextIOBase):
+            raise TypeError("it was opened as text. Open it in binary mode: open(path, 'rb').")
         return Image.open(image)
     if isinstance(image, (str, os.PathLike)):
         return _open_named(os.fspath(image))
@@ -122,12 +125,21 @@ def _open_named(name: str) -> Image.Image:
         answer = httpx.get(name, timeout=TIMEOUT, follow_redirects=True).raise_for_status()
         return Image.open(BytesIO(answer.content))
     if name.startswith("data:image/"):
-        return Image.open(BytesIO(base64.b64decode(name.partition(",")[2], validate=True)))
+        return Image.open(BytesIO(_from_base64(name.partition(",")[2])))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+        raise ValueError("of addresses http, https and data:image/ are read.")
     if os.path.isdir(name):
         raise IsADirectoryError("it is a folder. Pass the images in it: sep_peft.folders.find_images(folder).")
     if not os.path.exists(name):
         raise FileNotFoundError("there is no such file.")
     return Image.open(name)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError("what follows the comma is no base64.") from error
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -226,7 +238,12 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
 
     What is hidden is left out: files and folders whose name begins with a dot, and ``__MACOSX``.
     """
-    return sorted(path for path in visible_files(folder) if path.suffix.lower() in ENDINGS)
+    return sorted(filter(is_image, visible_files(folder)))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is one of the user's images, by its name."""
+    return path.suffix.lower() in ENDINGS and not is_hidden(path.name)
 
 
 def other_endings(folder: str | os.PathLike) -> Counter[str]:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 class ImageClassifier(nn.Module):
     """For `pipeline("image-classification", ...)`: a `SEPClassifier` with the classes that it has when it is asked.
 
-    The pipeline says in its log that it does not know this class; it works all the same.
+    The pipeline says in its log that it does not know this class; it works all the same. Files it opens with its own
+    reader, which shows gray of 16 bits as white and what is transparent as it is below; `images.read_image` reads both
+    as they look, and the pipeline takes what it returns.
 
     Args:
         classifier: its classes and its model's active adapter are used. It is shared, not copied.

@@ -9,6 +9,7 @@ import torch
 
 from ..method.mix import mix_embeddings, unit, wide
 from ..tuner.current import chosen_adapters
+from ..tuner.messages import shown
 from ..tuner.tower import SEPTower
 from .answers import Answers
 from .class_encoder import ClassEncoder
@@ -85,12 +86,15 @@ def predict_batch(
 def check_answers(answers: Answers, tasks: Sequence[Task]) -> None:
     """
     Raises:
+        TypeError: `top_k` is no whole number.
         ValueError: `top_k` is below 1 or above the number of classes of a task, or the classes of a task have no
             calibration for what is asked.
     """
     for classes in {id(task.classes): task.classes for task in tasks}.values():
         answers.check(classes.calibration)
     top_k = answers.top_k
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
+        raise TypeError(f"top_k must be None or a whole number, but got {shown(top_k)}.")
     count = min((len(task.classes) for task in tasks), default=0)
     if top_k is not None and tasks and not 1 <= top_k <= count:
         raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")

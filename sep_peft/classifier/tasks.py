@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..tuner.current import chosen_adapters, walked_adapter
+from ..tuner.messages import shown
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.modes import evaluating
 from ..tuner.restore import unchanged_on_error
@@ -128,8 +129,11 @@ class Tasks(nn.Module):
             count: samples.
 
         Raises:
+            TypeError: `task` is neither a name nor a list of names.
             ValueError: another number of tasks than samples, a task that does not exist, or one without its adapter.
         """
+        if not isinstance(task, (str, Sequence)):
+            raise TypeError(f"task must be a name or a list of names, but got {shown(task)}.")
         names = [task] * count if isinstance(task, str) else list(task)
         if len(names) != count:
             raise ValueError(f"task must be one name or one for each of {count} images, but got {len(names)}.")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,7 +18,8 @@ from torch import nn
 
 from ..method.mix import mix_embeddings, unit, wide
 from ..tracing import is_traced
-from ..tuner.files import check_save_dtype
+from ..tuner.files import check_save_dtype, remove_leftovers, replace_files
+from ..tuner.messages import one_line
 from ..tuner.model import find_towers
 from ..tuner.offload import compute_device, read_parameter
 from ..tuner.passes import TrunkFeatures
@@ -85,7 +85,7 @@ class TrunkCache(torch.utils.data.Dataset):
         batch_size: int = 32,
     ):
         check_save_dtype(dtype)
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
         count = len(images)
         if count == 0 or views < 1 or count % views:
@@ -163,30 +163,28 @@ class TrunkCache(torch.utils.data.Dataset):
         new = {key: entry for key, entry in self._known.items() if isinstance(entry, dict)}
         if self._folder is None or not new:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         digests = {key: entry_digest(entry) for key, entry in new.items()}
         # named by what it holds: whoever else writes this file writes the same
         name = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
         file = self._folder / f"{self._model_key}-{name}.safetensors"
-        temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
         tensors = {f"{key}.{part}": value for key, entry in new.items() for part, value in entry.items()}
-        try:
-            save_file(tensors, temporary, {"digests": json.dumps(digests)})
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replace_files(self._folder) as temporary:
+            save_file(tensors, Path(temporary, file.name), {"digests": json.dumps(digests)})
         self._register(file)
 
     def _files(self) -> list[Path]:
-        return [] if self._folder is None else sorted(self._folder.glob(f"{self._model_key}-*.safetensors"))
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        remove_leftovers(self._folder)
+        return sorted(self._folder.glob(f"{self._model_key}-*.safetensors"))
 
     def _register(self, file: Path) -> None:
         try:
             with safe_open(file, framework="pt") as opened:
                 digests = json.loads((opened.metadata() or {}).get("digests", "null"))
                 names = set(opened.keys())
-        except (SafetensorError, ValueError) as error:
-            raise damaged(file, str(error)) from error
+        except (SafetensorError, ValueError, RecursionError) as error:
+            raise damaged(file, one_line(str(error))) from error
         if not isinstance(digests, dict) or names != {f"{key}.{part}" for key in digests for part in PARTS}:
             raise damaged(file, "its digests do not belong to its entries")
         self._known |= dict.fromkeys(digests, file)
@@ -198,7 +196,7 @@ class TrunkCache(torch.utils.data.Dataset):
             with safe_open(file, framework="pt") as opened:
                 entry = {part: opened.get_tensor(f"{key}.{part}") for part in PARTS}
         except SafetensorError as error:
-            raise damaged(file, str(error)) from error
+            raise damaged(file, one_line(str(error))) from error
         if entry_digest(entry) != self._digests[key]:
             raise damaged(file, "an entry is not what was written")
         return entry

@@ -70,7 +70,12 @@ def _report(work: Callable[[], Result], as_json: bool, quiet: bool, debug: bool)
             raise
         _complain(f"error: {str(error).strip() or type(error).__name__}")
         return 1
-    _print(json_text(result.data) if as_json else "\n".join(map(printable, result.lines)))
+    encoding = sys.stdout.encoding or "utf-8"
+    if as_json:
+        _print(json_text(result.data, encoding))
+    else:
+        text = "\n".join(map(printable, result.lines))
+        _print(text.encode(encoding, "backslashreplace").decode(encoding))
     return result.code
 
 

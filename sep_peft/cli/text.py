@@ -12,7 +12,14 @@ from ..tuner.messages import acts, one_line, printable
 __all__ = ["json_text", "one_line", "printable"]
 
 
-def json_text(data: Any) -> str:
-    r"""Indented JSON that can be read by people; characters that act on a terminal are written as ``\uXXXX``."""
-    text = json.dumps(data, indent=1, ensure_ascii=False)
-    return re.sub(r"[^\n -~]", lambda found: json.dumps(found[0])[1:-1] if acts(found[0]) else found[0], text)
+def json_text(data: Any, encoding: str = "utf-8") -> str:
+    r"""Indented JSON that can be read by people.
+
+    Characters that act on a terminal, or that `encoding` does not have, are written as ``\uXXXX``.
+    """
+
+    def written(found: re.Match) -> str:
+        shown = not acts(found[0]) and found[0].encode(encoding, "ignore")
+        return found[0] if shown else json.dumps(found[0])[1:-1]
+
+    return re.sub(r"[^\n -~]", written, json.dumps(data, indent=1, ensure_ascii=False))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..classifier.images import find_images, is_hidden, other_endings, read_image, warn_left_out
+from ..classifier.images import find_images, is_hidden, is_image, other_endings, read_image, warn_left_out
+from ..tuner.messages import listed
 
 
 #: Part of a data set -> names that its folder may have, in any case.
@@ -47,6 +49,7 @@ def read_folder(folder: str | os.PathLike, shots: int, seed: int) -> ImageFolder
     """
     folder, rng = _existing(folder), random.Random(seed)
     parts = find_parts(folder)
+    _warn_beside_parts(folder, parts)
     if "train" in parts:
         train = {
             name: rng.sample(paths, min(shots, len(paths))) for name, paths in read_classes(parts["train"]).items()
@@ -79,6 +82,7 @@ def read_test(folder: str | os.PathLike) -> Samples:
     """
     folder = _existing(folder)
     parts = find_parts(folder)
+    _warn_beside_parts(folder, parts)
     samples = _samples(read_classes(parts.get("test") or parts.get("val") or folder))
     if not samples:
         raise ValueError(f"{folder} has no folders with images, one per class.")
@@ -114,8 +118,10 @@ def find_parts(folder: Path) -> dict[str, Path]:
 def read_classes(folder: Path) -> dict[str, list[Path]]:
     """Name of each folder -> the images in it and below; without hidden folders and those without images.
 
-    Files whose endings are not read are counted and named in a warning, and so are classes that have no others.
+    Files whose endings are not read are counted and named in a warning, and so are classes that have no others and
+    images that lie beside the folders.
     """
+    _warn_of_loose_images(folder)
     folders = _visible_folders(folder)
     classes = {entry.name: find_images(entry) for entry in folders}
     others = {entry.name: counts for entry in folders if (counts := other_endings(entry))}
@@ -123,6 +129,30 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
     more = f" Without any image, so no classes: {', '.join(lost)}." if lost else ""
     warn_left_out(folder, sum(others.values(), Counter()), more)
     return {name: paths for name, paths in classes.items() if paths}
+
+
+def _warn_of_loose_images(folder: Path) -> None:
+    """Warn of images that are in no folder of a class."""
+    loose = sorted(path.name for path in folder.iterdir() if path.is_file() and is_image(path))
+    if loose:
+        count, lie = ("is 1 image", "lies") if len(loose) == 1 else (f"are {len(loose)} images", "lie")
+        warnings.warn(
+            f"Left out {count} in {folder} that {lie} in no folder of a class: {listed(loose)}.", stacklevel=3
+        )
+
+
+def _warn_beside_parts(folder: Path, parts: dict[str, Path]) -> None:
+    """Warn of images and folders beside the parts of a data set."""
+    if not parts:
+        return
+    _warn_of_loose_images(folder)
+    others = [path.name for path in _visible_folders(folder) if path not in parts.values() and find_images(path)]
+    if others:
+        names = ", ".join(path.name for path in parts.values())
+        warnings.warn(
+            f"Left out are the folders with images in {folder} beside its parts ({names}): {listed(others)}.",
+            stacklevel=3,
+        )
 
 
 def without_unreadable(

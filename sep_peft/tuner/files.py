@@ -303,7 +303,7 @@ def replace_files(folder: str | os.PathLike) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a folder is needed to save into.")
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     mark = f"{_node()}-{os.getpid()}-"
     with (
         full_disk_named(folder),
@@ -319,13 +319,13 @@ def _node() -> str:
     return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of processes of this machine that are gone; those of others may be in use."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine left of `replace_files`; what others left may be in use."""
     leftover = re.compile(rf"\.(?:saving|replaced)-{_node()}-(\d+)-[^-]+")
     for path in folder.iterdir():
         match = leftover.fullmatch(path.name)
         if match is not None and path.is_dir() and not psutil.pid_exists(int(match[1])):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may remove it at the same time
 
 
 def _move_order(file: Path) -> tuple:
