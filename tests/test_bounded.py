@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fresh import Outcomes
+from fresh import usual
 from safetensors.torch import load_file
 from small_classifier import make_classifier
 
@@ -167,9 +167,9 @@ RUNS = [(name, way) for name, case in CASES.items() for way in ("load", "tell") 
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> Callable[[str, str], tuple[list, Path]]:
-    """Of every run, each in a process of its own: what `bounded.measure` prints, and the folder."""
-    good = tmp_path_factory.mktemp("good")
+def outcomes(tmp_path_factory) -> dict[tuple[str, str], tuple[list, Path]]:
+    """Name and way -> what `bounded` prints, and the folder."""
+    good, asked = tmp_path_factory.mktemp("good"), tmp_path_factory.mktemp("asked") / "runs.json"
     make_classifier().keep_prototypes(1.5).save_pretrained(good)
     folders = {}
     for name, case in CASES.items():
@@ -177,18 +177,17 @@ def outcomes(tmp_path_factory) -> Callable[[str, str], tuple[list, Path]]:
         for file in good.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         case.change(folder)
-    setup = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bounded"
-    statements = {
-        f"{name}, {way}": f"import bounded; bounded.measure({way!r}, {str(folders[name])!r})" for name, way in RUNS
-    }
-    found = Outcomes(setup, statements)
-    return lambda name, way: (json.loads(found.of(f"{name}, {way}").splitlines()[-1]), folders[name])
+    asked.write_text(json.dumps([[way, str(folders[name])] for name, way in RUNS]))
+    result = usual().run(Path(__file__).with_name("bounded.py"), asked)
+    assert result.returncode == 0, result.stderr
+    lines = map(json.loads, result.stdout.splitlines())
+    return {run: (line, folders[run[0]]) for run, line in zip(RUNS, lines, strict=True)}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in other units elsewhere")
 @pytest.mark.parametrize(("name", "way"), RUNS)
 def test_refused_before_memory_is_taken(name, way, outcomes):
     case = CASES[name]
-    (memory, seconds, message), folder = outcomes(name, way)
+    (memory, seconds, message), folder = outcomes[name, way]
     assert message is not None and message.startswith(case.message.replace("{folder}", str(folder))), message
     assert memory < case.memory and seconds < SECONDS, (memory, seconds)

@@ -207,7 +207,6 @@ LIMITS = "must be a number from 0.01 to 1000, but got"
         ({}, "calibration of the class list lacks temperature."),
         ({"temperature": 2, "bias": 1}, "calibration of the class list has unknown entries: ['bias']."),
         ({"temperature": 0}, f"temperature of the calibration {LIMITS} 0."),
-        ({"temperature": float("nan")}, f"temperature of the calibration {LIMITS} nan."),
         ({"temperature": 1e4}, f"temperature of the calibration {LIMITS} 10000.0."),
         ({"temperature": True}, f"temperature of the calibration {LIMITS} True."),
         ({"temperature": "2"}, f"temperature of the calibration {LIMITS} '2'."),
@@ -229,5 +228,5 @@ def test_what_files_of_strangers_may_not_say(data, message, tmp_path):
     make_classifier().save_pretrained(tmp_path)
     file = tmp_path / "sep_classes.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": data}))
-    with raises(message):
+    with raises(f"{file}: {message}"):
         SEPClassifier.from_pretrained(tmp_path, model=make_clip())

@@ -755,35 +755,32 @@ def test_errors_that_act(run, adapter):
 # the process
 
 
-@pytest.fixture(scope="module")
-def in_ascii(adapter, images, tmp_path_factory) -> Callable[[str], str]:
-    """What commands print where standard output takes ASCII alone and raises at anything else."""
-    folder = tmp_path_factory.mktemp("ünder")
-    shutil.copytree(adapter, folder / "saved")
-    data = json.loads((folder / "saved" / "sep_classes.json").read_text())
+#: Runs commands where standard output takes ASCII alone and raises at anything else; a line with "next" ends each.
+STRICT = """
+import io, sys
+from sep_peft.cli.app import main
+sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="ascii", errors="strict", line_buffering=True)
+for arguments in {!r}:
+    code = main(arguments)
+    assert code == 0, code
+    print("next")
+"""
+
+
+def test_output_that_takes_ascii_alone(adapter, images, tmp_path):
+    folder = tmp_path / "ünder"
+    shutil.copytree(adapter, folder)
+    data = json.loads((folder / "sep_classes.json").read_text())
     data["names"][0] = "Tässe ☕"
-    (folder / "saved" / "sep_classes.json").write_text(json.dumps(data))
+    (folder / "sep_classes.json").write_text(json.dumps(data))
     shutil.copy(next((images / "test" / "cup").iterdir()), folder / "ïmage.jpg")
-    for_predict = [str(folder / "saved"), str(folder / "ïmage.jpg"), "--quiet"]
-    commands = {
-        "info": ["info", str(folder / "saved")],
-        "predict": ["predict", *for_predict],
-        "json": ["predict", *for_predict, "--json"],
-    }
-    strict = "import io, sys; sys.stdout = io.TextIOWrapper(open(1, 'wb', closefd=False), encoding='ascii')"
-    statements = {
-        name: f"{strict}; from sep_peft.cli.app import main; code = main({arguments!r}); assert code == 0, code"
-        for name, arguments in commands.items()
-    }
-    return Outcomes("import sep_peft.cli.commands", statements).of
-
-
-def test_output_that_takes_ascii_alone(in_ascii):
-    assert r"T\xe4sse \u2615" in in_ascii("info")
-    (line,) = [line for line in in_ascii("predict").splitlines() if ".jpg" in line]
-    assert r"/\xefmage.jpg: " in line and r"T\xe4sse \u2615" in line
-    printed = in_ascii("json")
-    (entry,) = json.loads(printed[printed.index("[") :])
+    predict = ["predict", str(folder), str(folder / "ïmage.jpg"), "--quiet"]
+    result = usual().run(STRICT.format([["info", str(folder)], predict, [*predict, "--json"]]))
+    assert result.returncode == 0, result.stderr
+    info, predicted, printed, _ = result.stdout.split("next\n")
+    assert r"T\xe4sse \u2615" in info
+    assert r"/\xefmage.jpg: " in predicted and r"T\xe4sse \u2615" in predicted
+    (entry,) = json.loads(printed)
     assert entry["image"].endswith("/ïmage.jpg") and "Tässe ☕" in {top["label"] for top in entry["prediction"]}
 
 

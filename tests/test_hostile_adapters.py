@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_classifier import CLASSES, IMAGES, TEMPLATES, make_model, raises
@@ -19,8 +21,10 @@ from small_sep import outputs, snapshot
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, TaskClasses, hotswap_adapter
-from sep_peft.classifier.files import load_base
+from sep_peft.classifier.files import CLASSES_FILE, PROTOTYPES_FILE, load_base
 from sep_peft.classifier.prediction import Task, predict_batch
+from sep_peft.cli.commands import AdapterSource, Session, info
+from sep_peft.tuner.messages import acts
 from sep_peft.tuner.tower import SEPTower
 
 
@@ -298,6 +302,243 @@ def test_prototypes_of_another_width_are_refused_and_the_adapter_taken_back(file
         "base model."
     )
     assert_refused(load, files.folder, has_adapter, ValueError, message)
+
+
+# files that this package reads before PEFT does
+
+
+def text(name: str, change: Callable[[str], str]) -> Callable[[Files], object]:
+    """The text of a file is changed."""
+    return lambda files: (file := files.folder / name).write_text(change(file.read_text()))
+
+
+def classes(**entries) -> Callable[[Files], object]:
+    return text(CLASSES_FILE, lambda old: json.dumps(json.loads(old) | entries))
+
+
+def class_inputs(**entries) -> Callable[[Files], object]:
+    """Of the class texts."""
+
+    def change(old: str) -> str:
+        data = json.loads(old)
+        data["class_inputs"] |= entries
+        return json.dumps(data)
+
+    return text(CLASSES_FILE, change)
+
+
+def prototypes(change: Callable[[dict], object] = lambda state: None, names: int = 4) -> Callable[[Files], object]:
+    """Prototypes lie beside the adapter, with a weight in the class file."""
+
+    def damage(files: Files) -> None:
+        classes(prototype_logit_weight=1.5)(files)
+        state = {"prototypes": torch.ones(names, 24)}
+        change(state)
+        save_file(state, files.folder / PROTOTYPES_FILE)
+
+    return damage
+
+
+def pickled(make: Callable[[dict], object]) -> Callable[[Files], object]:
+    """The weights lie in a file of torch.save."""
+
+    def damage(files: Files) -> None:
+        weights = files.folder / SAFETENSORS_WEIGHTS_NAME
+        torch.save(make(load_file(weights)), files.folder / WEIGHTS_NAME)
+        weights.unlink()
+
+    return damage
+
+
+def compressed(files: Files) -> None:
+    pickled(dict)(files)
+    file = files.folder / WEIGHTS_NAME
+    source = io.BytesIO(file.read_bytes())
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, bytes(10**6) if entry.filename.endswith("/data/0") else old.read(entry))
+
+
+def other_dtype(name: bytes) -> Callable[[Files], object]:
+    """The header names another type of numbers, of as many letters."""
+
+    def damage(files: Files) -> None:
+        file = files.folder / SAFETENSORS_WEIGHTS_NAME
+        file.write_bytes(file.read_bytes().replace(b'"F32"', b'"' + name + b'"', 1))
+
+    return damage
+
+
+CONFIG_FILE, CLASS_FILE = "{folder}/adapter_config.json", "{folder}/sep_classes.json"
+UNKNOWN = "{folder} holds an adapter of a method that PEFT does not know, but SEP is needed."
+NO_JSON = " is no valid JSON ({}). Copy or download it again."
+NO_PICKLE = (
+    "{folder}/adapter_model.bin cannot be read: it is cut short or damaged, or holds more than tensors. Copy or "
+)
+PROTOTYPES_ALONE = (
+    "{{folder}}/sep_prototypes.safetensors must hold prototypes alone, one for each name in sep_classes.json, but "
+    "holds {}. Copy or download it again."
+)
+EMPTY_NAME = CLASS_FILE + ": A class name must be a text that is not blank, but got {}."
+OWN_CASES = {
+    "config: no method": Case(text(CONFIG_NAME, lambda old: old.replace('"peft_type"', '"x"')), UNKNOWN),
+    "config: a method that is none": config(UNKNOWN, peft_type="\x1b[2J"),
+    "config: a method that is a list": config(UNKNOWN, peft_type=["SEP"]),
+    "config: another method": config(
+        "{folder} holds an adapter of the method LORA, but SEP is needed.", peft_type="LORA"
+    ),
+    "config: an argument of PEFT": config(CONFIG_FILE + " must not have the key 'cls': no option is called so.", cls=1),
+    "config: NaN": config(CONFIG_FILE + NO_JSON.format("NaN is no number of JSON"), frozen_weight=float("nan")),
+    "config: a number beyond all": Case(
+        text(CONFIG_NAME, lambda old: old.replace('"frozen_weight": 0.5', '"frozen_weight": 1e999')),
+        CONFIG_FILE + ": frozen_weight must be a number of at least 0 and below 1, but got inf.",
+    ),
+    "config: a number of too many digits": Case(
+        text(CONFIG_NAME, lambda old: old.replace('"start_layer": 0', f'"start_layer": {"9" * 5000}')),
+        CONFIG_FILE + " is no valid JSON (",
+    ),
+    "config: a key twice": Case(
+        text(CONFIG_NAME, lambda old: old.replace("{", '{"fusion": "none",', 1)),
+        CONFIG_FILE + NO_JSON.format("the key 'fusion' stands there twice"),
+    ),
+    "config: lists in lists": Case(
+        text(CONFIG_NAME, lambda old: old.replace('"revision": null', f'"revision": {"[" * 900}{"]" * 900}')),
+        CONFIG_FILE + NO_JSON.format("it is nested more than 20 deep"),
+    ),
+    "config: more lists in lists": Case(
+        text(CONFIG_NAME, lambda old: "[" * 100_000), CONFIG_FILE + NO_JSON.format("it is nested more than 20 deep")
+    ),
+    "config: a list": Case(
+        text(CONFIG_NAME, lambda old: f"[{old}]"), CONFIG_FILE + " must hold a JSON object, but holds [{'arch"
+    ),
+    "config: nothing": Case(
+        text(CONFIG_NAME, lambda old: "null"), CONFIG_FILE + " must hold a JSON object, but holds None."
+    ),
+    "config: bytes": Case(
+        lambda files: (files.folder / CONFIG_NAME).write_bytes(b"\xff\xfe{"), CONFIG_FILE + " is no valid JSON ("
+    ),
+    "config: too large": Case(text(CONFIG_NAME, lambda old: old + " " * 2**20), CONFIG_FILE + " has 1049"),
+    "config: towers that are a text": config(
+        CONFIG_FILE + ": base_architecture must be None or a dict, but got 'clip'.", base_architecture="clip"
+    ),
+    "config: a long text": config(
+        CONFIG_FILE + f': fusion must be "attention", "independent" or "none", but got \'{"x" * 97}...{"x" * 98}\'.',
+        fusion="x" * 100_000,
+    ),
+    "config: a task type that acts": config(
+        CONFIG_FILE
+        + ": task_type must be None, but got '\\x1b[2J': SEP adapts both towers of a dual encoder, while PEFT's "
+        "task types wrap models of another call signature. Leave task_type out.",
+        task_type="\x1b[2J",
+    ),
+    "classes: a key that acts": Case(
+        class_inputs(**{"\x1b[2J": 5}),
+        CLASS_FILE + ": \\x1b[2J in class_inputs of the class list must hold lists of integers, but got 5.",
+    ),
+    "classes: an input that no tower reads": Case(
+        class_inputs(pixel_values=[[0]] * 4),
+        CLASS_FILE + ": Tokenized texts may hold input_ids, attention_mask, token_type_ids, position_ids, but got "
+        "'pixel_values'.",
+    ),
+    "classes: half a character": Case(
+        classes(names=["a", "b", "c", "d\ud800"]),
+        CLASS_FILE + ": A class name must be a text that UTF-8 can hold, but got 'd\\ud800'. Rename it.",
+    ),
+    "classes: a long name": Case(
+        classes(names=["a", "b", "c", "d" * 10_001]),
+        CLASS_FILE + f": A class name must have at most 10000 characters, but got 10001: '{'d' * 97}...{'d' * 98}'.",
+    ),
+    "classes: a long template": Case(
+        classes(templates=["{}" + "d" * 10_000]),
+        CLASS_FILE + f": A template must have at most 10000 characters, but got 10002: '{{}}{'d' * 95}...{'d' * 98}'.",
+    ),
+    "classes: a name that is a number": Case(classes(names=["a", "b", "c", 5]), EMPTY_NAME.replace("{}", "5")),
+    "classes: names that act": Case(
+        classes(names=["a\x1b", "b", "c", "a\x1b"]),
+        CLASS_FILE + ": Class names must differ, but these occur more than once: 'a\\x1b'.",
+    ),
+    "classes: a weight that is a text": Case(
+        classes(prototype_logit_weight=""),
+        CLASS_FILE + ": prototype_logit_weight of the class list must be a number, but got ''.",
+    ),
+    "classes: a temperature beyond all": Case(
+        classes(calibration={"temperature": 10**400}),
+        CLASS_FILE + ": temperature of the calibration must be a number from 0.01 to 1000, but got 1000000",
+    ),
+    "classes: a version that is long": Case(
+        classes(format_version="1" * 10_000),
+        CLASS_FILE + f" has format version '{'1' * 97}...{'1' * 98}', but this version of sep_peft reads 1. Upgrade "
+        "sep_peft.",
+    ),
+    "classes: a key twice": Case(
+        text(CLASSES_FILE, lambda old: old.replace("{", '{"names": [],', 1)),
+        CLASS_FILE + NO_JSON.format("the key 'names' stands there twice"),
+    ),
+    "prototypes: missing": Case(
+        classes(prototype_logit_weight=1.5),
+        "{folder}/sep_prototypes.safetensors does not exist, but sep_classes.json says that it should. Copy or "
+        "download it again.",
+    ),
+    "prototypes: of another class list": Case(prototypes(names=5), PROTOTYPES_ALONE.format("{'prototypes': (5, 24)}")),
+    "prototypes: wider than any": Case(
+        prototypes(lambda state: state.update(prototypes=torch.ones(4, 2**16 + 1))),
+        PROTOTYPES_ALONE.format("{'prototypes': (4, 65537)}"),
+    ),
+    "prototypes: something beside them": Case(
+        prototypes(lambda state: state.update(other=torch.ones(1))),
+        PROTOTYPES_ALONE.format("{'other': (1,), 'prototypes': (4, 24)}"),
+    ),
+    "prototypes: integers": Case(
+        prototypes(lambda state: state.update(prototypes=torch.ones(4, 24, dtype=torch.long))),
+        CLASS_FILE + ": prototypes must be floats, but got torch.int64.",
+    ),
+    "pickle: cut short": Case(
+        lambda files: (pickled(dict)(files), (file := files.folder / WEIGHTS_NAME).write_bytes(file.read_bytes()[:-9])),
+        NO_PICKLE + "download it again.",
+    ),
+    "pickle: code": Case(pickled(lambda state: {"x": print}), NO_PICKLE + "download it again."),
+    "pickle: compressed": Case(compressed, NO_PICKLE + "download it again."),
+    "pickle: a key that is no text": Case(
+        pickled(lambda state: state | {5: torch.zeros(1)}),
+        "{folder}/adapter_model.bin holds more than tensors by name, so it is no file of an adapter's weights.",
+    ),
+    "header: a type that acts": Case(
+        other_dtype(b"\\n\\u001b"), "{folder}/adapter_model.safetensors cannot be read (", SafetensorError
+    ),
+    "header: too large": Case(
+        lambda files: files.weights(lambda state: state.update({"x" * (2**22): torch.zeros(1)})),
+        "{folder}/adapter_model.safetensors has a header of 42",
+        SafetensorError,
+    ),
+}
+
+
+def by_info(folder: Path, model) -> None:
+    info(AdapterSource(str(folder)), Session())
+
+
+def by_hotswap(folder: Path, model) -> None:
+    hotswap_adapter(model, folder, "default")
+
+
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_files_are_read_before_peft_reads_them(files, name):
+    """By each way in, refused with the same message, that acts on no terminal."""
+    case = OWN_CASES[name]
+    case.damage(files)
+    message = case.message.replace("{folder}", str(files.folder))
+    ways = [by_classifier, by_task, by_info]
+    ways += [] if name.startswith(("classes", "prototypes")) else [by_hotswap]
+    model = make_model()
+    before = state(model)
+    for way in ways:
+        with pytest.raises(case.error) as raised:
+            way(files.folder, model)
+        shown = str(raised.value)
+        assert shown == message or (not message.endswith(".") and shown.startswith(message)), shown
+        assert not any(map(acts, shown))
+        assert state(model) == before
+    assert torch.equal(outputs(model), outputs(make_model()))
 
 
 # names

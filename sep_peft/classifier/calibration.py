@@ -172,4 +172,4 @@ def kept_scores(scores: torch.Tensor, most: int = KEPT_SCORES) -> tuple[float, .
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

@@ -20,15 +20,19 @@ import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from ..tuner.config import SEPConfig
+from ..tuner.messages import one_line
 from ..version import __version__
 from .classes import TaskClasses
 
 
 START = "<!-- sep_peft: from here to the end mark made anew with each save; write your own text around it -->"
 END = "<!-- sep_peft: end mark -->"
+#: Largest card that is read, in bytes, and longest metadata, in characters.
+MAX_BYTES, MAX_METADATA = 2**22, 2**17
 PAPER = "https://arxiv.org/abs/2405.15549"
 TASK = "zero-shot-image-classification"
 TAGS = ("sep", "sep_peft", "clip", "few-shot", "prompt-learning")
@@ -177,14 +181,31 @@ def read_card(path: str | os.PathLike) -> ModelCard:
     """The card in a file.
 
     Raises:
-        ValueError: its metadata cannot be read; the message names the file.
+        ValueError: its metadata cannot be read or refer to parts of themselves, or it is larger than `MAX_BYTES`; the
+            message names the file.
     """
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise ValueError(f"The model card {os.fspath(path)} has {size} bytes, but at most {MAX_BYTES} are read.")
     try:
+        with open(path, encoding="utf-8", newline="") as file:
+            _check_metadata(file.read())
         return ModelCard.load(Path(path))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(str(error))
         raise ValueError(
-            f"The metadata of the model card {os.fspath(path)} cannot be read ({error}). Mend or delete it."
+            f"The metadata of the model card {os.fspath(path)} cannot be read ({reason}). Mend or delete it."
         ) from error
+
+
+def _check_metadata(text: str) -> None:
+    """Refuse what takes YAML more time and memory than its length: parts that stand for others, again and again."""
+    block = REGEX_YAML_BLOCK.search(text)
+    if block is None:
+        return
+    if len(block[2]) > MAX_METADATA:
+        raise ValueError(f"they have {len(block[2])} characters, but at most {MAX_METADATA} are read")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block[2], Loader=yaml.SafeLoader)):
+        raise ValueError("they refer to parts of themselves by *")
 
 
 # metadata

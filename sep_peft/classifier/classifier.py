@@ -280,8 +280,8 @@ class SEPClassifier(TrainerMixin):
             TypeError, ValueError, AdapterMismatchError: as `from_pretrained`, or the name is taken; nothing is loaded.
         """
         path, options = os.fspath(path), {"subfolder": subfolder, **hub_options}
+        SEPConfig.of_adapter(path, **options)  # before PEFT reads it, whose errors name no file
         classes = load_classes(path, subfolder, hub_options)
-        SEPConfig.of_adapter(path, **options)  # read before PEFT reads it, whose errors name no file
         self.tasks.load(name, path, classes, self.encoder.chunk_size, **options)
         return self
 
@@ -631,8 +631,8 @@ class SEPClassifier(TrainerMixin):
             AdapterMismatchError: the weights do not fit the model.
         """
         path = os.fspath(path)
-        classes = load_classes(path, subfolder, hub_options)  # first, before the model is touched
         SEPConfig.of_adapter(path, subfolder, **hub_options)  # before PEFT reads it, whose errors name no file
+        classes = load_classes(path, subfolder, hub_options)  # before the model is touched
         if model is None:
             model, found = load_base(path, subfolder, hub_options, trust_remote_code)
             processor = processor or found

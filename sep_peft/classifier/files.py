@@ -37,7 +37,7 @@ from ..tuner.files import (
 )
 from ..tuner.find_file import find_file
 from ..tuner.json_files import read_json
-from ..tuner.messages import shown
+from ..tuner.messages import one_line, shown
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
@@ -384,8 +384,9 @@ def load_base(
     name, mapping, revision = config.base_model_name_or_path, config.auto_mapping, config.revision or "main"
     class_name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     model_class = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    named = isinstance(name, str) and name and isinstance(revision, str)
-    if not named or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+    if not (isinstance(name, str) and name and isinstance(revision, str)):
+        model_class = None
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(
             f"The adapter {path} does not name a base model of transformers. Load the model and hand it in: "
             "SEPClassifier.from_pretrained(path, model=model, processor=processor)."
@@ -400,7 +401,7 @@ def load_base(
         logger.warning("The adapter %s names its base model by a path on this machine: %r is loaded.", path, name)
     options = {key: hub_options[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_options}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    with naming_base_model(name):
+    with naming_base_model(cast(str, name)):
         model = model_class.from_pretrained(name, **options)
         return model, transformers.AutoProcessor.from_pretrained(name, **options)
 
@@ -415,7 +416,8 @@ def naming_base_model(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        here = is_hub_name(name) or os.path.isdir(name)
+        reason = one_line(str(error)).rstrip(".") if here else "there is no such folder"
         raise OSError(
             f"The base model {shown(name)} cannot be loaded: {reason}. Pass one that can: "
             "--base-model NAME on the command line, or in Python "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -509,7 +510,10 @@ def _scores(source: AdapterSource, options: Mapping[str, Any]) -> list[dict]:
     """As the adapter's model card gives them."""
     try:
         card = read_card(find_file(source.name, REPOCARD_NAME, source.subfolder, options))
-    except (OSError, ValueError):
+    except OSError:  # there is none
+        return []
+    except ValueError as error:
+        warnings.warn(f"No scores are shown: {error}", stacklevel=2)
         return []
     results = [result for result in getattr(card.data, "eval_results", None) or () if result.metric_name == METRIC]
     return [{"dataset": r.dataset_name, "split": r.dataset_split, "accuracy": r.metric_value} for r in results]
