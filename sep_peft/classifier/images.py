@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from io import BytesIO, TextIOBase
 from pathlib import Path
@@ -36,6 +36,8 @@ if features.check("avif"):
 #: The longer side over the shorter. A processor that resizes the shorter side to 224 makes 10 million pixels of such an
 #: image; without a limit 1 x 100000 pixels, 300 bytes on disk, take 4 GB.
 MAX_RATIO = 200
+#: Pixels of an image that are converted at a time.
+STRIP_PIXELS = 2**20
 #: Seconds without an answer after which an address counts as unreadable.
 TIMEOUT = 30
 #: Mode of Pillow -> values that may stand for white; the smallest that no pixel exceeds is taken.
@@ -189,23 +191,48 @@ def _check_size(width: int, height: int) -> None:
 def _as_rgb(image: Image.Image) -> Image.Image:
     mode = "I;16" if image.mode.startswith("I;16") else image.mode  # also in big endian
     if mode in WHITE:
-        image = _gray(image, WHITE[mode])
+        convert = _gray_to_rgb(image, WHITE[mode])
     elif image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        convert = _on_white
+    else:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    shown = Image.new("RGB", image.size)
+    for box, strip in _strips(image):
+        shown.paste(convert(strip), box)
+    return shown
 
 
-def _gray(image: Image.Image, whites: tuple[int, ...]) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)  # (H, W)
-    if not np.isfinite(values).all():
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    """Box and content of each strip of some rows, so that no conversion needs memory for the whole image."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        yield box, image.crop(box)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _gray_to_rgb(image: Image.Image, whites: tuple[int, ...]) -> Callable[[Image.Image], Image.Image]:
+    """What makes RGB of a part of the image, by the first white that no pixel of the whole exceeds."""
+    tops = [np.asarray(strip).max() for _, strip in _strips(image)]  # NaN where there is any
+    bottoms = [np.asarray(strip).min() for _, strip in _strips(image)]
+    if not np.isfinite([*tops, *bottoms]).all():
         raise ValueError("it has pixels that are no finite numbers.")
-    top = values.max()
+    top = float(max(tops))
     white = next((white for white in whites if top <= white), top)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # one gray of a PNG that stands for transparent
-        values[values == transparent] = white
-    return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
+
+    def convert(part: Image.Image) -> Image.Image:
+        values = np.asarray(part).astype(np.float64)  # (H, W)
+        if isinstance(transparent, int):  # one gray of a PNG that stands for transparent
+            values[values == transparent] = white
+        gray = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
+
+    return convert
 
 
 def _described(image: Any, longest: int = 200) -> str:
