@@ -134,6 +134,8 @@ def _open_named(name: str) -> Image.Image:
         raise IsADirectoryError("it is a folder. Pass the images in it: sep_peft.folders.find_images(folder).")
     if not os.path.exists(name):
         raise FileNotFoundError("there is no such file.")
+    if not os.path.isfile(name):  # reading a pipe could wait for ever
+        raise ValueError("it is a pipe or a device, no file.")
     return Image.open(name)
 
 
