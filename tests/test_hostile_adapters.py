@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -467,7 +467,8 @@ OWN_CASES = {
     ),
     "classes: a version that is long": Case(
         classes(format_version="1" * 10_000),
-        CLASS_FILE + f" has format version '{'1' * 97}...{'1' * 98}', but this version of sep_peft reads 1. Upgrade "
+        CLASS_FILE
+        + f" has format version '{'1' * 97}...{'1' * 98}', but this version of sep_peft reads 1 and 2. Upgrade "
         "sep_peft.",
     ),
     "classes: a key twice": Case(
