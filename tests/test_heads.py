@@ -268,11 +268,11 @@ def test_damaged_files(tmp_path):
     ):
         load()
     save_file({"weight": whole["weight"]}, file)
-    with raises("A gda head has weight and bias, but got ['weight']."):
+    with raises(f"{classes}: A gda head has weight and bias, but got ['weight']."):
         load()
     save_file(whole, file)
     classes.write_text(json.dumps(data | {"head": "gda"}))
-    with raises("head of the class list must have a kind and a logit_weight, but got 'gda'."):
+    with raises(f"{classes}: head of the class list must have a kind and a logit_weight, but got 'gda'."):
         load()
     classes.write_text(json.dumps(data))
     file.unlink()

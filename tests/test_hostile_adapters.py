@@ -273,7 +273,10 @@ def assert_refused(load, folder: Path, has_adapter: bool, error: type[Exception]
 def test_refused_before_the_model_changes(files, name, load, has_adapter):
     case = CASES[name]
     case.damage(files)
-    assert_refused(load, files.folder, has_adapter, case.error, case.message.replace("{folder}", str(files.folder)))
+    message = case.message
+    if load is by_transformers:  # reads the options by a class of PEFT, which does not pass on from which file
+        message = message.removeprefix("{folder}/adapter_config.json: ")
+    assert_refused(load, files.folder, has_adapter, case.error, message.replace("{folder}", str(files.folder)))
 
 
 # what only the classes beside an adapter show, once it is in the model
