@@ -221,6 +221,10 @@ CASES = {
     "a key too many": weights(
         lambda state: state.update({PROMPTS + "_2": torch.zeros(2)}), MISFIT + f"unexpected keys: {PROMPTS}_2"
     ),
+    "a key that acts": weights(
+        lambda state: state.update({"\x1b[2J" + "x" * 400: torch.zeros(2)}),
+        MISFIT + "unexpected keys: base_model.model.\\x1b[2J" + "x" * 279,
+    ),
     "a weight of the base model": weights(
         lambda state: state.update({"base_model.model.logit_scale": torch.zeros(())}),
         OF_BASE.format(1, "base_model.model.logit_scale"),
@@ -433,6 +437,11 @@ OWN_CASES = {
         + ": task_type must be None, but got '\\x1b[2J': SEP adapts both towers of a dual encoder, while PEFT's "
         "task types wrap models of another call signature. Leave task_type out.",
         task_type="\x1b[2J",
+    ),
+    "config: a field of a spec that acts": config(
+        CONFIG_FILE + ": architecture has no field '\\x1b[2J'; it knows text, vision, logit_scale, scale, logit_bias, "
+        "variants, max_scale.",
+        architecture={"\x1b[2J": 1},
     ),
     "classes: a key that acts": Case(
         class_inputs(**{"\x1b[2J": 5}),

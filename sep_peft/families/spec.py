@@ -192,7 +192,8 @@ def _build(cls: type, name: str, values: Mapping[str, Any]) -> Any:
         raise ValueError(f"{name} must be a {cls.__name__} or a dict, but got {reprlib.repr(values)}.")
     values = {RENAMED_FIELDS.get(field, field): value for field, value in values.items()}
     known = [f.name for f in fields(cls)]
-    if unknown := sorted(map(str, set(values) - set(known))):
+    unknown = [key if _is_text(key) and key.isidentifier() else reprlib.repr(key) for key in set(values) - set(known)]
+    if unknown := sorted(map(str, unknown)):
         raise ValueError(f"{name} has no field {', '.join(unknown)}; it knows {', '.join(known)}.")
     try:
         return cls(**values)

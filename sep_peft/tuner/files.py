@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from .disk import full_disk_named
 from .json_files import read_json
-from .messages import one_line
+from .messages import one_line, printable
 from .save_id import FIRST_PARTS, check_save_id, config_save_id, read_save_id, save_stamped
 
 
@@ -39,6 +39,8 @@ MAX_WEIGHT = torch.finfo(torch.float16).max
 MAX_HEADER_BYTES = 2**22
 #: Keys that an error message lists of each kind.
 LISTED_KEYS = 50
+#: Characters of a key that it shows.
+LONGEST_KEY = 300
 
 
 class AdapterMismatchError(ValueError):
@@ -125,7 +127,9 @@ def check_numbers(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> N
 
 def _listed(items: list[str]) -> str:
     rest = len(items) - LISTED_KEYS
-    return ", ".join(items[:LISTED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(printable(item[:LONGEST_KEY]) for item in items[:LISTED_KEYS]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, torch.Size]:

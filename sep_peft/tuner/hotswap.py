@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import SEPConfig
 from .files import read_shapes
+from .messages import shown
 from .model import SEPModel
 from .registration import peft_type
 from .soup import check_alike
@@ -72,6 +73,7 @@ def _check_config(current: SEPConfig, config: SEPConfig, adapter_name: str, sour
     check_alike(current, config, f"adapter {adapter_name!r} and that of {source}")
     if config.base_architecture not in (None, current.base_architecture):
         raise ValueError(
-            f"The adapter of {source} was made for another architecture: it needs {config.base_architecture}, but the "
+            f"The adapter of {source} was made for another architecture: it needs "
+            f"{shown(config.base_architecture)}, but the "
             f"model has {current.base_architecture}."
         )
