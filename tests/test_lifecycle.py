@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -308,7 +309,7 @@ def test_file_cut_short_is_named(tmp_path, keep):
     assert snapshot(clip) == before
 
 
-def test_pickled_weights_are_read_as_weights_only(tmp_path):
+def test_pickled_weights_are_read_as_weights_only(tmp_path, capsys):
     """PEFT falls back to adapter_model.bin; code in it must not run."""
 
     class Evil:
@@ -318,8 +319,13 @@ def test_pickled_weights_are_read_as_weights_only(tmp_path):
     adapted("published").save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({PROMPTS: Evil()}, tmp_path / "adapter_model.bin")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    message = (
+        f"{tmp_path / 'adapter_model.bin'} cannot be read: it is cut short or damaged, or holds more than tensors. "
+        "Copy or download it again."
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         PeftModel.from_pretrained(make_clip(), tmp_path)
+    assert "this must never run" not in capsys.readouterr().out
 
 
 def test_importing_twice_registers_once():

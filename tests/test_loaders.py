@@ -46,7 +46,7 @@ def test_transformers_loads_what_was_saved(name, tmp_path):
     assert not report.missing_keys and not report.unexpected_keys
     found, expected = base.eval()(**case.inputs()), model(**case.inputs())
     assert torch.equal(found.logits_per_image, expected.logits_per_image)
-    assert base.active_adapters() == ["default"]
+    assert list(base.peft_config) == ["default"]
 
 
 def test_embeddings_that_peft_saves_with_an_adapter_are_refused_with_what_to_do(tmp_path):

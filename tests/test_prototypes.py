@@ -192,7 +192,11 @@ def test_files_that_are_missing_or_cut_short(tmp_path):
     with raises(message):
         SEPClassifier.from_pretrained(tmp_path, model=make_clip())
     save_file({"prototypes": torch.ones(3, 24)}, tmp_path / FILE)
-    with raises("prototypes must have shape (4, embedding size), but got (3, 24)."):
+    message = (
+        f"{tmp_path / FILE} must hold prototypes alone, one for each name in sep_classes.json, but holds "
+        "{'prototypes': (3, 24)}. Copy or download it again."
+    )
+    with raises(message):
         SEPClassifier.from_pretrained(tmp_path, model=make_clip())
 
 
