@@ -13,7 +13,7 @@ from .requirements import check_installed
 
 check_installed()  # before anything asks an older one for what it does not have
 
-# ruff: noqa: E402
+# ruff: noqa: E402 (imports come after the check of what is installed)
 from . import losses
 from .families.spec import Architecture, TowerSpec
 from .method.fusion import TokenFusion

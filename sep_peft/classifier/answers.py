@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration
+from .calibration import Calibration, is_number
 from .classes import TaskClasses
 
 
@@ -44,11 +44,11 @@ class Answers:
     def __post_init__(self):
         if not isinstance(self.unknown, bool):
             raise TypeError(f"unknown must be True or False, but got {self.unknown!r}.")
-        if self.min_score is not None and not (_is_number(self.min_score) and 0 <= self.min_score <= 1):
+        if self.min_score is not None and not (is_number(self.min_score) and 0 <= self.min_score <= 1):
             raise ValueError(f"min_score must be a number from 0 to 1, but got {self.min_score!r}.")
         if self.coverage is None:
             return
-        if not (_is_number(self.coverage) and 0 < self.coverage < 1):
+        if not (is_number(self.coverage) and 0 < self.coverage < 1):
             raise ValueError(f"coverage must be a number above 0 and below 1, but got {self.coverage!r}.")
         if self.top_k is not None:
             raise ValueError(f"coverage chooses how many classes to name. Leave out top_k, which is {self.top_k}.")
@@ -112,7 +112,3 @@ class Answers:
 def energies(logits: torch.Tensor) -> torch.Tensor:
     """``log sum exp`` of logits (B, C) that are not calibrated, (B,): large where an image looks like a class."""
     return logits.logsumexp(dim=-1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

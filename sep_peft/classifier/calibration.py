@@ -56,7 +56,7 @@ class Calibration:
     def __post_init__(self):
         for name in ("temperature", "new_class_temperature"):
             value = getattr(self, name)
-            if not (_is_number(value) and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
+            if not (_is_finite(value) and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
                 raise ValueError(
                     f"{name} of the calibration must be a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:.0f}, but "
                     f"got {reprlib.repr(value)}."
@@ -65,17 +65,17 @@ class Calibration:
             raise ValueError(
                 f"images of the calibration must be a whole number of at least 0, but got {reprlib.repr(self.images)}."
             )
-        if self.accuracy is not None and not (_is_number(self.accuracy) and 0 <= self.accuracy <= 100):
+        if self.accuracy is not None and not (_is_finite(self.accuracy) and 0 <= self.accuracy <= 100):
             raise ValueError(
                 "accuracy of the calibration must be in percent, between 0 and 100, but got "
                 f"{reprlib.repr(self.accuracy)}."
             )
-        if self.least_energy is not None and not _is_number(self.least_energy):
+        if self.least_energy is not None and not _is_finite(self.least_energy):
             raise ValueError(
                 f"least_energy of the calibration must be a finite number, but got {reprlib.repr(self.least_energy)}."
             )
         scores = self.label_scores
-        if not isinstance(scores, tuple) or not all(_is_number(score) and 0 <= score <= 1 for score in scores):
+        if not isinstance(scores, tuple) or not all(_is_finite(score) and 0 <= score <= 1 for score in scores):
             raise ValueError(
                 f"label_scores of the calibration must be numbers from 0 to 1, but got {reprlib.repr(scores)}."
             )
@@ -171,5 +171,10 @@ def kept_scores(scores: torch.Tensor, most: int = KEPT_SCORES) -> tuple[float, .
     return tuple(ordered.tolist())
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+def is_number(value: Any) -> bool:
+    """Whether a value that was handed in or read from JSON is a number; a truth value is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and abs(value) < math.inf

@@ -13,7 +13,7 @@ import torch
 from ..method.heads import ClassHead, check_logit_weight
 from ..tracing import is_traced
 from ..tuner.messages import listed, printable, shown
-from .calibration import Calibration
+from .calibration import Calibration, is_number
 
 
 #: What the prompted branch reads: the bare class name, as published.
@@ -77,7 +77,7 @@ class TaskClasses:
             check_templates(self.templates)
         for name in ("zero_shot_margin", "new_class_margin"):
             margin = getattr(self, name)
-            if margin is not None and not (_is_number(margin) and 0 <= margin < float("inf")):
+            if margin is not None and not (is_number(margin) and 0 <= margin < float("inf")):
                 raise ValueError(f"{name} must be at least 0 and finite, but got {shown(margin)}.")
         if self.prototypes is not None:
             self._check_prototypes(self.prototypes)
@@ -188,7 +188,7 @@ class TaskClasses:
             raise ValueError("The class list is empty; at least one class name is needed.")
         calibration = data.get("calibration")
         weight = data.get("prototype_logit_weight", 0.0)
-        if not _is_number(weight):
+        if not is_number(weight):
             raise ValueError(f"prototype_logit_weight of the class list must be a number, but got {shown(weight)}.")
         classes = cls(
             _to_tensors(data["class_inputs"], "class_inputs"),
@@ -287,10 +287,6 @@ def _check_text(text: str, what: str) -> None:
         "\ud800" <= letter <= "\udfff" for letter in text
     ):  # halves of characters, as in file names of other encodings
         raise ValueError(f"{what} must be a text that UTF-8 can hold, but got {shown(text)}. Rename it.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_inputs(inputs: Mapping[str, torch.Tensor], count: int) -> None:

@@ -41,7 +41,7 @@ def in_full(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassif
         "confusion": adapted.confusion.tolist(),
         "wrong": [_entry(mistake) for mistake in adapted.wrong],
         "mislabelled": [_entry(mistake) for mistake in adapted.mislabelled],
-        "not_tested": [name for name in adapted.names if name not in adapted.count],
+        "not_tested": adapted.not_tested,
     }
 
 
@@ -57,7 +57,7 @@ def in_lines(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassi
     counts = adapted.count
     width = max(len(str(count)) for count in counts.values())
     lines += [f"{accuracy:6.1f} % of {counts[name]:{width}}  {name}" for name, accuracy in adapted.per_class.items()]
-    lines += [f"not tested: {name}" for name in adapted.names if name not in counts]
+    lines += [f"not tested: {name}" for name in adapted.not_tested]
     lines += _listed("surest mistakes", adapted.wrong) + _listed("labels that may be wrong", adapted.mislabelled)
     return lines
 

@@ -14,6 +14,7 @@ from ..classifier.classifier import SEPClassifier
 from ..classifier.files import try_output
 from ..training.checkpoint import history_in
 from ..training.fit import checkpoint_bytes
+from ..training.optimizer import trained_bytes
 
 
 @dataclass(frozen=True)
@@ -76,5 +77,4 @@ def save_somewhere(
 def saved_bytes(classifier: SEPClassifier) -> int:
     """Room that a training needs: for its checkpoints, for the adapter, which is written before it replaces another,
     and a bit for the classes and the card."""
-    trained = sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
-    return checkpoint_bytes(classifier) + 2 * trained + 1_000_000
+    return checkpoint_bytes(classifier) + 2 * trained_bytes(classifier) + 1_000_000

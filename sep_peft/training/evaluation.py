@@ -67,13 +67,18 @@ class Evaluation:
     def images(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def count(self) -> dict[str, int]:
         """Class -> images of it, of classes that have any."""
         counts = self.confusion.sum(dim=1).tolist()
         return {name: counts[i] for name, i in sorted((name, i) for i, name in enumerate(self.names)) if counts[i]}
 
     @property
+    def not_tested(self) -> list[str]:
+        """Classes without an image, in the order of `names`."""
+        return [name for name in self.names if name not in self.count]
+
+    @cached_property
     def right(self) -> dict[str, int]:
         """Class -> images of it that were told."""
         right = dict(zip(self.names, self.confusion.diagonal().tolist(), strict=True))
@@ -84,7 +89,7 @@ class Evaluation:
         """Share of all images that were told, in percent."""
         return 100 * sum(self.right.values()) / self.images
 
-    @property
+    @cached_property
     def per_class(self) -> dict[str, float]:
         """Class -> share of its images that were told, in percent."""
         return {name: 100 * self.right[name] / count for name, count in self.count.items()}
@@ -114,13 +119,13 @@ class Evaluation:
         """Mean negative log likelihood of the labels, in nats."""
         return metrics.negative_log_likelihood(self.scores, self.labels)
 
-    @property
+    @cached_property
     def wrong(self) -> list[Mistake]:
         """Images that were taken for another class, the surest first."""
         wrong = (self.said != self.labels).nonzero()[:, 0].tolist()
         return sorted((self._mistake(index, int(self.said[index])) for index in wrong), key=lambda each: -each.score)
 
-    @property
+    @cached_property
     def mislabelled(self) -> list[Mistake]:
         """Images whose label may be wrong, the likeliest first; see `suspects`. They must not have been trained on."""
         return [self._mistake(index, int(self.said[index])) for index in metrics.suspects(self.scores, self.labels)]

@@ -24,7 +24,7 @@ from .folders import Samples
 from .history import History, TrainingInterrupted
 from .limits import Limits
 from .loop import Callback, train
-from .optimizer import trainable
+from .optimizer import trainable, trained_bytes
 from .shipping import Validation, ship
 
 
@@ -194,7 +194,7 @@ def _check_folder(folder: str | os.PathLike | None, resume: bool, classifier: SE
 def checkpoint_bytes(classifier: SEPClassifier) -> int:
     """Room that a training's checkpoint needs: weights, those of the best epoch and two moments of AdamW, twice because
     a file is written before it replaces the other."""
-    return 8 * sum(p.numel() * p.element_size() for p in trainable(classifier).values())
+    return 8 * trained_bytes(classifier)
 
 
 def _settings(classifier: SEPClassifier, held_out: LabelledImages | None) -> Mapping[str, Any]:

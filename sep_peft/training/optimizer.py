@@ -47,6 +47,11 @@ def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
+def trained_bytes(model: nn.Module) -> int:
+    """Memory of everything that is trained, in bytes."""
+    return sum(p.numel() * p.element_size() for p in trainable(model).values())
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that is trained."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 #: Signal -> what people call it.
@@ -24,7 +25,7 @@ class Signals:
     def __init__(self):
         self.received = NAMES[signal.SIGINT]
         self._waiting = self._held = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}  # what getsignal gave
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -35,7 +36,7 @@ class Signals:
 
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         again, self._waiting = self._waiting, True
