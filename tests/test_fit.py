@@ -5,61 +5,25 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from bundled import ASSETS, save_shallow_clip
-from peft import get_peft_model
+from shallow_classifier import NAMES, TRAIN, VAL, classifier_maker, same, weights
 from small_classifier import contents, raises
-from transformers import AutoModel, AutoProcessor, set_seed
 
-from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.training import Recipe, TrainingInterrupted, evaluate, fit
 from sep_peft.training.checkpoint import CHECKPOINT_FILE
-from sep_peft.training.optimizer import trainable
 from sep_peft.training.shipping import as_shipped
 from sep_peft.tuner import disk
 from sep_peft.tuner.disk import DiskFullError
 
 
-NAMES = ["lamp", "pizza"]
 RECIPE = Recipe(epochs=3, batch_size=3, learning_rate=0.02, calibration_folds=0)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_shallow_clip(tmp_path_factory.mktemp("clip") / "clip", layers=2)
-
-
-@pytest.fixture(scope="module")
-def make(base):
-    model, processor = AutoModel.from_pretrained(base), AutoProcessor.from_pretrained(base)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-
-    def make() -> SEPClassifier:
-        set_seed(1)
-        fresh = type(model)(model.config)
-        fresh.load_state_dict(state)
-        return SEPClassifier.from_class_names(get_peft_model(fresh, SEPConfig()), processor, NAMES, recipe=RECIPE)
-
-    return make
-
-
-def images(part: str, count: int) -> list[tuple[Path, str]]:
-    folder = ASSETS / "caltech101" / part
-    return [(path, name) for name in NAMES for path in sorted((folder / name).iterdir())[:count]]
-
-
-TRAIN, VAL = images("train", 3), images("test", 5)
-
-
-def weights(classifier: SEPClassifier) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainable(classifier).items()}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return set(first) == set(second) and all(torch.equal(value, second[name]) for name, value in first.items())
+def make():
+    return classifier_maker(RECIPE)
 
 
 def test_what_is_measured_in_an_epoch_is_what_would_be_shipped_then(make):

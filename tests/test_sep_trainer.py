@@ -6,62 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundled import ASSETS, save_shallow_clip
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
+from shallow_classifier import BASE, NAMES, TRAIN, VAL, classifier_maker, same, weights
 from small_classifier import IMAGES, LABELS, make_classifier, raises, with_prototypes
-from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
-from sep_peft import SEPClassifier, SEPConfig, SEPTrainer
+from sep_peft import SEPClassifier, SEPTrainer
 from sep_peft.training import LabelledImages, Recipe, evaluate, fit
 from sep_peft.training.optimizer import trainable
 from sep_peft.training.trainer import by_recipe
 
 
-NAMES = ["lamp", "pizza"]
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=0.02, calibration_folds=0)
 
 
-def images(part: str, count: int) -> list[tuple[Path, str]]:
-    folder = ASSETS / "caltech101" / part
-    return [(path, name) for name in NAMES for path in sorted((folder / name).iterdir())[:count]]
-
-
-TRAIN, VAL = images("train", 3), images("test", 5)
-
-
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_shallow_clip(tmp_path_factory.mktemp("clip") / "clip", layers=2)
-
-
-@pytest.fixture(scope="module")
-def make(base):
-    model, processor = AutoModel.from_pretrained(base), AutoProcessor.from_pretrained(base)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-
-    def make() -> SEPClassifier:
-        set_seed(1)
-        fresh = type(model)(model.config)
-        fresh.load_state_dict(state)
-        fresh.name_or_path = str(base)
-        return SEPClassifier.from_class_names(get_peft_model(fresh, SEPConfig()), processor, NAMES, recipe=RECIPE)
-
-    return make
+def make():
+    return classifier_maker(RECIPE)
 
 
 def arguments(folder: Path, **options) -> TrainingArguments:
     given = {"save_strategy": "epoch", "eval_strategy": "epoch", "report_to": "none", "use_cpu": True}
     given |= {"dataloader_pin_memory": False, "disable_tqdm": True, "logging_strategy": "steps", "logging_steps": 1}
     return TrainingArguments(str(folder), **(given | options))
-
-
-def weights(classifier: SEPClassifier) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainable(classifier).items()}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return set(first) == set(second) and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +59,7 @@ def test_it_trains_as_fit_does(trained, make):
     assert trainer.predict(LabelledImages(VAL, NAMES, classifier.processor)).predictions.shape == (10, 2)
 
 
-def test_a_checkpoint_is_small_and_loads_as_what_is_shipped(trained, base):
+def test_a_checkpoint_is_small_and_loads_as_what_is_shipped(trained):
     trainer, folder = trained
     size = sum(p.numel() * p.element_size() for p in trainable(trainer.classifier).values())
     for number, step in ((0, 2), (2, 6)):
@@ -101,7 +69,7 @@ def test_a_checkpoint_is_small_and_loads_as_what_is_shipped(trained, base):
         loaded = SEPClassifier.from_pretrained(path)
         measured = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
         assert evaluate(loaded, VAL).accuracy == pytest.approx(measured[number])
-    assert PeftModel.from_pretrained(AutoModel.from_pretrained(base), path).active_adapter == "default"
+    assert PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), path).active_adapter == "default"
     assert loaded.class_names == NAMES and loaded.classes.prototype_logit_weight == 5
 
 
