@@ -11,7 +11,9 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from sep_peft.classifier.classes import TaskClasses
-from sep_peft.classifier.logits import more_confident
+from sep_peft.classifier.logits import head_features, more_confident
+from sep_peft.method.fit_heads import fit_head
+from sep_peft.method.heads import HeadLogits
 from sep_peft.method.losses import PROTOTYPE_SCALE, prototype_loss
 
 
@@ -32,6 +34,7 @@ class PlainClassifier(nn.Module):
         self.model = model
         self.processor = processor
         self.template = template
+        self.head: tuple[list[str], HeadLogits] | None = None  # its classes, and what it adds to their logits
         self.set_classes(classes)
 
     @property
@@ -52,7 +55,7 @@ class PlainClassifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
         """(B, 3, H, W) -> logits (B, C), and with labels (B,) the cross entropy."""
-        logits = self.logits(self.image_embeds(pixel_values))
+        logits = self.combined(*self.both_embeds(pixel_values))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ModelOutput(loss=loss, logits=logits)
 
@@ -75,9 +78,43 @@ class PlainClassifier(nn.Module):
         return unit_features(self.model.get_text_features(**inputs))
 
     def logits(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, E) -> (B, C)."""
-        logits = self.model.logit_scale.exp() * image @ self.text_embeds().T
-        return logits + getattr(self.model, "logit_bias", 0.0)
+        """(B, E) -> (B, C), of the texts alone."""
+        return self.scaled(image @ self.text_embeds().T)
+
+    def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Cosines (B, C) of images and texts, as the model scales them."""
+        return self.model.logit_scale.exp() * cosines + getattr(self.model, "logit_bias", 0.0)
+
+    def both_embeds(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) -> embeddings with the adapter and without, both (B, E)."""
+        embeds = self.image_embeds(pixel_values)
+        return embeds, embeds
+
+    def frozen_text_embeds(self) -> torch.Tensor:
+        """(C, E), of unit length, without an adapter."""
+        return self.text_embeds()
+
+    def combined(self, image: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of embeddings (B, E) with the adapter and without, by texts and what else predicts."""
+        return self.logits(image) + self.head_logits(image, frozen)
+
+    def head_logits(self, image: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor | float:
+        """What the head adds, (B, C); 0 while training, without one, and for other classes than its own."""
+        if self.head is None or self.training or self.head[0] != self.class_names:
+            return 0.0
+        return self.head[1](head_features(image, frozen))
+
+    @torch.no_grad()
+    def keep_head(self, kind: str, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+        """Let a head predict beside the texts; see `SEPClassifier.keep_prototypes`. Returns its weight."""
+        self.eval()
+        device = next(self.parameters()).device
+        found = [(*self.both_embeds(batch["pixel_values"].to(device)), batch["labels"].to(device)) for batch in batches]
+        image, frozen, labels = (torch.cat(column) for column in zip(*found, strict=True))
+        zero_shot = self.scaled(frozen @ self.frozen_text_embeds().T)
+        head = fit_head(kind, head_features(image, frozen), labels, self.text_embeds(), zero_shot)
+        self.head = self.class_names, HeadLogits(kind, head.tensors, head.logit_weight, len(self.class_names))
+        return head.logit_weight
 
 
 class AdaptedClassifier(PlainClassifier):
@@ -132,11 +169,14 @@ class AdaptedClassifier(PlainClassifier):
             self._frozen_text = self.frozen(self.encode_texts)
         return self._frozen_text
 
+    def both_embeds(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frozen = self.frozen(self.image_embeds, pixel_values)
+        return self.image_embeds(pixel_values), frozen
+
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
         """As `PlainClassifier`, with the loss above while training."""
-        needs_frozen = self.prototypes is not None or self.zero_shot_margin
-        frozen = self.frozen(self.image_embeds, pixel_values) if needs_frozen else None
-        image = self.image_embeds(pixel_values)
+        needs_frozen = self.prototypes is not None or self.zero_shot_margin or self.head is not None
+        image, frozen = self.both_embeds(pixel_values) if needs_frozen else 2 * (self.image_embeds(pixel_values),)
         logits = self.combined(image, frozen)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if loss is not None and self.training and self.prototypes is not None:
@@ -144,13 +184,13 @@ class AdaptedClassifier(PlainClassifier):
             loss = loss + self.prototype_weight * sum(terms)
         return ModelOutput(loss=loss, logits=logits)
 
-    def combined(self, image: torch.Tensor, frozen: torch.Tensor | None) -> torch.Tensor:
-        """Logits (B, C) of embeddings (B, E) with the adapter and without, by texts, prototypes and zero-shot."""
-        logits = self.logits(image)
+    def combined(self, image: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of embeddings (B, E) with the adapter and without, by texts, prototypes, head and zero-shot."""
+        logits = super().combined(image, frozen)
         if self.kept is not None and not self.training and self.class_names == self.kept[0]:
-            logits = logits + torch.lerp(image, frozen, 0.5) @ self.kept[1].T
+            logits = logits + head_features(image, frozen) @ self.kept[1].T
         if self.zero_shot_margin:
-            zero_shot = self.model.logit_scale.exp() * frozen @ self.frozen_text_embeds().T
+            zero_shot = self.scaled(frozen @ self.frozen_text_embeds().T)
             logits = more_confident(logits, zero_shot, self.zero_shot_margin)
         return logits
 

@@ -75,9 +75,7 @@ def both_images(classifier, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """(B, 3, H, W) -> embeddings with the adapter and without, both (B, E)."""
     if isinstance(classifier, SEPClassifier):
         return classifier.image_embeds(pixels)
-    embeds = classifier.image_embeds(pixels)
-    adapted = isinstance(classifier, AdaptedClassifier)
-    return embeds, classifier.frozen(classifier.image_embeds, pixels) if adapted else embeds
+    return classifier.both_embeds(pixels)
 
 
 def both_texts(classifier) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,8 +83,7 @@ def both_texts(classifier) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(classifier, SEPClassifier):
         weights = classifier.encoder.weights(training=False)
         return weights.text_embeds, weights.frozen_text_embeds
-    embeds = classifier.text_embeds()
-    return embeds, classifier.frozen_text_embeds() if isinstance(classifier, AdaptedClassifier) else embeds
+    return classifier.text_embeds(), classifier.frozen_text_embeds()
 
 
 def combined_logits(classifier, image: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
@@ -94,7 +91,7 @@ def combined_logits(classifier, image: torch.Tensor, frozen: torch.Tensor) -> to
     if isinstance(classifier, SEPClassifier):
         weights = classifier.encoder.weights(training=False)
         return class_logits(classifier.vision_tower, image, frozen, weights)
-    return classifier.combined(image, frozen) if isinstance(classifier, AdaptedClassifier) else classifier.logits(image)
+    return classifier.combined(image, frozen)
 
 
 def read_embeddings(path: Path) -> dict[str, Any]:

@@ -68,8 +68,13 @@ def measure(
     if kept is not None:
         kept.add(evaluation.name, classifier, embedded)
     probabilities, labels = torch.tensor([entry[1] for entry in found]), torch.tensor([entry[2] for entry in found])
+    return outcome(probabilities, labels, unreadable)
+
+
+def outcome(probabilities: torch.Tensor, labels: torch.Tensor, unreadable: list[str]) -> dict[str, Any]:
+    """What `measure` returns, of the scores (N, C) and labels (N,) of images."""
     correct = (probabilities.argmax(dim=1) == labels).int()
-    right, total = int(correct.sum()), len(found)
+    right, total = int(correct.sum()), len(labels)
     return {
         "accuracy": 100 * right / total,
         "right": right,

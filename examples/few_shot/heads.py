@@ -3,8 +3,9 @@
     python examples/few_shot/heads.py outputs/few_shot/base-to-new/clothing
 
 prints for every run of `run.py --save-embeddings` the accuracy of each way to predict base and new classes, and how far
-each method is from `--against` by texts alone and with its prototypes: differences of the same test images, with
-intervals of a paired bootstrap.
+each method is from `--against` in each of them: differences of the same test images, with intervals of a paired
+bootstrap. `--rows gda probe` writes runs of these heads beside the runs whose embeddings they read, such as `sep-gda`
+beside `sep`, for `summarize.py`: what `run.py` finds with `"head": "gda"` in the method's file.
 """
 
 from __future__ import annotations
@@ -12,88 +13,150 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from embeddings import FILE, read_embeddings
+from evaluation import outcome
+from intervals import interval, resampled
+from run_folder import RunFolder
 
 from sep_peft.classifier.logits import head_features, more_confident
 from sep_peft.method.fit_heads import fit_head
-from sep_peft.method.heads import NAMES, HeadLogits
+from sep_peft.method.heads import NAMES, ClassHead, HeadLogits
 from sep_peft.method.losses import PROTOTYPE_SCALE
 from sep_peft.method.recipe import PROTOTYPE_LOGIT_WEIGHT, ZERO_SHOT_MARGIN
 
 
-#: Draws of a bootstrap.
-DRAWS = 10_000
+#: Parts of the embeddings that are no evaluations.
+DRAWN = ("train", "val")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs of one data set")
     parser.add_argument("--against", default="sep", help="method that the others are compared with")
+    parser.add_argument("--rows", nargs="*", default=[], choices=list(NAMES), help="heads to write runs of")
     args = parser.parse_args()
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for file in sorted(args.runs.glob(f"*/shots_*/seed_*/{FILE}")):
+    files = [
+        file for file in sorted(args.runs.glob(f"*/shots_*/seed_*/{FILE}")) if (file.parent / "results.json").exists()
+    ]
+    if not files:
+        parser.error(f"{args.runs} holds no finished run with {FILE}; keep them by run.py --save-embeddings")
+    for file, kind in ((file, kind) for file in files for kind in args.rows):
+        if path := write_row(file.parent, kind):
+            print(path)
+    if not args.rows:
+        compare(files, args.against)
+
+
+def compare(files: list[Path], against: str) -> None:
+    """Print the accuracy of every way to predict, and differences from one method."""
+    found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}  # method -> way -> seed -> whether each image is right
+    for file in files:
         method, seed = file.parts[-4], file.parts[-2]
         right = predictions(read_embeddings(file))
         print(json.dumps({"method": method, "run": seed, **{name: percent(row) for name, row in right.items()}}))
         for name, row in right.items():
-            found.setdefault(method, {})[f"{seed} {name}"] = row
-    for method, rows in found.items():
-        if method == args.against or args.against not in found:
-            continue
-        for name in dict.fromkeys(key.split(" ", 1)[1] for key in rows):
-            both = [key for key in rows if key.endswith(f" {name}") and key in found[args.against]]
-            if both:
-                ours, theirs = (torch.stack([found[m][key] for key in both]) for m in (method, args.against))
+            found.setdefault(method, {}).setdefault(name, {})[seed] = row
+    for method, ways in found.items():
+        for name, runs in ways.items():
+            theirs = found.get(against, {}).get(name, {})
+            if method != against and (both := sorted(runs.keys() & theirs.keys())):
+                ours, theirs = (torch.stack([side[seed] for seed in both]) for side in (runs, theirs))
                 mean, low, high = paired_interval(ours, theirs)
-                print(f"{method} - {args.against}, {name}, {len(both)} seeds: {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+                print(f"{method} - {against}, {name}, {len(both)} seeds: {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+
+
+def texts_logits(found: dict, part: dict) -> torch.Tensor:
+    return found["scale"] * part["images"] @ part["texts"].T
+
+
+def frozen_logits(found: dict, part: dict) -> torch.Tensor:
+    return found["scale"] * part["frozen_images"] @ part["frozen_texts"].T
+
+
+def features(part: dict) -> torch.Tensor:
+    return head_features(part["images"], part["frozen_images"])
+
+
+def head_of(found: dict, kind: str) -> ClassHead:
+    """The head that a run's training images teach."""
+    train = found["train"]
+    return fit_head(kind, features(train), train["labels"], train["texts"], frozen_logits(found, train))
+
+
+def with_head(found: dict, part: dict, head: ClassHead) -> torch.Tensor:
+    """Logits (N, C) of the texts and the head."""
+    added = HeadLogits(head.kind, head.tensors, head.logit_weight, len(part["texts"]))(features(part))
+    return texts_logits(found, part) + added
 
 
 def predictions(found: dict) -> dict[str, torch.Tensor]:
-    """Way to predict -> for each test image whether it is right, (N,): of base classes by heads, of new by margins."""
-    scale, train, base, new = found["scale"], found["train"], found["base"], found["new"]
+    """Way to predict -> for each test image whether it is right, (N,): of trained classes by heads, of new by margins.
 
-    def texts(part: dict) -> torch.Tensor:
-        return scale * part["images"] @ part["texts"].T
-
-    def zero_shot(part: dict) -> torch.Tensor:
-        return scale * part["frozen_images"] @ part["frozen_texts"].T
-
-    def features(part: dict) -> torch.Tensor:
-        return head_features(part["images"], part["frozen_images"])
-
-    logits = {"base zero-shot": zero_shot(base), "base texts": texts(base)}
-    if "prototypes" in found:
-        cosines = features(base) @ F.normalize(found["prototypes"], dim=1).T
-        logits["base prototypes"] = texts(base) + PROTOTYPE_LOGIT_WEIGHT * PROTOTYPE_SCALE * cosines
-    for kind in NAMES:
-        head = fit_head(kind, features(train), train["labels"], train["texts"], zero_shot(train))
-        added = HeadLogits(kind, head.tensors, head.logit_weight, len(base["texts"]))(features(base))
-        logits[f"base {kind}"] = texts(base) + added
-    logits |= {"new zero-shot": zero_shot(new), "new texts": texts(new)}
-    for margin in (1.0, ZERO_SHOT_MARGIN):
-        logits[f"new margin {margin:g}"] = more_confident(texts(new), zero_shot(new), margin)
-    labels = {"base": base["labels"], "new": new["labels"]}
+    Its first word is the evaluation.
+    """
+    logits, labels = {}, {}
+    heads = {kind: head_of(found, kind) for kind in NAMES}
+    for name, part in found.items():
+        if not isinstance(part, dict) or name in DRAWN:
+            continue
+        texts, zero_shot = texts_logits(found, part), frozen_logits(found, part)
+        ways = {"zero-shot": zero_shot, "texts": texts}
+        if trained(found, part):
+            if "prototypes" in found:
+                cosines = features(part) @ F.normalize(found["prototypes"], dim=1).T
+                ways["prototypes"] = texts + PROTOTYPE_LOGIT_WEIGHT * PROTOTYPE_SCALE * cosines
+            ways |= {kind: with_head(found, part, head) for kind, head in heads.items()}
+        else:
+            ways |= {f"margin {m:g}": more_confident(texts, zero_shot, m) for m in (1.0, ZERO_SHOT_MARGIN)}
+        logits |= {f"{name} {way}": value for way, value in ways.items()}
+        labels[name] = part["labels"]
     return {name: value.argmax(dim=1) == labels[name.split()[0]] for name, value in logits.items()}
 
 
-def paired_interval(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, float]:
-    """Mean difference in points of S runs on the same N images, both (S, N), and its 95 % interval.
+def trained(found: dict, part: dict) -> bool:
+    """Whether the classes of a part are those of the training images."""
+    return torch.equal(part["frozen_texts"], found["train"]["frozen_texts"])
 
-    Images are drawn anew and, where there are several runs, runs as well.
-    """
-    differences = 100 * (ours.double() - theirs.double())  # (S, N)
-    seeds, images = differences.shape
-    generator = torch.Generator().manual_seed(0)
-    of_runs = torch.randint(seeds, (DRAWS, seeds), generator=generator)
-    means = torch.empty(DRAWS, dtype=torch.double)
-    for draw, runs in enumerate(of_runs):
-        own = torch.randint(images, (images,), generator=generator)
-        means[draw] = differences[runs][:, own].mean()
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return differences.mean().item(), low, high
+
+def write_row(run: Path, kind: str) -> Path | None:
+    """A run of the same adapter with another head, as `run.py` finds it; None where it is there, or has one already."""
+    settings, results = (json.loads((run / name).read_text("utf-8")) for name in ("settings.json", "results.json"))
+    method = settings["method"]
+    if method.get("head") is not None:
+        return None
+    name = kind if method["learner"] == "zero-shot" else f"{method['name']}-{kind}"
+    described = {"name": name, "description": f"{method['description']}; head {kind}", "head": kind}
+    path = run.parents[2] / name / run.parent.name / run.name
+    folder = RunFolder(path, {**settings, "method": {**method, **described}})
+    if folder.finished:
+        return None
+    found = read_embeddings(run / FILE)
+    head = head_of(found, kind)
+    measured = {}
+    for evaluation, before in results["results"].items():
+        part = found[evaluation]
+        logits = with_head(found, part, head) if trained(found, part) else other_classes(found, part, method)
+        measured[evaluation] = outcome(logits.softmax(dim=1), part["labels"], before["unreadable"])
+    folder.finish({**results, "results": measured, "chosen": {"logit_weight": head.logit_weight}})
+    return path
+
+
+def other_classes(found: dict, part: dict, method: dict[str, Any]) -> torch.Tensor:
+    """Logits (N, C) of classes that were not trained."""
+    texts, margin = texts_logits(found, part), (method["recipe"] or {}).get("zero_shot_margin", 0.0)
+    return more_confident(texts, frozen_logits(found, part), margin) if margin else texts
+
+
+def paired_interval(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, float]:
+    """Mean difference in points of S runs on the same N images, both (S, N), and its 95 % interval."""
+    draws = [resampled({"all": side.double().numpy()})["all"] for side in (ours, theirs)]
+    low, high = interval(np.subtract(*draws))
+    return 100 * (ours.double() - theirs.double()).mean().item(), low, high
 
 
 def percent(right: torch.Tensor) -> float:

@@ -11,8 +11,10 @@
 `SEPConfig` or `LoraConfig`; `recipe` are those of the package's `Recipe` that differ from its defaults, or with "like"
 from `Recipe.compact()` or `Recipe.published()`; its seed is the run's. Scores are not calibrated. LoRA's classifier has
 no consistency losses, so their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed
-once, for the recipe's `views` of each image. A variant of another method names its file: with `"like": "sep"`
-everything that is not said, also within `config` and `recipe`, is as in `sep.json`.
+once, for the recipe's `views` of each image. `"head": "gda"`, "probe" or "tip-adapter-f" fits that head on the training
+images after training, in the place of prototypes, on "sep", "lora" and "zero-shot", the frozen model. A variant of
+another method names its file: with `"like": "sep"` everything that is not said, also within `config` and `recipe`, is
+as in `sep.json`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import nn
 from transformers import AutoModel
 
 from sep_peft import SEPClassifier, SEPConfig
+from sep_peft.method.heads import NAMES
 from sep_peft.training import Recipe
 
 
@@ -52,6 +55,7 @@ class Method:
     recipe: Recipe | None = None
     cached: bool = False
     selection: str = "representative"
+    head: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +116,12 @@ def check_method(path: Path, method: Method) -> None:
         raise ValueError(f'{path}: selection must be "representative" or "random", but is {method.selection!r}.')
     if method.selection == "random" and method.learner != "sep":
         raise ValueError(f'{path}: selection is for learner "sep", but this is {method.learner!r}.')
+    if method.head is not None and method.head not in NAMES:
+        raise ValueError(f"{path}: head must be one of {', '.join(NAMES)}, but is {method.head!r}.")
+    if method.head is not None and method.learner in FEATURE_LEARNERS:
+        raise ValueError(
+            f"{path}: head is for learners that compare images with texts, but this is {method.learner!r}."
+        )
     if method.cached and not (method.learner == "sep" and SEPConfig(**method.config).start_layer_of("vision")):
         raise ValueError(f'{path}: cached is for learner "sep" with a start_layer of the vision tower above 0.')
 

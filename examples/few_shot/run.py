@@ -23,7 +23,7 @@ from protocols import PROTOCOLS, Plan, limited
 from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
 from torch import nn
-from training import fit
+from training import fit, keep_head
 from transformers import AutoProcessor
 from transformers.utils import logging
 
@@ -179,12 +179,14 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     log, chosen, start = [], {}, time.perf_counter()
     if method.trains:
         log = fit(classifier, method, plan, processor, accelerator, folder, cell.seed, args.workers, args.cache)
-        if method.recipe.prototype_weight and method.recipe.prototype_logit_weight:
+        if method.head is None and method.recipe.prototype_weight and method.recipe.prototype_logit_weight:
             classifier.keep_prototypes(method.recipe.prototype_logit_weight)
     elif hasattr(classifier, "fit"):
         classifier.eval()
         parts = (plan.images.train, plan.images.val or plan.images.train)
         chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
+    if method.head is not None:
+        chosen = keep_head(classifier, method.head, plan, processor, args.workers)
     seconds = time.perf_counter() - start
     if args.save_adapters and method.trains and accelerator.is_main_process:
         (classifier if method.learner == "sep" else classifier.model).save_pretrained(folder / "adapter")

@@ -17,6 +17,7 @@ from run_folder import CHECKPOINT
 from torch import nn
 from torch.utils.data import DataLoader
 
+from sep_peft import SEPClassifier
 from sep_peft.training import CachedImages, LabelledImages, train
 
 
@@ -40,12 +41,31 @@ def fit(
         a dict per epoch: loss, accuracy on the training images, learning rate.
     """
     recipe, names = replace(method.recipe, seed=seed), plan.data.classes
-    samples = [(sample.key, names[sample.label]) for sample in plan.images.train]
+    samples = training_samples(plan)
     if recipe.prototype_weight:
-        plain = LabelledImages(samples, names, processor, read=plan.data.open)
-        classifier.reset_prototypes(DataLoader(plain, batch_size=100, num_workers=workers))
+        classifier.reset_prototypes(plain_batches(plan, processor, workers))
     images = LabelledImages(samples, names, processor, recipe, read=plan.data.open)
     if method.cached:
         images = CachedImages(images, classifier.model, recipe.views, cache)
     checkpoint = folder / CHECKPOINT
     return train(classifier, images, recipe, accelerator=accelerator, checkpoint=checkpoint, workers=workers).rows
+
+
+def keep_head(classifier: nn.Module, kind: str, plan: Plan, processor, workers: int) -> dict[str, float]:
+    """Fit a head on the training images as they are; see `SEPClassifier.keep_prototypes`. Returns what was chosen."""
+    batches = plain_batches(plan, processor, workers)
+    if isinstance(classifier, SEPClassifier):
+        head = classifier.keep_prototypes(kind=kind, batches=batches).classes.head
+        return {"logit_weight": head.logit_weight}
+    return {"logit_weight": classifier.keep_head(kind, batches)}
+
+
+def training_samples(plan: Plan) -> list[tuple[str, str]]:
+    """The training images by key, with the names of their classes."""
+    return [(sample.key, plan.data.classes[sample.label]) for sample in plan.images.train]
+
+
+def plain_batches(plan: Plan, processor, workers: int) -> DataLoader:
+    """The training images as they are, not augmented."""
+    images = LabelledImages(training_samples(plan), plan.data.classes, processor, read=plan.data.open)
+    return DataLoader(images, batch_size=100, num_workers=workers)

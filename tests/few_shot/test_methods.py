@@ -12,6 +12,7 @@ from methods import build_classifier, read_method
 from transformers import AutoProcessor
 
 from sep_peft import SEPConfig
+from sep_peft.method.fit_heads import fit_head
 from sep_peft.training import Recipe
 from sep_peft.training.optimizer import trainable
 
@@ -53,9 +54,15 @@ def test_every_shipped_method_classifies(scripts, build):
     assert {"zero-shot", "coop", "kgcoop", "vpt", "joint", "lora", "sep", "sep-published", "sep-coupled"} <= {
         file.stem for file in files
     }
-    for file in files:
-        method = read_method(file)
+    trained = []
+    for file, method in sorted(
+        ((file, read_method(file)) for file in files), key=lambda pair: pair[1].head is not None
+    ):
         assert method.description, file
+        if (training := replace(method, name="", description="", head=None)) in trained:
+            assert method.head is not None, f"{file} is another method by another name"
+            continue
+        trained.append(training)
         classifier = build(method)
         assert bool(trainable(classifier)) == method.trains, file
         if method.trains:
@@ -124,7 +131,7 @@ def test_a_variant_of_nothing(write, tmp_path):
     ("entries", "message"),
     [
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
-         "cached, config, description, learner, recipe, selection."),
+         "cached, config, description, head, learner, recipe, selection."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
          "batch_size, epochs, learning_rate, like, max_steps, prototype_learning_rate, prototype_logit_weight, "
          "prototype_weight, smallest_crop, text_weight, views, vision_weight, warmup_epochs, weight_decay, "
@@ -139,6 +146,9 @@ def test_a_variant_of_nothing(write, tmp_path):
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
         ({"learner": "tip-adapter", "recipe": {}}, '{file}: recipe is for learners "sep" and "lora", but this is '
          "'tip-adapter'."),
+        ({"learner": "sep", "head": "svm"}, "{file}: head must be one of gda, probe, tip-adapter-f, but is 'svm'."),
+        ({"learner": "tip-adapter", "head": "gda"}, "{file}: head is for learners that compare images with texts, but "
+         "this is 'tip-adapter'."),
         ({"learner": "sep", "cached": True}, UNCACHED),
         ({"learner": "sep", "cached": True, "config": {"start_layer": {"text": 3}}}, UNCACHED),
         ({"learner": "lora", "cached": True}, UNCACHED),
@@ -241,3 +251,29 @@ def test_lora_with_all_that_sep_has_beside_itself(build, write):
     both = classifier.set_classes(others, zero_shot_margin=1.5)(pixels).logits
     p, p0 = (model.set_classes(others).eval()(pixels).logits.softmax(dim=1) for model in (plain, zero_shot))
     torch.testing.assert_close(both, torch.maximum(p, 1.5 * p0).log())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_on_lora_and_on_the_frozen_model(build, write):
+    """It reads the mean of both embeddings, is weighed against the frozen model, and knows its own classes only."""
+    config = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
+    recipe = {"text_weight": 0, "vision_weight": 0, "prototype_weight": 0}
+    lora = build(read_method(write(learner="lora", config=config, recipe=recipe))).eval()
+    frozen = build(read_method(write(learner="zero-shot"))).eval()
+    pixels, labels = torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 3
+    others = ("cup", "crab")
+    with torch.no_grad():
+        for classifier in (lora, frozen):
+            v, v0 = classifier.image_embeds(pixels), frozen.image_embeds(pixels)
+            texts, zero_shot, new = (classifier(pixels).logits, frozen(pixels).logits, classifier.set_classes(others))
+            new = new(pixels).logits
+            text_embeds = classifier.set_classes(NAMES).text_embeds()
+            head = fit_head("gda", (v + v0) / 2, labels, text_embeds, zero_shot)
+            batches = [{"pixel_values": pixels[part], "labels": labels[part]} for part in (slice(4), slice(4, 9))]
+            assert classifier.keep_head("gda", batches) == head.logit_weight
+            added = head.logit_weight * ((v + v0) / 2 @ head.tensors["weight"].T + head.tensors["bias"])
+            torch.testing.assert_close(classifier(pixels).logits, texts + added, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(classifier.set_classes(others)(pixels).logits, new)
+            torch.testing.assert_close(classifier.set_classes(NAMES).train()(pixels).logits, texts)
+            frozen.head = None
+            frozen.eval()

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 
+import heads
 import pytest
 import run as run_script
 from accelerate.state import AcceleratorState
@@ -38,7 +39,7 @@ def command(small, scripts, describe, tmp_path):
     """The script of a small run, and its arguments."""
     data = describe("four", reader="folder", root="caltech101", classes=NAMES)
 
-    def make(output, *options, start_layer=0, views=0):
+    def make(output, *options, start_layer=0, views=0, **entries):
         cached = {"cached": True} if views else {}
         method = describe(
             "tiny",
@@ -47,6 +48,7 @@ def command(small, scripts, describe, tmp_path):
             recipe={"like": "published", "epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8}
             | {"prototype_learning_rate": 0.02, "views": views or 8},
             **cached,
+            **entries,
         )
         arguments = ["--protocol", "base-to-new", "--data-root", small, "--dataset", data, "--method", method]
         arguments += ["--model", small / "clip", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
@@ -115,6 +117,25 @@ def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, run
     assert found[2][2] != pytest.approx(found[0][2], rel=1e-3)
     assert found[3] == pytest.approx(found[2], rel=1e-4)
     assert list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_rows_of_heads_are_what_runs_find(command, run_here, tmp_path):
+    """`heads.py --rows` on the embeddings of a run, and a method with that head, trained anew."""
+    run_here(command(tmp_path / "kept", "--save-embeddings"))
+    (file,) = tmp_path.rglob("embeddings.safetensors")
+    heads.write_row(file.parent, "gda")
+    run_here(command(tmp_path / "anew", head="gda"))
+    before, written = (
+        json.loads((tmp_path / f"kept/base-to-new/four/{name}/shots_4/seed_1/results.json").read_text())
+        for name in ("tiny", "tiny-gda")
+    )
+    anew = json.loads(next((tmp_path / "anew").rglob("results.json")).read_text())
+    assert written["chosen"] == anew["chosen"] and 0 < written["chosen"]["logit_weight"] <= 16
+    for name in ("base", "new"):
+        errors = [found["results"][name].pop("ece") for found in (written, anew)]
+        assert written["results"][name] == anew["results"][name] and errors[0] == pytest.approx(errors[1], abs=0.1)
+    assert anew["results"]["new"] == {key: before["results"]["new"][key] for key in anew["results"]["new"]}
+    assert heads.write_row(file.parent, "gda") is None  # it is there
 
 
 def test_two_processes_equal_one(command, run_here, tmp_path):
