@@ -153,11 +153,11 @@ class DiskFull(OSError):
     """What the broken functions below raise."""
 
 
-def break_json_dump(monkeypatch, folder: Path) -> None:
+def break_write_json(monkeypatch, folder: Path) -> None:
     def dump(*args, **kwargs):
         raise DiskFull
 
-    monkeypatch.setattr(json, "dump", dump)
+    monkeypatch.setattr("sep_peft.classifier.files.write_json", dump)
 
 
 def break_peft(monkeypatch, folder: Path) -> None:
@@ -186,7 +186,7 @@ def break_replace(name: str):
     return breaks
 
 
-BREAKS = [break_json_dump, break_peft, *map(break_replace, FILES)]
+BREAKS = [break_write_json, break_peft, *map(break_replace, FILES)]
 
 
 @pytest.mark.parametrize("breaks", BREAKS, ids=lambda item: item.__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,37 @@ def test_transformers_loads_what_was_saved(name, tmp_path):
     assert list(base.peft_config) == ["default"]
 
 
-def test_embeddings_that_peft_saves_with_an_adapter_are_refused_with_what_to_do(tmp_path):
-    """They would change the base model; PEFT saves them where it is told to, or the vocabulary was resized."""
+EMBEDDING = "base_model.model.text_model.embeddings.token_embedding.weight"
+
+
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_embeddings_are_not_saved_with_an_adapter(asked, tmp_path):
+    """PEFT would, where the vocabulary was resized or it is told to; what is saved is loaded again."""
     case = CASES["clip text with projection"]
-    adapt_once(case).save_pretrained(tmp_path, save_embedding_layers=True)
+    case.build().save_pretrained(tmp_path / "base")
+    base = type(case.build()).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 2, mean_resizing=False)
+    model = get_peft_model(base, SEPConfig(num_vision_prompts=0))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path, save_embedding_layers=asked)
+    told = (
+        f"The base model's token embeddings ({EMBEDDING}) are not saved with the adapter, because they would change "
+        "the model for all its adapters. Save the base model with its own save_pretrained, and the adapter with "
+        "save_embedding_layers=False."
+    )
+    assert [str(w.message) for w in found if "token embeddings" in str(w.message)] == [told] * (asked is not False)
+    assert not [key for key in load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME) if "embedding" in key]
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(again.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+def test_embeddings_beside_an_adapter_are_refused_with_what_to_do(tmp_path):
+    """They would change the base model; other releases saved them where the vocabulary was resized."""
+    case = CASES["clip text with projection"]
+    adapt_once(case).save_pretrained(tmp_path)
     base = case.build()
+    rewrite(tmp_path, lambda state: state | {EMBEDDING: base.get_input_embeddings().weight.detach()})
     before = snapshot(base)
     with raises(
         "the file of adapter 'default' holds weights of the base model, 1 in all, such as "

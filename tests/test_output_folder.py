@@ -12,16 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from bundled import ASSETS
 from safetensors import SafetensorError
-from small_classifier import contents, make_classifier, raises, with_prototypes
+from small_classifier import IMAGES, LABELS, contents, make_classifier, raises, with_prototypes
+from small_clip import make_clip
 
 from sep_peft import SEPClassifier
-from sep_peft.classifier.files import try_output
+from sep_peft.classifier import files
+from sep_peft.classifier.files import SAVED_FILES, try_output
 from sep_peft.cli import commands
 from sep_peft.cli.app import main
 from sep_peft.training.checkpoint import CHECKPOINT_FILE
-from sep_peft.tuner import disk
+from sep_peft.tuner import disk, json_files
 from sep_peft.tuner.disk import DiskFullError, full_disk_named, try_folder
 
 
@@ -52,21 +55,64 @@ def test_trying_leaves_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+@torch.no_grad()
+def test_a_folder_in_the_place_of_any_file_that_is_saved(tmp_path):
+    """Whatever the classifier has: what is tried is what is written."""
+    classifier = with_prototypes()
+    classifier.save_pretrained(tmp_path / "prototypes")
+    classifier.keep_prototypes(kind="gda", batches=[{"pixel_values": IMAGES, "labels": LABELS}])
+    classifier.save_pretrained(tmp_path / "head")
+    written = {*contents(tmp_path / "prototypes"), *contents(tmp_path / "head")}
+    assert written == set(SAVED_FILES)
+    for name in written:
+        taken = tmp_path / f"not {name}" / name
+        taken.mkdir(parents=True)
+        with raises(
+            f"{taken} is a folder, but a file of that name is to be saved. Rename or remove it.", IsADirectoryError
+        ):
+            try_output(taken.parent)
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    """Nothing is written, the folder included; what is at the limits is saved and loaded."""
+    classifier = make_classifier()
+    classifier.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    size, rest = len(before["sep_classes.json"]), "so it is not written. Leave out some of what it lists."
+    monkeypatch.setattr(files, "MAX_CLASSES_BYTES", size - 1)
+    with raises(f"sep_classes.json would have {size} bytes, but at most {size - 1} are read, {rest}"):
+        classifier.save_pretrained(tmp_path / "new")
+    monkeypatch.setattr(files, "MAX_CLASSES_BYTES", size)
+    containers = sum(map(before["sep_classes.json"].count, (b"[", b"{")))
+    monkeypatch.setattr(json_files, "MAX_CONTAINERS", containers - 1)
+    message = f"sep_classes.json would hold {containers} lists and objects, but at most {containers - 1} are read, "
+    with raises(message + rest):
+        classifier.save_pretrained(tmp_path / "new")
+    monkeypatch.setattr(json_files, "MAX_CONTAINERS", containers)
+    prompts = classifier.vision_tower.sep_prompts["default"]
+    with torch.no_grad():
+        prompts[0, 0] = float("nan")
+    with raises(
+        "The adapter 'default' holds numbers that are not finite or larger than 65504 in "
+        "base_model.model.vision_model.sep_prompts. Train with a lower learning rate, or take an earlier save."
+    ):
+        classifier.save_pretrained(tmp_path / "new")
+    assert contents(tmp_path) == before
+    with torch.no_grad():
+        prompts[0, 0] = 0
+    classifier.save_pretrained(tmp_path / "new")
+    SEPClassifier.from_pretrained(tmp_path / "new", model=make_clip())
+
+
 def test_what_cannot_be_saved_into(tmp_path, monkeypatch):
     file, card = tmp_path / "file", tmp_path / "card" / "README.md"
     file.write_text("mine")
     card.parent.mkdir()
     card.write_text("---\nlicense: [\n---\n")
-    (tmp_path / "folders" / "sep_classes.json").mkdir(parents=True)
     with raises(f"{file} is a file; a folder is needed to save into.", NotADirectoryError):
         try_output(file)
     with raises(f"{file / 'a/b'} cannot be made, because {file} is a file. Choose another folder.", NotADirectoryError):
         try_output(file / "a" / "b")
-    taken = tmp_path / "folders" / "sep_classes.json"
-    with raises(
-        f"{taken} is a folder, but a file of that name is to be saved. Rename or remove it.", IsADirectoryError
-    ):
-        try_output(tmp_path / "folders")
     with pytest.raises(ValueError, match=f"^The metadata of the model card {re.escape(str(card))} cannot be read"):
         try_output(card.parent)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..method.heads import ClassHead, check_logit_weight
-from ..tracing import is_traced
 from ..tuner.messages import listed, printable, shown
 from .calibration import Calibration, is_number
 
@@ -214,28 +213,6 @@ def _head_of(data: Any, tensors: Mapping[str, torch.Tensor]) -> ClassHead:
     if not isinstance(data, Mapping) or not {"kind", "logit_weight"} <= set(data) or not isinstance(data["kind"], str):
         raise ValueError(f"head of the class list must have a kind and a logit_weight, but got {shown(data)}.")
     return ClassHead(data["kind"], dict(tensors), data["logit_weight"])
-
-
-def check_labels(labels: torch.Tensor, count: int) -> None:
-    """
-    Raises:
-        TypeError: `labels` is no tensor of integers.
-        ValueError: `labels` has another shape than (B,), or one of them is no index of `count` classes.
-    """
-    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
-    if kind not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(
-            f"Labels must be a tensor of integers (B,), which count in the order of the classes, but got {kind}."
-        )
-    if labels.ndim != 1:
-        raise ValueError(f"Labels must have the shape (B,), one for each image, but got {tuple(labels.shape)}.")
-    if is_traced():
-        return  # a branch on data would break the graph; cross entropy checks the range as well
-    wrong = labels[(labels < 0) | (labels >= count)]
-    if len(wrong):
-        raise ValueError(
-            f"Labels must be between 0 and {count - 1} for {count} classes, but got {sorted(set(wrong.tolist()))}."
-        )
 
 
 def check_class_names(names: Sequence[str]) -> None:

@@ -33,9 +33,10 @@ from .answers import Answers
 from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
-from .classes import TEMPLATE, TaskClasses, check_labels
+from .classes import TEMPLATE, TaskClasses
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
 from .images import as_images, read_image
+from .inputs import check_images, check_labels, check_trunk
 from .logits import class_logits, head_features, zero_shot_logits
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
@@ -434,20 +435,31 @@ class SEPClassifier(TrainerMixin):
                 to the mean over the N images, whatever their sizes. None: the mean over B images.
             kwargs: what else the image tower takes.
 
+        Shapes are checked before anything runs. Values are on the CPU alone: to read labels or pixels from an
+        accelerator would make every step wait for it. Compiled and exported code has no checks.
+
         Raises:
-            ValueError: a label out of range, neither or both of images and a trunk, or a trunk of another adapter.
+            TypeError: pixels are no tensor, or labels none of integers.
+            ValueError: pixels or labels of another shape, no image, labels of another number than the images, on the
+                CPU a label out of range or a pixel that is not finite, neither or both of images and a trunk, or a
+                trunk of another adapter.
         """
         if (pixel_values is None) == (trunk is None):
             raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
+        if pixel_values is not None:
+            check_images(pixel_values, self.vision_tower)
+        else:
+            check_trunk(trunk, frozen_embeds, trunk_layer)
         if labels is not None:
-            check_labels(labels, len(self.classes))
+            images = pixel_values if trunk is None else trunk
+            check_labels(labels, len(self.classes), None if images is None else len(images), waits=False)
         if not self.training:
             self.agreement.check()
         weights = self.encoder.weights(training=self.training)
         if pixel_values is not None:
             image, frozen_image = self.image_embeds(pixel_values, **kwargs)
         else:
-            assert trunk is not None and frozen_embeds is not None, "a TrunkCache gives both"
+            assert trunk is not None and frozen_embeds is not None, "checked above"
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
         logits = class_logits(self.vision_tower, image, frozen_image, weights)
         if labels is None:

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,7 +36,7 @@ from ..tuner.files import (
     replace_files,
 )
 from ..tuner.find_file import find_file
-from ..tuner.json_files import read_json
+from ..tuner.json_files import check_json, read_json, write_json
 from ..tuner.messages import one_line, shown
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CardDetails, is_hub_name, make_card, read_card
@@ -51,6 +51,8 @@ CLASSES_FILE = "sep_classes.json"
 PROTOTYPES_FILE = "sep_prototypes.safetensors"
 #: File beside it that holds another head.
 HEAD_FILE = "sep_head.safetensors"
+#: Every file that a save may write.
+SAVED_FILES = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CLASSES_FILE, PROTOTYPES_FILE, HEAD_FILE, REPOCARD_NAME)
 #: Version of the layout of classes, and of classes with a head, which earlier releases cannot read.
 FORMAT_VERSION, HEAD_FORMAT_VERSION = 1, 2
 #: Largest class file that is written and read, in bytes: 20,000 classes with 7 templates.
@@ -73,15 +75,35 @@ def save_files(
 
     Raises:
         TypeError: the model is no `PeftModel`.
-        ValueError: the metadata of the card that is there cannot be read, or the weights cannot have `save_dtype`.
+        ValueError: the metadata of the card that is there cannot be read, the weights cannot have `save_dtype`, or what
+            is saved could not be loaded; nothing is written then.
     """
     model = _as_peft_model(model)
     check_save_dtype(save_dtype)
+    check_loadable(model, classes)
     card = os.path.join(folder, REPOCARD_NAME)
     old = read_card(card) if os.path.isfile(card) else None
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
         _write(model, classes, temporary, details, old, save_dtype)
+
+
+def check_loadable(model: PeftModel, classes: TaskClasses) -> None:
+    """
+    Raises:
+        ValueError: the class file would be larger than any that is read, or a weight of the active adapter is not
+            finite or larger than any that is.
+    """
+    check_json(_class_data(classes, "0" * 32), CLASSES_FILE, MAX_CLASSES_BYTES)
+    adapter = cast(str, model.active_adapter)
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    check_numbers(weights.items(), f"The adapter {shown(adapter)}")
+
+
+def _class_data(classes: TaskClasses, save_id: str | None = None) -> dict[str, Any]:
+    """What the class file holds."""
+    version = FORMAT_VERSION if classes.head is None else HEAD_FORMAT_VERSION
+    return {"format_version": version, **classes.to_json()} | ({} if save_id is None else {SAVE_ID: save_id})
 
 
 def try_output(folder: str | os.PathLike, needed: int = 0) -> None:
@@ -97,8 +119,7 @@ def try_output(folder: str | os.PathLike, needed: int = 0) -> None:
         ValueError: the metadata of the card that is there cannot be read.
     """
     try_folder(folder, needed)
-    names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CLASSES_FILE, PROTOTYPES_FILE, REPOCARD_NAME)
-    for path in (os.path.join(folder, name) for name in names):
+    for path in (os.path.join(folder, name) for name in SAVED_FILES):
         if os.path.isdir(path):
             raise IsADirectoryError(f"{path} is a folder, but a file of that name is to be saved. Rename or remove it.")
     card = os.path.join(folder, REPOCARD_NAME)
@@ -141,11 +162,12 @@ def push_files(
 
     Raises:
         TypeError: the model is no `PeftModel`.
-        ValueError: nobody else could load the base model, the metadata of the card that is there cannot be read, or
-            the weights cannot have `save_dtype`.
+        ValueError: nobody else could load the base model, the metadata of the card that is there cannot be read, the
+            weights cannot have `save_dtype`, or what is uploaded could not be loaded.
     """
     model = _as_peft_model(model)
     check_save_dtype(save_dtype)
+    check_loadable(model, classes)
     base_model = details.base_model or base_model_name(model)
     if base_model is None:
         raise ValueError(
@@ -201,9 +223,7 @@ def _write(
         os.rmdir(os.path.join(folder, adapter))
     if save_dtype is not None:
         cast_adapter(folder, save_dtype)
-    with open(os.path.join(folder, CLASSES_FILE), "w", encoding="utf-8") as file:
-        version = FORMAT_VERSION if classes.head is None else HEAD_FORMAT_VERSION
-        json.dump({"format_version": version, **classes.to_json()}, file, indent=1)
+    write_json(_class_data(classes), os.path.join(folder, CLASSES_FILE))
     if classes.prototypes is not None:
         kept = cast_tensor(classes.prototypes.contiguous(), save_dtype or classes.prototypes.dtype, "prototypes")
         save_file({"prototypes": kept}, os.path.join(folder, PROTOTYPES_FILE))
@@ -219,10 +239,7 @@ def _write(
     config = cast(SEPConfig, model.active_peft_config)
     card = make_card(classes, config, base_class, details, subfolder=subfolder, old=old)
     save_id = stamp_files(folder)
-    with open(os.path.join(folder, CLASSES_FILE), encoding="utf-8") as file:
-        data = json.load(file)
-    with open(os.path.join(folder, CLASSES_FILE), "w", encoding="utf-8") as file:
-        json.dump({**data, SAVE_ID: save_id}, file, indent=1)
+    write_json(_class_data(classes, save_id), os.path.join(folder, CLASSES_FILE))
     card.save(os.path.join(folder, REPOCARD_NAME))
 
 

@@ -55,6 +55,42 @@ def read_json(path: str | os.PathLike, max_bytes: int = MAX_CONFIG_BYTES) -> dic
     return data
 
 
+def write_json(data: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write an object that `check_json` lets through."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(_text(data))
+
+
+def check_json(data: dict[str, Any], name: str, max_bytes: int = MAX_CONFIG_BYTES) -> None:
+    """Make sure that `read_json` will read what `write_json` writes.
+
+    Args:
+        data: to be written.
+        name: of the file, for the message.
+        max_bytes: as for `read_json`.
+
+    Raises:
+        JSONFileError: the file would be too large, or hold too many lists and objects.
+    """
+    text = _text(data)
+    if len(text) > max_bytes:  # of ASCII
+        raise JSONFileError(
+            f"{name} would have {len(text)} bytes, but at most {max_bytes} are read, so it is not written. Leave out "
+            "some of what it lists."
+        )
+    containers = text.count("[") + text.count("{")
+    if containers > MAX_CONTAINERS:
+        raise JSONFileError(
+            f"{name} would hold {containers} lists and objects, but at most {MAX_CONTAINERS} are read, so it is not "
+            "written. Leave out some of what it lists."
+        )
+
+
+def _text(data: dict[str, Any]) -> str:
+    """The JSON that is written, in ASCII."""
+    return json.dumps(data, indent=1)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys differ; JSON does not say which of two counts."""
     found: dict[str, Any] = {}

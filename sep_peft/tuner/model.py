@@ -18,6 +18,7 @@ from torch import nn
 
 from ..families.find import find_architecture
 from ..families.spec import Architecture
+from .adapter_state import AdapterState
 from .checks import check_adapter_name, check_config, target_towers
 from .compiled import check_not_compiled, check_reached
 from .config import SEPConfig
@@ -342,7 +343,8 @@ class SEPModel(BaseTuner):
         for tower in find_towers(model).values():
             if adapter_name in tower.sep_fusion:
                 cast(LayerFusions, tower.sep_fusion[adapter_name]).check_parameters()
-        return {key: state_dict[key] for key in cls._adapter_parameters(model, adapter_name)}
+        tensors = {key: state_dict[key] for key in cls._adapter_parameters(model, adapter_name)}
+        return AdapterState(tensors, model)  # to which PEFT would add embeddings of the base model
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
