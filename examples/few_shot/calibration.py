@@ -22,6 +22,7 @@ import torch
 from peft import get_peft_model
 from readers import ImageSet, Sample, read_dataset
 from sampling import draw
+from script import run_as_script
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, set_seed
 
@@ -198,4 +199,4 @@ def shown(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

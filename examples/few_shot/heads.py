@@ -22,6 +22,7 @@ from embeddings import FILE, read_embeddings
 from evaluation import outcome
 from intervals import interval, resampled
 from run_folder import RunFolder
+from script import run_as_script
 
 from sep_peft.classifier.logits import head_features, more_confident
 from sep_peft.method.fit_heads import fit_head
@@ -164,4 +165,4 @@ def percent(right: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

@@ -6,7 +6,8 @@ images. An interval over few runs knows little of how runs differ, and one over 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,23 +16,87 @@ import numpy as np
 DRAWS = 5_000
 #: Ends of an interval of 95 %.
 ENDS = (2.5, 97.5)
+BASE_TO_NEW, FEW_SHOT, CROSS_DATASET, SHIFTED = "base-to-new", "few-shot", "cross-dataset", "domain-generalization"
+#: Name of the evaluation on images like those that were trained on.
+SOURCE = "source"
+#: What a method did on one data set: evaluation -> seed -> for each test image 1 where it was right, else 0, (N,).
+Part = dict[str, dict[int, np.ndarray]]
 
 
-def resampled(right: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+def score_of(protocol: str, columns: dict[str, Any]) -> Any:
+    """What methods are ordered by, of accuracies or of draws of them, in percent.
+
+    The harmonic mean of base and new classes, the mean over the data sets or domains that were not trained on, or the
+    mean over all.
+    """
+    if protocol == BASE_TO_NEW:
+        base, new = columns["base"], columns["new"]
+        return 2 * base * new / np.maximum(base + new, 1e-9)
+    names = list(columns)
+    if protocol == CROSS_DATASET and len(names) > 1:
+        names = names[1:]
+    elif protocol == SHIFTED and set(names) != {SOURCE}:
+        names = [name for name in names if name != SOURCE]
+    return sum(columns[name] for name in names) / len(names)
+
+
+def intervals_of(parts: Sequence[Part], protocol: str) -> dict[str, list[float]]:
+    """The 95 % interval of each evaluation's mean accuracy over data sets, runs and images, and of the "score"."""
+    seeds = [common_seeds(part) for part in parts]
+    _, draws = _estimates(parts, list(parts[0]), seeds, protocol) if all(seeds) else ({}, {})
+    return {name: interval(values) for name, values in draws.items()}
+
+
+def difference(ours: Sequence[Part], theirs: Sequence[Part], protocol: str) -> dict[str, dict[str, Any]] | None:
+    """Paired difference for each evaluation and the "score": its "mean" in points and its "interval".
+
+    It is over the runs that both have, on each of the same data sets; None where both have no run or other images.
+    """
+    pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
+    columns = [name for name in (ours[0] if pairs else ()) if all(name in part for pair in pairs for part in pair)]
+    seeds = [sorted(set(common_seeds(a)) & set(common_seeds(b))) for a, b in pairs]
+    if not columns or not all(seeds) or any(_size(a, name) != _size(b, name) for a, b in pairs for name in columns):
+        return None
+    exact, draws = zip(*(_estimates(side, columns, seeds, protocol) for side in (ours, theirs)), strict=True)
+    return {
+        name: {"mean": float(exact[0][name] - exact[1][name]), "interval": interval(draws[0][name] - draws[1][name])}
+        for name in exact[0]
+    }
+
+
+def common_seeds(part: Part) -> list[int]:
+    """The runs that all evaluations of a part have."""
+    return sorted(set.intersection(*map(set, part.values()))) if part else []
+
+
+def _estimates(
+    parts: Sequence[Part], columns: list[str], seeds: list[list[int]], protocol: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Means over data sets, as measured and as draws (D,), of each column and of the score."""
+    measured, drawn = [], []
+    for place, (part, own) in enumerate(zip(parts, seeds, strict=True)):
+        whole = {name: np.stack([part[name][seed] for seed in own]) for name in columns}  # (S, N)
+        measured.append({name: 100 * right.mean() for name, right in whole.items()})
+        drawn.append(resampled(whole, place))
+    means = [{name: sum(part[name] for part in side) / len(side) for name in columns} for side in (measured, drawn)]
+    if protocol != BASE_TO_NEW or set(columns) == {"base", "new"}:
+        means = [{**side, "score": score_of(protocol, side)} for side in means]
+    return means[0], means[1]
+
+
+def resampled(right: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
     """Accuracies in percent of many draws, for each evaluation (D,).
 
     Args:
         right: evaluation -> for S runs and its N images whether they were right, (S, N); all of the same runs.
-        seed: of the draws: with the same numbers of runs and images, the same are drawn.
+        seed: of the draws: for the same numbers of runs and images, the same are drawn.
     """
-    runs = {len(values) for values in right.values()}
-    if len(runs) != 1:
-        raise ValueError(f"All evaluations must be of the same runs, but there are {sorted(runs)} of them.")
-    of_runs = _counts(runs.pop(), np.random.default_rng(seed))  # (D, S)
+    runs = len(next(iter(right.values())))
+    of_runs = _shares(runs, np.random.default_rng([seed, 0]))  # (D, S)
     found = {}
-    for place, (name, values) in enumerate(sorted(right.items())):
-        images = _counts(values.shape[1], np.random.default_rng([seed, place]))  # (D, N)
-        found[name] = 100 * ((of_runs @ values) * images).sum(axis=1)
+    for place, (name, values) in enumerate(right.items(), start=1):
+        of_images = _shares(values.shape[1], np.random.default_rng([seed, place]))  # (D, N)
+        found[name] = 100 * ((of_runs @ values) * of_images).sum(axis=1)
     return found
 
 
@@ -40,6 +105,11 @@ def interval(draws: np.ndarray) -> list[float]:
     return np.percentile(draws, ENDS).tolist()
 
 
-def _counts(size: int, generator: np.random.Generator) -> np.ndarray:
-    """Shares (D, size) of each of `size` things in draws of as many of them."""
+def _size(part: Part, name: str) -> int:
+    """N, the images of an evaluation."""
+    return len(next(iter(part[name].values())))
+
+
+def _shares(size: int, generator: np.random.Generator) -> np.ndarray:
+    """Shares (D, size) of each of `size` things among as many that are drawn."""
     return generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) / size

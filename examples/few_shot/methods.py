@@ -13,8 +13,8 @@ from `Recipe.compact()` or `Recipe.published()`; its seed is the run's. Scores a
 no consistency losses, so their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed
 once, for the recipe's `views` of each image. `"head": "gda"`, "probe" or "tip-adapter-f" fits that head on the training
 images after training, in the place of prototypes, on "sep", "lora" and "zero-shot", the frozen model. A variant of
-another method names its file: with `"like": "sep"` everything that is not said, also within `config` and `recipe`, is
-as in `sep.json`.
+another method names its file, beside it or in `methods`: with `"like": "sep"` everything that is not said, also within
+`config` and `recipe`, is as in `sep.json`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from sep_peft.method.heads import NAMES
 from sep_peft.training import Recipe
 
 
+#: The methods that come with these scripts.
+SHIPPED = Path(__file__).parent / "methods"
 #: Entries that hold settings by name.
 PARTS = ("config", "recipe")
 #: What "like" in a recipe may say, and what it stands for.
@@ -73,7 +75,7 @@ def read_method(path: Path, **overrides: Any) -> Method:
         overrides: entries of the recipe to replace, of methods that have one.
 
     Raises:
-        FileNotFoundError: the method that this one is like is not beside it.
+        FileNotFoundError: the method that this one is like is neither beside it nor among those of these scripts.
         ValueError: an entry is unknown, or has a value that is not allowed.
     """
     data = read_entries(path)
@@ -131,9 +133,12 @@ def read_entries(path: Path) -> dict[str, Any]:
     own = json.loads(path.read_text(encoding="utf-8"))
     if "like" not in own:
         return own
-    file = path.with_name(f"{own.pop('like')}.json")
-    if not file.is_file():
-        raise FileNotFoundError(f'{path}: it is "like" {file.stem!r}, but there is no {file.name} beside it.')
+    name = f"{own.pop('like')}.json"
+    file = next((file for file in (path.with_name(name), SHIPPED / name) if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f'{path}: it is "like" {name[:-5]!r}, but there is no {name} beside it or in {SHIPPED}.'
+        )
     other = json.loads(file.read_text(encoding="utf-8"))
     if "like" in other:
         raise ValueError(f"{path}: {file.name} is itself like another method; name that one, {other['like']!r}.")

@@ -1,73 +1,220 @@
-"""Two plots of the tables: new-class against base-class accuracy, and accuracy over shots."""
+"""Drawings of the tables: at most eight methods each, labelled at their points, in colours that everybody tells apart.
+
+The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), a method's the same in all drawings.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from intervals import BASE_TO_NEW, CROSS_DATASET, FEW_SHOT, SOURCE
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import ZERO_SHOT, Tables
+from tables import EACH_HELD_OUT, ZERO_SHOT, Tables
 
 
-#: Names of methods in one column of a legend that has a panel of its own.
-LEGEND_ROWS = 14
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+#: Methods in one drawing, and bars of differences in one panel.
+MOST_METHODS, MOST_BARS = 8, 16
+#: Least distance of two labels, in shares of the height of their panel.
+LABEL_DISTANCE = 0.055
+MARKERS = "osD^vPX<"
 
 
-def plot_base_new(tables: Tables, file: Path) -> None:
-    """New-class accuracy against base-class accuracy, one panel a data set."""
-    tables = {key: rows for key, rows in tables.items() if key[0] == "base-to-new"}
-    if not tables:
-        return
-    methods = sorted({method for rows in tables.values() for method in rows})
-    # one row of panels for up to three data sets, a further panel for the legend
-    width = min(len(tables) + 1, 3)
-    height = -(-(len(tables) + 1) // width)
-    figure = Figure(figsize=(4.5 * width, 4 * height), layout="constrained")
-    panels = list(figure.subplots(height, width, squeeze=False).flat)
-    drawn: dict[str, Any] = {}
-    for axes, ((_, dataset, shots), rows) in zip(panels, tables.items(), strict=False):
-        for method, row in rows.items():
-            x, y = row["columns"]["base"], row["columns"]["new"]
-            if x and y:
-                drawn[method] = axes.errorbar(
-                    x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], capsize=2, **style(methods.index(method))
-                )
-        if rows.get(ZERO_SHOT):
-            axes.axhline(rows[ZERO_SHOT]["columns"]["new"]["mean"], color="0.8", zorder=0)
+def chosen_methods(tables: Tables, against: str, wanted: list[str]) -> list[str]:
+    """The methods to draw: those that are wanted, or zero-shot, `against` and the best of the first table.
+
+    Raises:
+        ValueError: more than eight are wanted, or one that no table has.
+    """
+    known = list(dict.fromkeys(name for rows in tables.values() for name in rows))
+    if unknown := sorted(set(wanted) - set(known)):
+        raise ValueError(f"--drawn names {', '.join(unknown)}, but there are runs of {', '.join(known)} only.")
+    if len(wanted) > MOST_METHODS:
+        raise ValueError(f"--drawn takes at most {MOST_METHODS} methods, but got {len(wanted)}.")
+    first = next(iter(tables.values()))
+    best = sorted(first, key=lambda name: -(first[name]["score"] or 0.0))
+    others = dict.fromkeys([ZERO_SHOT, against, *best, *known])
+    return wanted or [name for name in others if name in known][:MOST_METHODS]
+
+
+def plot_base_new(tables: Tables, drawn: list[str], file: Path) -> None:
+    """New-class accuracy against base-class accuracy with lines of equal harmonic mean, one panel a table."""
+    found = {key: rows for key, rows in tables.items() if key[0] == BASE_TO_NEW}
+    for axes, ((_, dataset, shots), rows) in panels(found, file, 4.6, 4.2):
+        points = {m: rows[m]["columns"] for m in drawn if m in rows and all(rows[m]["columns"].values())}
+        for method, columns in points.items():
+            x, y = columns["base"], columns["new"]
+            spread = {"xerr": x["std"], "yerr": y["std"], "elinewidth": 0.8}
+            look = style(method, drawn)
+            axes.errorbar(x["mean"], y["mean"], **spread, color=look["color"], alpha=0.35, zorder=2)
+            axes.plot(x["mean"], y["mean"], **look, zorder=5)
+        axes.margins(x=0.16, y=0.12)
         axes.set(
             title=f"{dataset}, {shots} shots", xlabel="base classes, accuracy (%)", ylabel="new classes, accuracy (%)"
         )
-    for axes in panels[len(tables) :]:
-        axes.axis("off")
-    names, columns = sorted(drawn), -(-len(drawn) // LEGEND_ROWS)
-    panels[len(tables)].legend([drawn[m] for m in names], names, loc="center left", ncols=columns, fontsize=8)
-    figure.savefig(file, dpi=100)
+        draw_equal_scores(axes)
+        label(axes, {m: (c["base"]["mean"], c["new"]["mean"]) for m, c in points.items()}, drawn)
 
 
-def style(index: int) -> dict[str, str]:
-    """Colour and marker of a method, the same in all panels; two methods of one colour differ in their marker."""
-    return {"color": f"C{index % 10}", "marker": "os^vD<>PX*"[(index + index // 10) % 10]}
+def draw_equal_scores(axes: Axes) -> None:
+    """Lines along which the harmonic mean is the same."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    x, y = np.meshgrid(np.linspace(max(left, 0.1), right, 200), np.linspace(max(bottom, 0.1), top, 200))
+    lines = axes.contour(x, y, 2 * x * y / (x + y), levels=6, colors="0.85", linewidths=0.8, zorder=0)
+    axes.clabel(lines, fmt="H %.0f", fontsize=7, colors="0.6")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def plot_shots(tables: Tables, file: Path) -> None:
+def plot_differences(tables: Tables, against: str, file: Path) -> None:
+    """How far methods are from `against`, as bars with intervals, one panel a table of base-to-new."""
+    found = {
+        key: bars
+        for key, rows in tables.items()
+        if key[0] == BASE_TO_NEW
+        and (bars := {m: d["score"] for m, row in rows.items() if (d := row["differences"]) and "score" in d})
+    }
+    height = 1.2 + 0.26 * max((min(len(bars), MOST_BARS) for bars in found.values()), default=0)
+    for axes, ((_, dataset, shots), bars) in panels(found, file, 5.2, height):
+        largest = sorted(bars, key=lambda name: -abs(bars[name]["mean"]))[:MOST_BARS]
+        names = sorted(largest, key=lambda name: bars[name]["mean"])
+        means = np.array([bars[name]["mean"] for name in names])
+        ends = np.array([bars[name]["interval"] for name in names])
+        sure = (ends[:, 0] > 0) | (ends[:, 1] < 0)
+        colours = [COLOURS[0] if certain else "#B8CFE0" for certain in sure]
+        away = np.abs(np.stack([means - ends[:, 0], ends[:, 1] - means]))
+        axes.barh(names, means, xerr=away, color=colours, error_kw={"elinewidth": 1, "ecolor": "0.3", "capsize": 2})
+        axes.axvline(0, color="0.2", linewidth=0.8)
+        axes.set(title=f"{dataset}, {shots} shots", xlabel=f"H minus that of {against} (points, 95 % interval)")
+        axes.tick_params(axis="y", length=0)
+
+
+def plot_shots(tables: Tables, drawn: list[str], file: Path) -> None:
     """Accuracy over shots, one panel a data set, with zero-shot as a line."""
-    tables = {key: rows for key, rows in tables.items() if key[0] == "few-shot"}
-    datasets = sorted({dataset for _, dataset, _ in tables})
-    if not datasets:
-        return
-    figure = Figure(figsize=(5.5 * len(datasets), 4.5), layout="constrained")
-    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        own = {shots: rows for (_, name, shots), rows in sorted(tables.items()) if name == dataset}
-        for method in sorted({method for rows in own.values() for method in rows}):
-            points = [(shots, rows[method]["columns"]["all"]) for shots, rows in own.items() if method in rows]
+    found: dict[tuple[str, str, int], dict[int, dict[str, dict]]] = {}
+    for (protocol, dataset, shots), rows in sorted(tables.items()):
+        if protocol == FEW_SHOT:
+            found.setdefault((protocol, dataset, 0), {})[shots] = rows
+    for axes, ((_, dataset, _), by_shots) in panels(found, file, 5.4, 4.2):
+        ends = {}
+        for method in (m for m in drawn if any(m in rows for rows in by_shots.values())):
+            points = [(shots, rows[method]["columns"]["all"]) for shots, rows in by_shots.items() if method in rows]
             shots, values = zip(*points, strict=True)
+            means, look = [value["mean"] for value in values], style(method, drawn)
             if method == ZERO_SHOT:
-                axes.axhline(values[0]["mean"], color="0.6", linestyle="--", label=method)
-                continue
-            spread = [value["std"] or 0.0 for value in values]
-            axes.errorbar(shots, [value["mean"] for value in values], yerr=spread, marker="o", capsize=2, label=method)
+                shots, means = list(by_shots), len(by_shots) * means[:1]
+                axes.plot(shots, means, color="0.2", linestyle="--", linewidth=1)
+            else:
+                spread = [value["std"] or 0.0 for value in values]
+                axes.errorbar(shots, means, yerr=spread, **(look | {"linestyle": "-", "linewidth": 1.2}))
+            ends[method] = (shots[-1], means[-1])
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(own), [str(shots) for shots in own])
+        axes.set_xticks(list(by_shots), [str(shots) for shots in by_shots])
+        axes.set_xlim(min(by_shots) / 1.15, max(by_shots) * 2.6)
         axes.set(title=dataset, xlabel="training images a class", ylabel="accuracy (%)")
-        axes.legend(fontsize=8)
-    figure.savefig(file, dpi=100)
+        label(axes, ends, drawn)
+
+
+def plot_other_images(tables: Tables, protocol: str, drawn: list[str], file: Path) -> None:
+    """Mean accuracy on what was not trained on as bars with intervals, and each domain or data set as a letter."""
+    found = {
+        key: rows
+        for key, rows in tables.items()
+        if key[0] == protocol and any(m in rows for m in drawn) and not _stands_in_another(key, tables)
+    }
+    height = 1.8 + 0.32 * max((sum(m in rows for m in drawn) for rows in found.values()), default=0)
+    for axes, ((_, dataset, shots), rows) in panels(found, file, 5.6, height):
+        names = sorted((m for m in drawn if m in rows and rows[m]["score"] is not None), key=lambda m: rows[m]["score"])
+        columns = list(next(iter(rows.values()))["columns"])
+        others = columns[1:] if protocol == CROSS_DATASET else [name for name in columns if name != SOURCE]
+        letters = dict(zip(others, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+        for place, name in enumerate(names):
+            row = rows[name]
+            ends = row["interval"] or (row["score"], row["score"])
+            away = [[max(row["score"] - ends[0], 0)], [max(ends[1] - row["score"], 0)]]
+            look = {"color": style(name, drawn)["color"], "alpha": 0.55, "error_kw": {"elinewidth": 1.2}}
+            axes.barh(place, row["score"], xerr=away, capsize=2, height=0.55, **look)
+            for column, letter in letters.items():
+                if value := row["columns"].get(column):
+                    axes.text(value["mean"], place + 0.38, letter, fontsize=7.5, ha="center", va="center")
+        axes.set_yticks(range(len(names)), names)
+        reached = [rows[m]["columns"][c]["mean"] for m in names for c in letters if rows[m]["columns"].get(c)]
+        reached += [(rows[m]["interval"] or [rows[m]["score"]])[-1] for m in names]
+        axes.set_xlim(0, 1.05 * max(reached))
+        meaning = ", ".join(f"{letter} {column}" for column, letter in letters.items())
+        axes.set(title=f"{dataset}, {shots} shots", xlabel=f"accuracy (%): mean, 95 % interval\n{meaning}")
+        axes.tick_params(axis="y", length=0)
+
+
+def _stands_in_another(key: tuple[str, str, int], tables: Tables) -> bool:
+    """Whether a table with one domain held out is a column of one with each held out."""
+    place, without, _ = key[1].partition("-without-")
+    return bool(without) and any(name.startswith(f"{place}{EACH_HELD_OUT}") for _, name, _ in tables)
+
+
+def panels(tables: dict[tuple[str, str, int], Any], file: Path, width: float, height: float):
+    """A panel for each table, at most three in a row; the file is written after the last, and not without a table."""
+    if not tables:
+        return
+    columns = min(len(tables), 3)
+    lines = -(-len(tables) // columns)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in list(places)[len(tables) :]:
+        axes.axis("off")
+    for axes, item in zip(figure.axes, tables.items(), strict=False):
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes, item
+    figure.savefig(file, dpi=110)
+
+
+def style(method: str, drawn: list[str]) -> dict[str, Any]:
+    """Colour and marker of a method, the same in all drawings; zero-shot is a black star."""
+    if method == ZERO_SHOT:
+        return {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
+    place = [name for name in drawn if name != ZERO_SHOT].index(method)
+    return {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 6, "linestyle": "none"}
+
+
+def label(axes: Axes, points: dict[str, tuple[float, float]], drawn: list[str]) -> None:
+    """Names beside the points (x, y); those of points that are close are moved apart, and joined to them by a line."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    order = sorted(points, key=lambda name: points[name][1])
+    heights = spread_out([(points[name][1] - bottom) / (top - bottom) for name in order], LABEL_DISTANCE)
+    middle = (left + right) / 2 if axes.get_xscale() == "linear" else right
+    for name, height in zip(order, heights, strict=True):
+        x, y = points[name]
+        to_the_left = x > middle
+        axes.annotate(
+            name,
+            (x, y),
+            (-12 if to_the_left else 12, (height * (top - bottom) + bottom - y) / (top - bottom) * axes_points(axes)),
+            textcoords="offset points",
+            ha="right" if to_the_left else "left",
+            va="center",
+            fontsize=8,
+            color=style(name, drawn)["color"],
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            zorder=4,
+        )
+
+
+def spread_out(places: list[float], distance: float) -> list[float]:
+    """Rising places, moved as little as it takes so that neighbours are `distance` apart."""
+    moved = list(places)
+    for _ in range(200):
+        for i in range(len(moved) - 1):
+            if (gap := distance - (moved[i + 1] - moved[i])) > 1e-6:
+                moved[i] -= gap / 2
+                moved[i + 1] += gap / 2
+    return moved
+
+
+def axes_points(axes: Axes) -> float:
+    """Height of a panel in points."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    return axes.get_window_extent().height * 72 / figure.dpi

@@ -86,6 +86,19 @@ def domain_generalization(data: ImageSet, shots: int, seed: int, held_out: str |
     return Plan(inside, draw(inside, shots, seed), [Measurement("source", inside), Measurement(held_out, outside)])
 
 
+def held_out_domains(wanted: str | None, data: ImageSet) -> list[str | None]:
+    """The domains that are held out, each in cells of its own.
+
+    Raises:
+        ValueError: all are wanted, but there is one.
+    """
+    if wanted != "all":
+        return [wanted]
+    if len(data.domains) < 2:
+        raise ValueError(f"--held-out all needs several domains, but {data.name} has one.")
+    return list(data.domains)
+
+
 PROTOCOLS = {
     "base-to-new": base_to_new,
     "few-shot": few_shot,

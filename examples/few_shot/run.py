@@ -19,9 +19,10 @@ from accelerate.utils import set_seed
 from embeddings import FILE, Embeddings, has_embeddings
 from evaluation import features, measure
 from methods import Method, build_classifier, read_method
-from protocols import PROTOCOLS, Plan, limited
+from protocols import PROTOCOLS, Plan, held_out_domains, limited
 from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
+from script import run_as_script
 from torch import nn
 from training import fit, keep_head
 from transformers import AutoProcessor
@@ -41,11 +42,12 @@ def main() -> None:
     data = {
         name: read_dataset(find(HERE / "data_sets", name), args.data_root) for name in (*args.dataset, *args.targets)
     }
-    for dataset, shots, method, seed in itertools.product(args.dataset, args.shots, methods, args.seeds):
-        plan = make_plan(args, data, dataset, shots, seed)
-        place = Path(dataset).stem + (f"-without-{args.held_out}" if args.held_out else "")
+    places = [(name, domain) for name in args.dataset for domain in held_out_domains(args.held_out, data[name])]
+    for (dataset, domain), shots, method, seed in itertools.product(places, args.shots, methods, args.seeds):
+        plan = make_plan(args, data, dataset, shots, seed, domain)
+        place = Path(dataset).stem + (f"-without-{domain}" if domain else "")
         path = args.output / args.protocol / place / method.name / f"shots_{shots}" / f"seed_{seed}"
-        run_cell(path, Cell(args.protocol, place, method, plan, shots, seed), args, accelerator)
+        run_cell(path, Cell(args.protocol, place, method, plan, shots, seed, domain), args, accelerator)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Cell:
     plan: Plan
     shots: int
     seed: int
+    held_out: str | None = None
 
     def settings(self, args: argparse.Namespace) -> dict[str, Any]:
         """Everything that the result depends on."""
@@ -74,6 +77,7 @@ class Cell:
             "precision": args.precision,
             "attention": args.attention,
             **({} if args.test_images is None else {"test_images": args.test_images}),
+            **({} if self.held_out is None else {"held_out": self.held_out}),
         }
 
 
@@ -84,7 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", required=True, help="files in methods/, or paths of such files")
     parser.add_argument("--shots", type=int, nargs="+", default=[16], help="training images per class")
     parser.add_argument("--targets", nargs="*", default=[], help="data sets to test on, for cross-dataset")
-    parser.add_argument("--held-out", help="domain to test on, for domain-generalization with several domains")
+    parser.add_argument(
+        "--held-out", help="domain to test on, for domain-generalization with several domains; all: each"
+    )
     parser.add_argument("--recipe", nargs="*", default=[], metavar="NAME=VALUE", help="replace entries of the recipe")
     args = parser.parse_args()
     if min(args.shots) < 1:
@@ -136,12 +142,14 @@ def find(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"{name!r} is neither a file nor one of {names}.")
 
 
-def make_plan(args, data: dict[str, ImageSet], dataset: str, shots: int, seed: int) -> Plan:
+def make_plan(
+    args, data: dict[str, ImageSet], dataset: str, shots: int, seed: int, held_out: str | None = None
+) -> Plan:
     options: dict[str, Any] = {}
     if args.protocol == "cross-dataset":
         options["targets"] = [data[name] for name in args.targets if name != dataset]
     if args.protocol == "domain-generalization":
-        options["held_out"] = args.held_out
+        options["held_out"] = held_out
     plan = PROTOCOLS[args.protocol](data[dataset], shots, seed, **options)
     return plan if args.test_images is None else limited(plan, args.test_images)
 
@@ -223,4 +231,4 @@ def count_trained(classifier: nn.Module) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

@@ -1,4 +1,14 @@
-"""Finished runs -> tables: mean and spread over seeds, harmonic means, averages over data sets."""
+"""Finished runs -> tables: means and spreads over seeds, harmonic means, averages, intervals and paired differences.
+
+A row of a table holds
+
+    columns       evaluation -> mean and standard deviation over seeds, and its interval; None where it is not defined
+    score         what methods are ordered by, see `intervals.score_of`, and its interval as "interval"
+    ece           mean calibration error over evaluations and seeds, in percent
+    differences   from the method that all are compared with: mean and interval for each column and the "score"
+
+and, until it is written, the "parts" that intervals are made from.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +17,137 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+from intervals import BASE_TO_NEW, Part, difference, intervals_of, score_of
+
 
 ZERO_SHOT = "zero-shot"
 #: What the name of an average over data sets begins with.
 AVERAGE = "average of"
-#: A table's key -> its rows, each a method with mean and spread per column.
+#: What stands after the name of a data set whose domains were held out in turn.
+EACH_HELD_OUT = ", each domain held out"
+#: A table's key (protocol, data set, shots) -> its rows by method.
 Tables = dict[tuple[str, str, int], dict[str, dict[str, Any]]]
+#: As `Tables`, but for each method its runs.
+Grouped = dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]]
 
 
-def read_runs(folder: Path) -> list[dict[str, Any]]:
+def read_runs(*folders: Path) -> list[dict[str, Any]]:
     """Settings and outcome of every finished run."""
-    files = sorted(folder.glob("*/*/*/shots_*/seed_*/results.json"))
+    files = [file for folder in folders for file in sorted(folder.glob("*/*/*/shots_*/seed_*/results.json"))]
     return [{"settings": read(file.parent / "settings.json"), **read(file)} for file in files]
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def make_tables(runs: list[dict[str, Any]]) -> Tables:
-    """One table per protocol, data set and number of shots; zero-shot does not depend on shots and stands in each."""
-    grouped: dict[tuple[str, str, int], dict[str, list]] = {}
+    """One table per protocol, data set and number of shots; zero-shot does not depend on shots and stands in each.
+
+    Where the runs are of several models, the names of data sets say which. Domains that were each held out are in one
+    table beside those of their own.
+    """
+    grouped = group(runs)
+    tables = {key: {name: make_row(runs, key[0]) for name, runs in methods.items()} for key, methods in grouped.items()}
+    tables |= held_out_tables(grouped, tables)
+    return {key: order(rows) for key, rows in sorted(tables.items())}
+
+
+def group(runs: list[dict[str, Any]]) -> Grouped:
+    """The runs of each table and method."""
+    grouped: Grouped = {}
     zero_shot = {}
+    several = len({run["settings"].get("model") for run in runs}) > 1
     for run in runs:
         settings = run["settings"]
-        place, name = (settings["protocol"], settings["dataset"]), settings["method"]["name"]
+        model = f" on {Path(settings['model']).name}" if several else ""
+        place, name = (settings["protocol"], settings["dataset"] + model), settings["method"]["name"]
         grouped.setdefault((*place, settings["shots"]), {}).setdefault(name, []).append(run)
         if name == ZERO_SHOT:
             zero_shot[place] = grouped[(*place, settings["shots"])][name]
     for (*place, _), methods in grouped.items():
         if tuple(place) in zero_shot:
             methods.setdefault(ZERO_SHOT, zero_shot[tuple(place)])
-    return {
-        key: order({name: make_row(runs) for name, runs in methods.items()}) for key, methods in sorted(grouped.items())
-    }
+    return grouped
 
 
-def make_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of every evaluation, and the harmonic mean of the averages."""
-    columns = {}
+def make_row(runs: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
+    """What the runs of one method say."""
+    columns: dict[str, Any] = {}
+    part: Part = {}
     for name in runs[0]["results"]:
-        values = [run["results"][name]["accuracy"] for run in runs if run["results"][name]]
+        found = {run["settings"]["seed"]: run["results"][name] for run in runs if run["results"][name]}
+        values = [result["accuracy"] for result in found.values()]
         columns[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None} if values else None
+        images = {seed: np.array(list(result.get("correct", "")), float) for seed, result in found.items()}
+        if len(set(map(len, images.values())) - {0}) == 1:  # unreadable images are not the same ones
+            part[name] = images
     row = {"seeds": sorted(run["settings"]["seed"] for run in runs), "columns": columns}
     row["parameters"] = runs[0]["trained_parameters"]
     row["seconds"] = mean(run["training_seconds"] for run in runs)
-    add_score(row)
+    errors = [result["ece"] for run in runs for result in run["results"].values() if result and "ece" in result]
+    row["ece"] = mean(errors) if errors else None
+    return with_scores(row, protocol, [part])
+
+
+def with_scores(row: dict[str, Any], protocol: str, parts: list[Part]) -> dict[str, Any]:
+    """The row with its score, and with intervals where `parts` say whether each image was right."""
+    means = {name: value["mean"] for name, value in row["columns"].items() if value}
+    whole = protocol != BASE_TO_NEW or set(means) == {"base", "new"}
+    row |= {"score": float(score_of(protocol, means)) if whole and means else None, "parts": parts}
+    found = intervals_of(parts, protocol) if all(parts) and parts else {}
+    for name, ends in found.items():
+        if name != "score":
+            row["columns"][name]["interval"] = ends
+    row["interval"] = found.get("score") if set(found) == {*means, "score"} else None
     return row
 
 
-def add_score(row: dict[str, Any]) -> None:
-    """What methods are ordered by: the harmonic mean for base and new, else the mean of all columns but the source."""
-    columns = row["columns"]
-    if set(columns) == {"base", "new"}:
-        base, new = (columns[name]["mean"] if columns[name] else 0.0 for name in ("base", "new"))
-        row["harmonic"] = 2 * base * new / (base + new) if base and new else None
-        row["score"] = row["harmonic"]
-    else:
-        values = [value["mean"] for value in columns.values() if value]
-        shifted = values[1:] or values  # the first is the source
-        row["score"] = mean(shifted)
+def held_out_tables(grouped: Grouped, tables: Tables) -> Tables:
+    """For data sets of which several domains were held out in turn a table with a column for each of these domains."""
+    found: dict[tuple[str, str, int], dict[str, dict[str, dict]]] = {}  # key -> method -> domain -> row
+    for (protocol, place, shots), methods in grouped.items():
+        for name, runs in methods.items():
+            if (domain := runs[0]["settings"].get("held_out")) is not None:
+                key = (protocol, place.replace(f"-without-{domain}", EACH_HELD_OUT), shots)
+                row = tables[protocol, place, shots][name]
+                found.setdefault(key, {}).setdefault(name, {})[domain] = row
+    joined: Tables = {}
+    for key, methods in found.items():
+        domains = {domain for of_method in methods.values() for domain in of_method}
+        whole = {name: of_method for name, of_method in methods.items() if set(of_method) == domains}
+        if len(domains) > 1 and whole:
+            joined[key] = {name: join(of_method, key[0]) for name, of_method in whole.items()}
+    return joined
+
+
+def join(rows: dict[str, dict[str, Any]], protocol: str) -> dict[str, Any]:
+    """The rows of one method with each domain held out -> a row with a column for each."""
+    first = next(iter(rows.values()))
+    part = {domain: row["parts"][0][domain] for domain, row in sorted(rows.items()) if domain in row["parts"][0]}
+    columns = {domain: dict(row["columns"][domain]) for domain, row in sorted(rows.items())}
+    joined = {"seeds": first["seeds"], "columns": columns, "parameters": first["parameters"], **means_of(rows.values())}
+    return with_scores(joined, protocol, [part] if len(part) == len(rows) else [])
+
+
+def means_of(rows) -> dict[str, float | None]:
+    """Mean seconds and calibration error of rows."""
+    errors = [row.get("ece") for row in rows]
+    return {
+        "seconds": mean(row["seconds"] for row in rows),
+        "ece": None if None in errors else mean(errors),
+    }
+
+
+def add_differences(tables: Tables, against: str) -> Tables:
+    """The same tables, where every row has its paired differences from that of `against`."""
+    for (protocol, *_), rows in tables.items():
+        other = rows.get(against)
+        for name, row in rows.items():
+            compared = other is not None and name != against and row["parts"] and other["parts"]
+            row["differences"] = difference(row["parts"], other["parts"], protocol) if compared else None
+    return tables
 
 
 def add_earlier(tables: Tables, summary: list[dict[str, Any]]) -> Tables:
@@ -75,7 +156,8 @@ def add_earlier(tables: Tables, summary: list[dict[str, Any]]) -> Tables:
     for entry in summary:
         if not entry["dataset"].startswith(AVERAGE):
             rows = merged.setdefault((entry["protocol"], entry["dataset"], entry["shots"]), {})
-            rows.update({name: row for name, row in entry["methods"].items() if name not in rows})
+            known = {"ece": None, "interval": None, "parts": []}
+            rows.update({name: known | row for name, row in entry["methods"].items() if name not in rows})
     return {key: order(rows) for key, rows in sorted(merged.items())}
 
 
@@ -92,11 +174,11 @@ def order(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def average_tables(tables: Tables) -> Tables:
     """Base-to-new over all data sets, for methods that have all of them."""
     found: Tables = {}
-    for shots in sorted({key[2] for key in tables if key[0] == "base-to-new"}):
-        parts = [rows for (protocol, _, s), rows in tables.items() if (protocol, s) == ("base-to-new", shots)]
+    for shots in sorted({key[2] for key in tables if key[0] == BASE_TO_NEW}):
+        parts = [rows for (protocol, _, s), rows in tables.items() if (protocol, s) == (BASE_TO_NEW, shots)]
         names = [name for name in parts[0] if all(name in rows for rows in parts)]
         if len(parts) > 1 and names:
-            key = ("base-to-new", f"{AVERAGE} {len(parts)} data sets", shots)
+            key = (BASE_TO_NEW, f"{AVERAGE} {len(parts)} data sets", shots)
             found[key] = order({name: average_row([rows[name] for rows in parts]) for name in names})
     return found
 
@@ -106,7 +188,6 @@ def average_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in rows[0]["columns"]:
         values = [row["columns"][name]["mean"] for row in rows if row["columns"][name]]
         columns[name] = {"mean": mean(values), "std": None} if len(values) == len(rows) else None
-    row = {"seeds": rows[0]["seeds"], "columns": columns, "parameters": rows[0]["parameters"]}
-    row["seconds"] = mean(r["seconds"] for r in rows)
-    add_score(row)
-    return row
+    row = {"seeds": rows[0]["seeds"], "columns": columns, "parameters": rows[0]["parameters"], **means_of(rows)}
+    parts = [part for row in rows for part in row["parts"]]
+    return with_scores(row, BASE_TO_NEW, parts if len(parts) == len(rows) else [])

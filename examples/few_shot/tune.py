@@ -22,6 +22,7 @@ from protocols import base_to_new, limited, on_validation
 from readers import read_dataset
 from run import HERE, Cell, add_common_arguments, find, run_cell
 from run_folder import write_json
+from script import run_as_script
 from transformers.utils import logging
 
 
@@ -84,4 +85,4 @@ def tried(folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

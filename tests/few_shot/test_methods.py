@@ -116,11 +116,20 @@ def test_a_variant_says_only_what_differs(write, tmp_path):
     assert method.recipe == Recipe.compact(epochs=3, views=4) and method.cached
 
 
-def test_a_variant_of_nothing(write, tmp_path):
+def test_a_variant_of_what_is_shipped(write, scripts):
+    """From a file that lies elsewhere; one of the same name beside it comes first."""
+    file = write(like="sep-compact", recipe={"epochs": 3})
+    assert read_method(file).recipe == Recipe.compact(epochs=3)
+    (file.parent / "sep-compact.json").write_text(json.dumps({"learner": "sep"}))
+    assert read_method(file).recipe == Recipe(epochs=3)
+
+
+def test_a_variant_of_nothing(write, tmp_path, scripts):
     file = write(like="base")
     with pytest.raises(FileNotFoundError) as error:
         read_method(file)
-    assert str(error.value) == f"{file}: it is \"like\" 'base', but there is no base.json beside it."
+    message = f"{file}: it is \"like\" 'base', but there is no base.json beside it or in {scripts / 'methods'}."
+    assert str(error.value) == message
     (tmp_path / "base.json").write_text(json.dumps({"like": "sep"}))
     with pytest.raises(ValueError) as error:
         read_method(file)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
-from protocols import base_to_new, cross_dataset, domain_generalization, few_shot, on_validation
+from protocols import base_to_new, cross_dataset, domain_generalization, few_shot, held_out_domains, on_validation
 from readers import read_dataset
 from sampling import draw, halves
 
@@ -109,3 +110,7 @@ def test_held_out_domain(images, describe, tmp_path):
     assert {s.domain for s in target.data.splits["test"]} == {"clay"}
     with pytest.raises(ValueError, match=r"^--held-out must be one of clay, photo, sketch, but is None\.$"):
         domain_generalization(data, 4, 1)
+    assert held_out_domains("all", data) == ["clay", "photo", "sketch"]
+    assert held_out_domains("clay", data) == ["clay"] and held_out_domains(None, data) == [None]
+    with pytest.raises(ValueError, match=r"^--held-out all needs several domains, but pets has one\.$"):
+        held_out_domains("all", replace(data, name="pets", splits={"train": [], "val": [], "test": []}))

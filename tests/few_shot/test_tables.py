@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from tables import average_tables, make_tables, read_runs
+from intervals import difference, intervals_of, score_of
+from plots import chosen_methods, spread_out
+from script import run_as_script
+from tables import add_differences, average_tables, make_tables, read_runs
 
 
-def write_run(folder, protocol, dataset, method, shots, seed, **accuracies):
+def write_run(folder, protocol, dataset, method, shots, seed, settings=None, images=0, **accuracies):
     path = folder / protocol / dataset / method / f"shots_{shots}" / f"seed_{seed}"
     path.mkdir(parents=True)
-    settings = {"protocol": protocol, "dataset": dataset, "method": {"name": method}, "shots": shots, "seed": seed}
+    own = {"protocol": protocol, "dataset": dataset, "method": {"name": method}, "shots": shots, "seed": seed}
+    settings = own | (settings or {})
     outcome = {name: None if value is None else {"accuracy": value} for name, value in accuracies.items()}
+    for result in filter(None, outcome.values() if images else ()):
+        right = random.Random(seed).sample(range(images), round(result["accuracy"] * images / 100))
+        result |= {"correct": "".join(str(int(i in right)) for i in range(images)), "ece": 10.0 * seed}
     (path / "settings.json").write_text(json.dumps(settings))
     results = {"results": outcome, "trained_parameters": 1234, "training_seconds": 2.0 * seed}
     (path / "results.json").write_text(json.dumps(results))
@@ -37,7 +48,7 @@ def runs(tmp_path):
 def test_mean_spread_and_harmonic_mean_of_the_averages(runs):
     row = make_tables(read_runs(runs))["base-to-new", "birds", 16]["sep"]
     assert row["columns"] == {"base": {"mean": 70.0, "std": 10.0}, "new": {"mean": 60.0, "std": 10.0}}
-    assert row["harmonic"] == pytest.approx(2 * 70 * 60 / 130)
+    assert row["score"] == pytest.approx(2 * 70 * 60 / 130)
     assert (row["seeds"], row["parameters"], row["seconds"]) == ([1, 2, 3], 1234, 4.0)
 
 
@@ -48,8 +59,8 @@ def test_zero_shot_first_then_by_harmonic_mean_and_undefined_last(runs):
 def test_average_over_data_sets(runs):
     rows = average_tables(make_tables(read_runs(runs)))["base-to-new", "average of 2 data sets", 16]
     assert rows["zero-shot"]["columns"]["base"]["mean"] == 45.0
-    assert rows["zero-shot"]["harmonic"] == pytest.approx(2 * 45 * 60 / 105)
-    assert rows["linear-probe"]["columns"]["new"] is None and rows["linear-probe"]["harmonic"] is None
+    assert rows["zero-shot"]["score"] == pytest.approx(2 * 45 * 60 / 105)
+    assert rows["linear-probe"]["columns"]["new"] is None and rows["linear-probe"]["score"] is None
 
 
 def test_zero_shot_stands_beside_every_number_of_shots(runs):
@@ -61,8 +72,93 @@ def test_score_of_shifted_inputs_leaves_the_source_out(runs):
     assert make_tables(read_runs(runs))["domain-generalization", "birds", 16]["sep"]["score"] == 45.0
 
 
+def test_average_of_targets_leaves_the_source_out():
+    assert score_of("cross-dataset", {"birds": 90.0, "cars": 50.0, "pets": 40.0}) == 45.0
+    assert score_of("few-shot", {"all": 30.0}) == 30.0
+
+
+def test_domains_that_were_each_held_out_are_one_table(tmp_path):
+    for method, shift in (("sep", 0), ("lora", -10)):
+        for domain, value in (("photo", 80.0), ("sketch", 40.0)):
+            place, held = f"pacs-without-{domain}", {"held_out": domain}
+            results = {"source": 90.0, domain: value + shift}
+            write_run(tmp_path, "domain-generalization", place, method, 16, 1, held, 20, **results)
+    write_run(tmp_path, "domain-generalization", "pacs-without-photo", "vpt", 16, 1, held, 20, source=1.0, photo=1.0)
+    tables = add_differences(make_tables(read_runs(tmp_path)), "sep")
+    rows = tables["domain-generalization", "pacs, each domain held out", 16]
+    assert list(rows) == ["lora", "sep"]  # vpt was not tried on sketches
+    assert {name: value["mean"] for name, value in rows["lora"]["columns"].items()} == {"photo": 70.0, "sketch": 30.0}
+    assert rows["lora"]["score"] == 50.0 and rows["lora"]["differences"]["score"]["mean"] == pytest.approx(-10)
+
+
+def test_several_models_are_told_apart(tmp_path):
+    for model, base in (("org/small", 40.0), ("org/large", 60.0)):
+        write_run(tmp_path / model, "base-to-new", "birds", "sep", 16, 1, {"model": model}, base=base, new=50.0)
+    tables = make_tables(read_runs(tmp_path / "org/small", tmp_path / "org/large"))
+    assert [name for _, name, _ in tables] == ["birds on large", "birds on small"]
+    assert average_tables(tables)["base-to-new", "average of 2 data sets", 16]["sep"]["columns"]["base"]["mean"] == 50.0
+
+
+def rights(share, seeds=(1, 2), images=300, place=0):
+    found = {}
+    for seed in seeds:
+        found[seed] = (np.random.default_rng([seed, place, 1]).random(images) < share).astype(float)
+    return found
+
+
+def test_intervals_hold_what_is_drawn_anew():
+    """Of one run that of a share of N images; over runs that differ it is wider."""
+    one = intervals_of([{"base": rights(0.5, (1,)), "new": rights(0.5, (1,), place=1)}], "base-to-new")
+    width = 2 * 1.96 * 100 * 0.5 / 300**0.5
+    assert one["base"][1] - one["base"][0] == pytest.approx(width, rel=0.1)
+    assert one["score"][1] - one["score"][0] == pytest.approx(width / 2**0.5, rel=0.15)
+    apart = {1: rights(0.3)[1], 2: rights(0.7)[2]}
+    low, high = intervals_of([{"all": apart}], "few-shot")["all"]
+    assert high - low > 30
+    averaged = intervals_of([{"all": apart}, {"all": apart}], "few-shot")["all"]  # data sets are drawn by themselves
+    assert averaged[1] - averaged[0] < high - low
+
+
+def test_differences_are_paired():
+    theirs, lift = {"all": rights(0.5)}, rights(0.2, place=5)
+    assert difference([theirs], [theirs], "few-shot")["score"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+    ours = {"all": {seed: np.maximum(values, lift[seed]) for seed, values in theirs["all"].items()}}
+    found = difference([ours], [theirs], "few-shot")["all"]
+    exact = 100 * np.mean([ours["all"][s].mean() - theirs["all"][s].mean() for s in (1, 2)])
+    assert found["mean"] == pytest.approx(exact)
+    assert 0 < found["interval"][0] < exact < found["interval"][1] < 2 * exact
+    fewer = {"all": {1: theirs["all"][1]}}  # the runs that both have
+    assert difference([ours], [fewer], "few-shot")["all"]["mean"] == pytest.approx(
+        100 * (ours["all"][1].mean() - theirs["all"][1].mean())
+    )
+    assert difference([ours], [{"all": {3: theirs["all"][1]}}], "few-shot") is None
+    assert difference([ours], [{"all": rights(0.5, images=299)}], "few-shot") is None
+
+
+def test_drawn_methods(runs):
+    tables = make_tables(read_runs(runs))
+    assert chosen_methods(tables, "sep", []) == ["zero-shot", "sep", "linear-probe"]
+    assert chosen_methods(tables, "sep", ["sep"]) == ["sep"]
+    for wanted, message in (
+        (["lora"], "--drawn names lora, but there are runs of zero-shot, sep, linear-probe only."),
+        (9 * ["sep"], "--drawn takes at most 8 methods, but got 9."),
+    ):
+        with pytest.raises(ValueError) as error:
+            chosen_methods(tables, "sep", wanted)
+        assert str(error.value) == message
+
+
+def test_labels_are_spread_out():
+    assert spread_out([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    places = spread_out([0.5, 0.5, 0.52, 0.9], 0.1)
+    assert all(b - a > 0.1 - 1e-4 for a, b in itertools.pairwise(places)) and places[3] == 0.9
+
+
 def test_files(runs, scripts, tmp_path):
     output = tmp_path / "summary"
+    for method, base, new in (("sep", 60.0, 50.0), ("lora", 40.0, 60.0)):
+        write_run(runs, "base-to-new", "pets", method, 16, 1, None, 80, base=base, new=new)
+    write_run(runs, "cross-dataset", "birds", "sep", 16, 1, birds=90.0, cars=50.0)
     command = [sys.executable, str(scripts / "summarize.py"), str(runs), "--output", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -70,16 +166,20 @@ def test_files(runs, scripts, tmp_path):
     assert text.strip() == result.stdout.strip()
     birds = text.split("### base-to-new, birds, 16 shots")[1].split("###")[0].strip().splitlines()
     assert birds == [
-        "| method | base | new | H | trained parameters | seconds | seeds |",
-        "|---|---|---|---|---|---|---|",
-        "| zero-shot | 40.0 | **60.0** | 48.0 | 1,234 | 2 | 1 |",
-        "| sep | 70.0 ± 10.0 | **60.0 ± 10.0** | **64.6** | 1,234 | 4 | 3 |",
-        "| linear-probe | **75.0** | – | – | 1,234 | 2 | 1 |",
+        "| method | base | new | H | ECE | trained parameters | seconds | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+        "| zero-shot | 40.0 | **60.0** | 48.0 | – | 1,234 | 2 | 1 |",
+        "| sep | 70.0 ± 10.0 | **60.0 ± 10.0** | **64.6** | – | 1,234 | 4 | 3 |",
+        "| linear-probe | **75.0** | – | – | – | 1,234 | 2 | 1 |",
     ]
+    pets = text.split("### base-to-new, pets, 16 shots")[1].split("###")[0].strip().splitlines()
+    assert pets[2].startswith("| lora | 40.0 | **60.0** | 48.0 (") and " | 10.0 | 1,234 | 2 | 1 |" in pets[2]
+    assert pets[7:9] == ["Differences from sep, of the same runs and images:", ""]
+    assert re.match(r"\| lora \| \*\*-20\.0 \(-\d\d\.\d to -\d\.\d\)\*\* \| \*\*\+10\.0 \(", pets[-1])
     assert "Zero-shot is missing here" in text.split("### domain-generalization")[1]
     names = [entry["dataset"] for entry in json.loads((output / "summary.json").read_text())]
-    assert names == ["average of 2 data sets", "birds", "cars", "birds", "birds", "birds"]
-    for name in ("base_new.png", "shots.png"):
+    assert names == ["average of 3 data sets", "birds", "cars", "pets", "birds", "birds", "birds", "birds"]
+    for name in ("base_new.png", "differences.png", "shots.png", "domains.png", "targets.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -108,3 +208,16 @@ def test_nothing_to_summarize(scripts, tmp_path):
     command = [sys.executable, str(scripts / "summarize.py"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and f"{tmp_path} holds no finished run" in result.stderr
+
+
+def test_a_mistake_is_one_line(monkeypatch, capsys):
+    def main():
+        raise ValueError("There is no\nsuch thing.")
+
+    for arguments, lines in (([], 1), (["--debug"], 8)):
+        monkeypatch.setattr(sys, "argv", ["folder/run.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_as_script(main)
+        printed = capsys.readouterr().err.splitlines()
+        assert end.value.code == 1 and printed[-1] == "run.py: error: There is no such thing."
+        assert (len(printed) == 1) == (lines == 1) and sys.argv == ["folder/run.py"]
