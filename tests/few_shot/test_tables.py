@@ -175,7 +175,7 @@ def test_files(runs, scripts, tmp_path):
     pets = text.split("### base-to-new, pets, 16 shots")[1].split("###")[0].strip().splitlines()
     assert pets[2].startswith("| lora | 40.0 | **60.0** | 48.0 (") and " | 10.0 | 1,234 | 2 | 1 |" in pets[2]
     assert pets[7:9] == ["Differences from sep, of the same runs and images:", ""]
-    assert re.match(r"\| lora \| \*\*-20\.0 \(-\d\d\.\d to -\d\.\d\)\*\* \| \*\*\+10\.0 \(", pets[-1])
+    assert re.match(r"\| lora \| \*\*-20\.0 \(-\d+\.\d to -\d+\.\d\)\*\* \| \*\*\+10\.0 \(", pets[-1])
     assert "Zero-shot is missing here" in text.split("### domain-generalization")[1]
     names = [entry["dataset"] for entry in json.loads((output / "summary.json").read_text())]
     assert names == ["average of 3 data sets", "birds", "cars", "pets", "birds", "birds", "birds", "birds"]
