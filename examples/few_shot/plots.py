@@ -12,6 +12,7 @@ import numpy as np
 from intervals import BASE_TO_NEW, CROSS_DATASET, FEW_SHOT, SOURCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory, offset_copy
 from tables import EACH_HELD_OUT, ZERO_SHOT, Tables
 
 
@@ -185,13 +186,18 @@ def label(axes: Axes, points: dict[str, tuple[float, float]], drawn: list[str]) 
     heights = spread_out([(points[name][1] - bottom) / (top - bottom) for name in order], LABEL_DISTANCE)
     middle = (left + right) / 2 if axes.get_xscale() == "linear" else right
     for name, height in zip(order, heights, strict=True):
-        x, y = points[name]
-        to_the_left = x > middle
+        to_the_left = points[name][0] > middle
+        beside = offset_copy(
+            blended_transform_factory(axes.transData, axes.transAxes),
+            axes.figure,
+            x=-12 if to_the_left else 12,
+            units="points",
+        )
         axes.annotate(
             name,
-            (x, y),
-            (-12 if to_the_left else 12, (height * (top - bottom) + bottom - y) / (top - bottom) * axes_points(axes)),
-            textcoords="offset points",
+            points[name],
+            (points[name][0], height),
+            textcoords=beside,
             ha="right" if to_the_left else "left",
             va="center",
             fontsize=8,
@@ -211,10 +217,3 @@ def spread_out(places: list[float], distance: float) -> list[float]:
                 moved[i] -= gap / 2
                 moved[i + 1] += gap / 2
     return moved
-
-
-def axes_points(axes: Axes) -> float:
-    """Height of a panel in points."""
-    figure = axes.figure
-    figure.draw_without_rendering()
-    return axes.get_window_extent().height * 72 / figure.dpi

@@ -7,8 +7,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from sep_peft.tuner.messages import one_line
-
 
 def run_as_script(main: Callable[[], None]) -> None:
     """Call `main`; an error is one line on standard error and exit code 1. `--debug` shows where it was raised."""
@@ -17,6 +15,8 @@ def run_as_script(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:  # a user's mistakes come as errors of many libraries
+        from sep_peft.tuner.messages import one_line  # which loads all that summarize.py does without
+
         if debug:
             traceback.print_exc()
         print(f"{Path(sys.argv[0]).name}: error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import summarize
 from intervals import difference, intervals_of, score_of
 from plots import chosen_methods, spread_out
 from script import run_as_script
@@ -154,16 +155,27 @@ def test_labels_are_spread_out():
     assert all(b - a > 0.1 - 1e-4 for a, b in itertools.pairwise(places)) and places[3] == 0.9
 
 
-def test_files(runs, scripts, tmp_path):
+@pytest.fixture
+def summary(monkeypatch, capsys):
+    """Runs `summarize.py` with arguments, in this process; returns what it prints."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["summarize.py", *map(str, arguments)])
+        summarize.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_files(runs, summary, tmp_path):
     output = tmp_path / "summary"
     for method, base, new in (("sep", 60.0, 50.0), ("lora", 40.0, 60.0)):
         write_run(runs, "base-to-new", "pets", method, 16, 1, None, 80, base=base, new=new)
     write_run(runs, "cross-dataset", "birds", "sep", 16, 1, birds=90.0, cars=50.0)
-    command = [sys.executable, str(scripts / "summarize.py"), str(runs), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    printed = summary(runs, "--output", output)
     text = (output / "summary.md").read_text()
-    assert text.strip() == result.stdout.strip()
+    assert text.strip() == printed.strip()
     birds = text.split("### base-to-new, birds, 16 shots")[1].split("###")[0].strip().splitlines()
     assert birds == [
         "| method | base | new | H | ECE | trained parameters | seconds | seeds |",
@@ -183,14 +195,12 @@ def test_files(runs, scripts, tmp_path):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_of_an_earlier_summary(runs, scripts, tmp_path):
+def test_rows_of_an_earlier_summary(runs, summary, tmp_path):
     """What was run anew replaces them, what was not stays, and averages are of what stands there now."""
     first, later, output = tmp_path / "first", tmp_path / "later", tmp_path / "second"
-    script = [sys.executable, str(scripts / "summarize.py")]
-    subprocess.run([*script, str(runs), "--output", str(first)], check=True, capture_output=True, timeout=120)
+    summary(runs, "--output", first)
     write_run(later, "base-to-new", "birds", "sep", 16, 1, base=90.0, new=80.0)
-    command = [*script, str(later), "--earlier", str(first / "summary.json"), "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    summary(later, "--earlier", first / "summary.json", "--output", output)
     before, after = (
         {(e["protocol"], e["dataset"], e["shots"]): e["methods"] for e in json.loads((f / "summary.json").read_text())}
         for f in (first, output)
@@ -204,10 +214,16 @@ def test_rows_of_an_earlier_summary(runs, scripts, tmp_path):
     assert {key: after[key] for key in rest} == {key: before[key] for key in rest}
 
 
-def test_nothing_to_summarize(scripts, tmp_path):
-    command = [sys.executable, str(scripts / "summarize.py"), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and f"{tmp_path} holds no finished run" in result.stderr
+def test_nothing_to_summarize(summary, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        summary(tmp_path)
+    assert end.value.code == 2 and f"error: {tmp_path} holds no finished run" in capsys.readouterr().err
+
+
+def test_the_script_alone(scripts, tmp_path):
+    """It loads neither torch nor the package, which would take most of its time."""
+    code = f"import sys; sys.path.insert(0, {str(scripts)!r}); import summarize; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_a_mistake_is_one_line(monkeypatch, capsys):
