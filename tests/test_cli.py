@@ -32,7 +32,18 @@ from sep_peft.tuner.convert import FUSION_RENAMES, PACKED, TOWERS
 
 
 NAMES = ["cup", "lamp", "umbrella"]
-SMALL = ["--shots", "2", "--max-steps", "2", "--fusion-rank", "2", "--share-fusion", "--fusion-hidden-size", "8"]
+SMALL = [
+    "--shots",
+    "2",
+    "--max-steps",
+    "2",
+    "--fusion-rank",
+    "2",
+    "--share-fusion",
+    "--fusion-hidden-size",
+    "8",
+    "--no-report",
+]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
 COMMANDS = ["train", "predict", "evaluate", "import-reference", "info"]
 
@@ -99,6 +110,7 @@ def test_train(run, images, tmp_path):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "run",
         "sep_classes.json",
         "sep_prototypes.safetensors",
     ]

@@ -170,7 +170,7 @@ def make_card(
         config=config,
         details=details,
         paper=PAPER,
-        versions=_versions(),
+        versions=", ".join(f"{name} {version}" for name, version in package_versions().items()),
         plain=plain,
         code=code,
         own_words=own_words,
@@ -284,9 +284,10 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _versions() -> str:
-    versions = {module.__name__: module.__version__ for module in (peft, transformers, torch)}
-    return ", ".join(f"{name} {version}" for name, version in ({"sep_peft": __version__} | versions).items())
+def package_versions() -> dict[str, str]:
+    """Package -> version, of those that an adapter depends on."""
+    versions = {module.__name__: str(module.__version__) for module in (peft, transformers, torch)}
+    return {"sep_peft": __version__} | versions
 
 
 # escapes

@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ..method.mix import mix_embeddings, unit, wide
-from ..tuner.current import chosen_adapters
+from ..tuner.current import Current, chosen_adapters
 from ..tuner.messages import shown
 from ..tuner.tower import SEPTower
 from .answers import Answers
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
 from .logits import ClassWeights, class_logits
+
+
+#: A list that takes the frozen embeddings (B, E) of each batch that this call predicts, on the CPU; None: nothing does.
+seen_embeds = Current("sep_peft_seen_embeds")
 
 
 class Task(NamedTuple):
@@ -73,6 +77,8 @@ def predict_batch(
         of_adapter = [index for index, task in enumerate(tasks) if task.adapter == adapter]
         with chosen_adapters.set(adapter):
             embeds = image_embeds(tower, _select(inputs, of_adapter, len(tasks)))
+            if (seen := seen_embeds.get()) is not None:
+                seen.append(embeds[1].cpu())
             for encoder in dict.fromkeys(tasks[index].encoder for index in of_adapter):
                 own = [place for place, index in enumerate(of_adapter) if tasks[index].encoder is encoder]
                 selected = _select(dict(zip(("embeds", "frozen_embeds"), embeds, strict=True)), own, len(of_adapter))

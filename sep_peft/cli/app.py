@@ -9,6 +9,7 @@ error. Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130 interru
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        code = app(given, prog_name=PROGRAM, standalone_mode=False, obj=command_line(given))
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # of the command whose arguments they are
         path = PROGRAM if context is None else context.command_path
@@ -53,6 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:
         _complain("interrupted")
     return code
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """A command as it was given, for a shell, without the token."""
+    shown, hide = [PROGRAM], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        shown.append("..." if hide else f"{name}=..." if name == "--token" and equals else argument)
+        hide = argument == "--token"
+    return shlex.join(shown)
 
 
 def _report(work: Callable[[], Result], as_json: bool, quiet: bool, debug: bool) -> int:
@@ -110,6 +122,7 @@ def _program(
 
 @app.command()
 def train(
+    context: typer.Context,
     folder: Annotated[
         Path,
         typer.Argument(
@@ -148,6 +161,7 @@ def train(
     save_dtype: options.SaveDtype = "fp32",
     compact: options.Compact = False,
     published: options.Published = False,
+    report: options.Report = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -193,6 +207,8 @@ def train(
             keep="last" if keep_last else "best",
             name=name,
             license=license,
+            report=report,
+            command=context.obj,
         ),
         as_json,
         quiet,
@@ -257,6 +273,7 @@ def predict(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     adapter: options.Adapter,
     folder: Annotated[
         Path,
@@ -276,6 +293,10 @@ def evaluate(
     plots: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Draw confusion, reliability and wrong images; needs matplotlib."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page with everything to look at: one HTML file."),
     ] = None,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
@@ -298,6 +319,8 @@ def evaluate(
             zero_shot=not no_zero_shot,
             batch_size=batch_size,
             plots=plots,
+            report=report,
+            command=context.obj,
         ),
         as_json,
         quiet,

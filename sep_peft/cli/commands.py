@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,8 +32,11 @@ from ..training.checkpoint import CHECKPOINT_FILE
 from ..training.fit import fit
 from ..training.folders import ImageFolder, Samples, read_folder, read_test, without_unreadable
 from ..training.history import History, TrainingInterrupted
+from ..training.report import write_report
+from ..training.run_log import REPORT_FILE, RUN_FOLDER
 from ..tuner.config import SEPConfig
 from ..tuner.convert import convert_reference_checkpoint
+from ..tuner.disk import try_folder
 from ..tuner.files import WeightsOrigin, read_shapes
 from ..tuner.find_file import check_path, find_file
 from .measured import between, draw, in_full, in_lines, not_tested, untested
@@ -123,6 +127,8 @@ def train(
     keep: Literal["best", "last"] = "best",
     name: str | None = None,
     license: str | None = None,
+    report: bool = True,
+    command: str | None = None,
 ) -> Result:
     """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card.
 
@@ -141,6 +147,8 @@ def train(
         max_seconds, patience, keep: as for `fit`; validation images are those of val/.
         name: of the data in the model card; None: that of `folder`.
         license: of the adapter in the model card; None: none.
+        report: write a page to look at beside the adapter; see `write_report`.
+        command: that was given, for the settings in the run's folder; None: not known.
 
     Raises:
         NotADirectoryError: there is no `folder`, or `output` is a file.
@@ -148,6 +156,7 @@ def train(
         OSError: nothing can be saved in `output`, or its disk has too little room; found out before training.
         ValueError: a cache without a trunk to keep, or images that cannot be trained on.
     """
+    begun = time.monotonic()
     check_output(output, overwrite, resume)
     if cache is not None and config.start_layer_of("vision") == 0:
         raise ValueError(
@@ -167,6 +176,8 @@ def train(
     if not resume:
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)  # it may be replaced
     held_out = images.tests.get("val")
+    name = name or folder.resolve().name
+    notes = {"command": command, "data": str(folder.resolve()), "base_model": base_model, "shots": shots}
     details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), license=license)
     save = partial(save_somewhere, classifier, output, save_dtype=save_dtype)
     try:
@@ -177,6 +188,7 @@ def train(
             eval_samples=held_out,
             folder=output,
             resume=resume,
+            notes=notes,
             max_seconds=max_seconds,
             patience=patience,
             keep=keep,
@@ -189,18 +201,33 @@ def train(
     adapted = measure("SEP")
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
-    name = name or folder.resolve().name
     scores = [
         Score(name, found.accuracy, zero_shot[part].accuracy, images=found.images, split=part, interval=found.interval)
         for part, found in adapted.items()
     ]
     saved = save(details=replace(details, protocol=_protocol(recipe, history, held_out, keep), scores=scores))
     result = _trained(saved, images, scores, broken, history, classifier.classes.calibration)
+    if report:
+        parts = {"title": name, "training": images.train, "history": history, "unreadable": broken}
+        took = f"{sum(history.seconds):.0f} s in epochs, {time.monotonic() - begun:.0f} s in all"
+        facts = {**notes, "recipe": str(recipe), "time": took}
+        path = saved.folder / RUN_FOLDER / REPORT_FILE
+        result = _with_report(result, path, classifier, adapted, zero_shot, facts=facts, **parts)
     if history.stopped == "time":
         return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
     if saved.error is None:
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
     return result
+
+
+def _with_report(result: Result, path: Path, *measured: Any, **parts: Any) -> Result:
+    """A result with the report that was written, if any: what was trained is worth more than a page about it."""
+    try:
+        write_report(path, *measured, **parts)
+    except Exception as error:
+        warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
+        return replace(result, data=result.data | {"report": None})
+    return replace(result, data=result.data | {"report": str(path)}, lines=[*result.lines, f"report: {path}"])
 
 
 def _interrupted(
@@ -375,6 +402,8 @@ def evaluate(
     zero_shot: bool = True,
     batch_size: int = 32,
     plots: Path | None = None,
+    report: Path | None = None,
+    command: str | None = None,
 ) -> Result:
     """Measure an adapter beside zero-shot.
 
@@ -388,12 +417,20 @@ def evaluate(
         zero_shot: measure the base model as well.
         batch_size: images at a time.
         plots: folder to draw into, made where it is missing; None: nothing is drawn.
+        report: HTML file to write; see `write_report`; None: none.
+        command: that was given, for the report; None: not known.
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        NotADirectoryError: there is no such folder.
+        NotADirectoryError: there is no such folder, or `report` lies below a file.
+        IsADirectoryError: `report` is a folder.
+        OSError: `report` cannot be written.
         ValueError: no images, or a class that the classifier does not have.
     """
+    if report is not None:
+        if report.is_dir():
+            raise IsADirectoryError(f"--report takes the name of a file, but {report} is a folder.")
+        try_folder(report.parent)
     samples, broken = _check_images(read_test(folder), session)
     classifier = _load(source, base_model, session)
     if new_classes:
@@ -405,7 +442,14 @@ def evaluate(
     if plots is not None:
         draw(adapted, plots)
     found = {"unreadable": _listed(broken)}
-    return Result(in_full(adapted, base, classifier) | found, in_lines(adapted, base, classifier))
+    result = Result(in_full(adapted, base, classifier) | found, in_lines(adapted, base, classifier))
+    if report is None:
+        return result
+    bases = {} if base is None else {"test": base}
+    facts = {"command": command, "adapter": source.name, "data": str(folder.resolve())}
+    parts = {"title": Path(source.name).name, "unreadable": broken, "facts": facts}
+    write_report(report, classifier, {"test": adapted}, bases, **parts)
+    return replace(result, data=result.data | {"report": str(report)}, lines=[*result.lines, f"report: {report}"])
 
 
 # import-reference

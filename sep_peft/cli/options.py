@@ -239,6 +239,10 @@ Compact = Annotated[
     bool,
     typer.Option("--compact", help="Setting: one small fusion for all layers and its recipe, for a small adapter."),
 ]
+Report = Annotated[
+    bool,
+    typer.Option("--report/--no-report", help="Write run/report.html beside the adapter, a page to look at (yes)."),
+]
 Published = Annotated[
     bool,
     typer.Option("--published", help="Setting: the paper's full-width fusions and recipe, for a large adapter."),

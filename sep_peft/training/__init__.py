@@ -30,6 +30,7 @@ from .history import History, TrainingInterrupted
 from .limits import Limits
 from .loop import train
 from .optimizer import make_optimizer, make_schedule
+from .report import write_report
 
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "train",
+    "write_report",
 ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..classifier.classifier import SEPClassifier
+from ..classifier.prediction import seen_embeds
 from . import metrics, plots
 from .folders import Samples
 
@@ -41,11 +42,13 @@ class Evaluation:
         names: C classes.
         samples: N images and names of their classes.
         scores: (N, C), as `predict` gives them.
+        embeds: (N, E) frozen image embeddings of unit length; None: not known.
     """
 
     names: list[str]
     samples: Samples
     scores: torch.Tensor
+    embeds: torch.Tensor | None = None
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -126,6 +129,13 @@ class Evaluation:
         return sorted((self._mistake(index, int(self.said[index])) for index in wrong), key=lambda each: -each.score)
 
     @cached_property
+    def unsure(self) -> list[Mistake]:
+        """All images, right ones included, those whose two best scores are closest first."""
+        best = self.scores.topk(min(2, len(self.names)), dim=1).values
+        order = (best[:, 0] - best[:, -1]).argsort(stable=True).tolist()
+        return [self._mistake(index, int(self.said[index])) for index in order]
+
+    @cached_property
     def mislabelled(self) -> list[Mistake]:
         """Images whose label may be wrong, the likeliest first; see `suspects`. They must not have been trained on."""
         return [self._mistake(index, int(self.said[index])) for index in metrics.suspects(self.scores, self.labels)]
@@ -189,13 +199,14 @@ def evaluate(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
     check_samples(classifier, samples, "evaluate on")
-    names, rows = classifier.class_names, []
-    for start in progress(range(0, len(samples), batch_size)):
-        batch = samples[start : start + batch_size]
-        for prediction in classifier.predict([image for image, _ in batch], batch_size=batch_size):
-            scores = {entry["label"]: entry["score"] for entry in prediction}
-            rows.append([scores[name] for name in names])
-    return Evaluation(names, list(samples), torch.tensor(rows))
+    names, rows, embeds = classifier.class_names, [], []
+    with seen_embeds.set(embeds):
+        for start in progress(range(0, len(samples), batch_size)):
+            batch = samples[start : start + batch_size]
+            for prediction in classifier.predict([image for image, _ in batch], batch_size=batch_size):
+                scores = {entry["label"]: entry["score"] for entry in prediction}
+                rows.append([scores[name] for name in names])
+    return Evaluation(names, list(samples), torch.tensor(rows), torch.cat(embeds))
 
 
 def check_samples(classifier: SEPClassifier, samples: Samples, purpose: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from .history import History, TrainingInterrupted
 from .limits import Limits
 from .loop import Callback, train
 from .optimizer import trainable, trained_bytes
+from .run_log import RunLog
 from .shipping import Validation, ship
 
 
@@ -37,6 +39,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     folder: str | os.PathLike | None = None,
     resume: bool = False,
+    notes: Mapping[str, Any] | None = None,
     max_seconds: float | None = None,
     patience: int | None = None,
     keep: Literal["best", "last"] = "best",
@@ -58,10 +61,12 @@ def fit(
         eval_samples: images that are not trained on and names of their classes: to measure the classifier on after
             every epoch as it would be saved, beside zero-shot before the first, and to calibrate scores; None: none.
         callbacks: each is called with the `History` after every epoch; `history.stop(reason)` ends the training.
-        folder: for a file that the training can go on from, `CHECKPOINT_FILE`, written whole after every epoch; made
-            where it is missing. None: no file.
+        folder: for a file that the training can go on from, `CHECKPOINT_FILE`, and in ``run/`` below it the settings
+            and a log of the epochs, see `RunLog`; all written whole after every epoch. Made where it is missing. None:
+            no files.
         resume: go on with the training in `folder`, bit for bit as if it had not been interrupted, given a classifier
             that was made as the first one was; where there is none, begin.
+        notes: what else `folder` is to say of the training in its settings, as JSON knows it; None: nothing.
         max_seconds: end before an epoch that would not end within so many seconds; the first one always ends. None:
             no limit.
         patience: end after so many epochs whose accuracy on `eval_samples` was not higher than all before; None: never.
@@ -126,6 +131,10 @@ def fit(
     if cache is not None:
         images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
     validation = None if eval_samples is None else Validation(classifier, eval_samples, recipe.batch_size)
+    if folder is not None:
+        limited = {"max_seconds": max_seconds, "patience": patience, "keep": keep}
+        parts = {"training": samples, "validation": eval_samples or []}
+        callbacks = [RunLog(folder, {**(notes or {}), **_noted(classifier, recipe, parts), **limited}), *callbacks]
     start = values_of(classifier)
     options = {"accelerator": accelerator, "workers": workers, "quiet": quiet}
     try:
@@ -195,6 +204,17 @@ def checkpoint_bytes(classifier: SEPClassifier) -> int:
     """Room that a training's checkpoint needs: weights, those of the best epoch and two moments of AdamW, twice because
     a file is written before it replaces the other."""
     return 8 * trained_bytes(classifier)
+
+
+def _noted(classifier: SEPClassifier, recipe: Recipe, parts: Mapping[str, Samples]) -> dict[str, Any]:
+    """What is told of a training beside its adapter."""
+    return {
+        "recipe": asdict(recipe),
+        "images": {part: len(samples) for part, samples in parts.items()},
+        "classes": classifier.class_names,
+        "templates": list(classifier.classes.templates),
+        "device": str(classifier.device),
+    }
 
 
 def _settings(classifier: SEPClassifier, held_out: LabelledImages | None) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Drawings of an evaluation; they need matplotlib, the extra ``[plot]``."""
+"""Drawings of an evaluation and of a training; they need matplotlib, the extra ``[plot]``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from ..classifier.images import read_image
+from ..tuner.messages import printable
+from .history import History
 from .metrics import Bin
 
 
@@ -78,6 +80,34 @@ def reliability(bins: Sequence[Bin], error: float, path: str | os.PathLike | Non
     return _written(figure, path)
 
 
+def curves(history: History, path: str | os.PathLike | None):
+    """Loss and accuracy over the epochs; beside accuracy that of zero-shot, and the epoch whose weights are the best.
+
+    Raises:
+        ValueError: no epoch has ended.
+    """
+    if not history.rows:
+        raise ValueError("There is nothing to draw: no epoch has ended.")
+    figure = _figure((7.6, 3.2))
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], ".-", color="tab:blue")
+    left.set_ylabel("loss")
+    right.plot(epochs, [row["accuracy"] for row in history], ".-", color="tab:gray", label="training, augmented")
+    if history.best is not None:
+        right.plot(epochs, [row["val_accuracy"] for row in history], ".-", color="tab:orange", label="val")
+        right.axvline(history.best, color="tab:orange", linestyle=":", label=f"best epoch, {history.best}")
+    if history.zero_shot is not None:
+        right.axhline(history.zero_shot, color="black", linestyle="--", label="zero-shot on val")
+    right.set_ylabel("accuracy (%)")
+    right.set_ylim(0, 102)
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return _written(figure, path)
+
+
 def wrong(mistakes: Sequence[Wrong], path: str | os.PathLike | None, columns: int = 4):
     """Images with what was said, how surely, and what they are.
 
@@ -108,7 +138,7 @@ def _figure(size: tuple[float, float]):
 
 def _plain(name: str) -> str:
     """A name as it is, where matplotlib would read mathematics between dollars; a long one is cut."""
-    name = " ".join(name.replace("_", " ").split())
+    name = printable(" ".join(name.replace("_", " ").split()))
     name = name if len(name) <= SHOWN_LETTERS else name[: SHOWN_LETTERS - 1] + "…"
     return name.replace("$", r"\$")
 
