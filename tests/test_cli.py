@@ -542,7 +542,7 @@ OPTIONS = {
             "--seed",
         ),
         *("--text-prompts", "--vision-prompts", "--start-layer", "--fusion-rank", "--fusion-hidden-size"),
-        *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published"),
+        *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published", "--report / --no-report"),
     ],
     "predict": [
         *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--unknown"),
@@ -550,7 +550,7 @@ OPTIONS = {
     ],
     "evaluate": [
         *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),
-        "--batch-size",
+        *("--report", "--batch-size"),
     ],
     "import-reference": [
         *("CHECKPOINT", "--base-model", "--output", "--overwrite", "--text-layers", "--vision-layers", "--classes"),
