@@ -24,6 +24,7 @@ from .tuner.convert import convert_reference_checkpoint
 from .tuner.files import AdapterMismatchError, cast_adapter
 from .tuner.hotswap import hotswap_adapter
 from .tuner.model import SEPModel, lifted
+from .tuner.strength import set_frozen_weight
 from .version import __version__
 
 
@@ -65,6 +66,7 @@ __all__ = [
     "hotswap_adapter",
     "lifted",
     "losses",
+    "set_frozen_weight",
 ]
 
 #: Name -> file that has it, imported when the name is used first.

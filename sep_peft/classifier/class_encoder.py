@@ -172,7 +172,9 @@ class ClassEncoder(Following):
         tower, adapter = self.tower, self.tower.prompting_adapter()
         assert adapter is not None, "there are settings, so there is an adapter"
         parameters = tower.base_layer.parameters(), tower.adapter_parameters(adapter)
-        return self._cached("mixed", (adapter,), lambda: self._mixed(settings, None, frozen_embeds), *parameters)
+        return self._cached(
+            "mixed", (adapter, settings.frozen_weight), lambda: self._mixed(settings, None, frozen_embeds), *parameters
+        )
 
     @untraced
     def _name_trunks(self, settings: TowerSettings) -> list[TrunkFeatures] | None:

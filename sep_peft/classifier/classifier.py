@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.generic import ModelOutput
 
-from ..method.fit_heads import fit_head
 from ..method.heads import NAMES, check_logit_weight
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
@@ -35,11 +34,13 @@ from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
+from .fitting import fitted_classes
 from .images import as_images, read_image
 from .inputs import check_images, check_labels, check_trunk
-from .logits import class_logits, head_features, zero_shot_logits
+from .logits import class_logits
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
+from .strength import with_frozen_weight
 from .tasks import Tasks
 from .trainer_mixin import TrainerMixin
 from .trunk_cache import embeds_from_trunk
@@ -359,7 +360,6 @@ class SEPClassifier(TrainerMixin):
         self._take_as_trained(replace(self.classes, prototypes=kept, prototype_logit_weight=weight, head=None))
         return self
 
-    @torch.no_grad()
     def _keep_head(
         self, kind: str, batches: Iterable[Mapping[str, torch.Tensor]] | None, logit_weight: float | None
     ) -> None:
@@ -369,21 +369,9 @@ class SEPClassifier(TrainerMixin):
             check_logit_weight(logit_weight, "logit_weight")
         if batches is None:
             raise ValueError(f"batches of the training images are needed for kind={kind!r}.")
-        weights, embeds, frozen, labels = self.encoder.weights(training=False), [], [], []
         with evaluating(self.model):
-            for batch in batches:
-                check_labels(batch["labels"], len(self.classes))
-                inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
-                both = image_embeds(self.vision_tower, inputs)
-                embeds.append(head_features(*both))
-                frozen.append(both[1])
-                labels.append(batch["labels"].to(self.device, torch.long))
-        if not embeds:
-            raise ValueError(f"batches of the training images are needed for kind={kind!r}, but there are none.")
-        zero_shot = zero_shot_logits(self.vision_tower, torch.cat(frozen), weights.frozen_text_embeds)
-        head = fit_head(kind, torch.cat(embeds), torch.cat(labels), weights.text_embeds, zero_shot, logit_weight)
-        head = replace(head, tensors={name: value.cpu() for name, value in head.tensors.items()})
-        self._take_as_trained(replace(self.classes, prototypes=None, prototype_logit_weight=0.0, head=head))
+            classes = fitted_classes(kind, self.vision_tower, self.encoder, batches, self.device, logit_weight)
+        self._take_as_trained(classes)
 
     def finish_training(self) -> SEPClassifier:
         """Go over to evaluation as the recipe says; `fit` ends with it. Returns self.
@@ -403,6 +391,56 @@ class SEPClassifier(TrainerMixin):
     def _take_as_trained(self, classes: TaskClasses) -> None:
         self.trained = replace(classes, zero_shot_margin=0.0, calibration=None)  # which was that of other logits
         self._encode(self.trained)
+
+    # strength
+
+    def set_frozen_weight(
+        self,
+        weight: float,
+        task: str | None = None,
+        *,
+        batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    ) -> SEPClassifier:
+        """Set the share of the frozen embedding in the mix after training; see `sep_peft.set_frozen_weight`.
+
+        Class texts are encoded anew. A calibration is dropped, because it is that of other logits. Prototypes and other
+        heads read the mix as well, and are made anew from the training images: heads by fitting them again, prototypes
+        as the mean of SEP's and the frozen embedding over the images of each class.
+
+        Args:
+            weight: at least 0 and below 1.
+            task: a task of `add_task` or `load_task`, whose adapter is meant; None: the active adapter.
+            batches: dicts with `pixel_values`, what else the image tower takes, and `labels` (B,), of the training
+                images; where the classes keep prototypes or another head, and only there.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: there is no such task, or no adapter, the weight is not allowed, `batches` are missing or
+                superfluous, or classes beside these keep a head for the same adapter. Nothing is changed.
+        """
+        if task is not None:
+            self.tasks[task]  # which tells what tasks there are
+        served = {name: self.tasks[name] for name in self.tasks}
+        active = next((name for t in find_towers(self.model).values() if (name := t.prompting_adapter())), None)
+        changed = with_frozen_weight(
+            self.model,
+            self.vision_tower,
+            {None: Task(active, self.encoder), **served},
+            task,
+            weight,
+            batches,
+            self.trained,
+        )
+        for name, classes in changed.items():
+            if name is not None:
+                self.tasks.put(name, classes)
+                continue
+            if self.trained is not None:
+                self.trained = classes if self.trained is self.classes else replace(self.trained, calibration=None)
+            self._encode(classes)
+        return self
 
     # forward
 

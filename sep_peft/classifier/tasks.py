@@ -101,6 +101,18 @@ class Tasks(nn.Module):
             for module in set(model.modules()) - known:
                 module.training = training
 
+    def put(self, name: str, classes: TaskClasses) -> None:
+        """Put other classes in the place of a task's; its adapter stays.
+
+        Raises:
+            ValueError: there is no such task, or a class text does not fit.
+        """
+        adapter, before = self[name]
+        with chosen_adapters.set(adapter):
+            encoder = ClassEncoder(self._model[0], classes, before.chunk_size).train(self.training)
+        self._tasks[name] = Task(adapter, encoder)
+        self._encoders = nn.ModuleList(encoder if old is before else old for old in self._encoders)
+
     def remove(self, name: str) -> None:
         """Forget a task; its adapter stays in the model.
 

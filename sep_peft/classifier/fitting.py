@@ -1,0 +1,63 @@
+"""Heads fitted on batches of training images, by an adapter as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..method.fit_heads import class_means, fit_head
+from ..method.mix import unit
+from ..tuner.tower import SEPTower
+from .class_encoder import ClassEncoder
+from .classes import TaskClasses
+from .inputs import check_labels
+from .logits import head_features, zero_shot_logits
+from .prediction import image_embeds
+
+
+@torch.no_grad()
+def fitted_classes(
+    kind: str,
+    tower: SEPTower,
+    encoder: ClassEncoder,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    device: torch.device,
+    logit_weight: float | None = None,
+) -> TaskClasses:
+    """The classes of an encoder with a head that is fitted anew; nothing else of them is changed.
+
+    Args:
+        kind: "prototypes", which are then the class means, or one of `sep_peft.method.heads.NAMES`.
+        tower: of the images, in evaluation.
+        encoder: of the classes.
+        batches: dicts with `pixel_values`, what else the tower takes, and `labels` (B,), of the training images.
+        device: of the model.
+        logit_weight: of the head's logits; None: what `fit_head` chooses. Prototypes keep theirs.
+
+    Raises:
+        ValueError: there are no batches, a label is no class, or a class has no image.
+    """
+    embeds, frozen, labels = [], [], []
+    for batch in batches:
+        check_labels(batch["labels"], len(encoder.classes))
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        both = image_embeds(tower, inputs)
+        embeds.append(head_features(*both))
+        frozen.append(both[1])
+        labels.append(batch["labels"].to(device, torch.long))
+    if not embeds:
+        raise ValueError(f"batches of the training images are needed for kind={kind!r}, but there are none.")
+    features, told = torch.cat(embeds), torch.cat(labels)
+    if kind == "prototypes":
+        means = class_means(features, told, len(encoder.classes))  # (C, E)
+        if missing := sorted(set(range(len(means))) - set(told.tolist())):
+            raise ValueError(f"Prototypes need an image of every class, but there is none of classes {missing}.")
+        return replace(encoder.classes, prototypes=unit(means).cpu())
+    weights = encoder.weights(training=False)
+    zero_shot = zero_shot_logits(tower, torch.cat(frozen), weights.frozen_text_embeds)
+    head = fit_head(kind, features, told, weights.text_embeds, zero_shot, logit_weight)
+    head = replace(head, tensors={name: value.cpu() for name, value in head.tensors.items()})
+    return replace(encoder.classes, prototypes=None, prototype_logit_weight=0.0, head=head)
