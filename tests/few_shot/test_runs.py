@@ -11,13 +11,20 @@ import time
 import heads
 import pytest
 import run as run_script
+import shifts
 from accelerate.state import AcceleratorState
 from bundled import ASSETS, save_shallow_clip
 from fresh import usual
+from readers import read_dataset
 
 from sep_peft.training.checkpoint import read_entry
 
 
+LORA = {
+    "learner": "lora",
+    "config": {"r": 2, "target_modules": ["q_proj"]},
+    "recipe": {"epochs": 1, "text_weight": 0, "vision_weight": 0},
+}
 NAMES = ["butterfly", "lamp", "pizza", "umbrella"]
 
 
@@ -43,12 +50,14 @@ def command(small, scripts, describe, tmp_path):
         cached = {"cached": True} if views else {}
         method = describe(
             "tiny",
-            learner="sep",
-            config={"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4, "start_layer": start_layer},
-            recipe={"like": "published", "epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8}
-            | {"prototype_learning_rate": 0.02, "views": views or 8},
-            **cached,
-            **entries,
+            **{
+                "learner": "sep",
+                "config": {"fusion_rank": 2, "share_fusion": True, "fusion_hidden_size": 4, "start_layer": start_layer},
+                "recipe": {"like": "published", "epochs": 3, "batch_size": 5, "learning_rate": 0.01}
+                | {"adam_epsilon": 1e-8, "prototype_learning_rate": 0.02, "views": views or 8},
+                **cached,
+                **entries,
+            },
         )
         arguments = ["--protocol", "base-to-new", "--data-root", small, "--dataset", data, "--method", method]
         arguments += ["--model", small / "clip", "--shots", "4", "--seeds", "1", "--output", output, "--cpu"]
@@ -136,6 +145,22 @@ def test_rows_of_heads_are_what_runs_find(command, run_here, tmp_path):
         assert written["results"][name] == anew["results"][name] and errors[0] == pytest.approx(errors[1], abs=0.1)
     assert anew["results"]["new"] == {key: before["results"]["new"][key] for key in anew["results"]["new"]}
     assert heads.write_row(file.parent, "gda") is None  # it is there
+
+
+@pytest.mark.parametrize("entries", [{"recipe": {"epochs": 1}}, LORA], ids=["prototypes", "lora"])
+def test_shifted_images_of_a_run_that_is_finished(entries, command, run_here, tmp_path, small, monkeypatch):
+    """As the training itself would measure them; without a shift they are its own."""
+    run_here(command(tmp_path / "kept", "--save-embeddings", "--save-adapters", **entries))
+    (run,) = (file.parent for file in tmp_path.rglob("embeddings.safetensors"))
+    before = json.loads((run / "results.json").read_text())["results"]["base"]
+    monkeypatch.setattr(shifts, "SHIFTS", {"": None, "noise": None})
+    data = read_dataset(tmp_path / "four.json", small)
+    shifts.measure_run(run, data)
+    file = tmp_path / "kept/domain-generalization/four (base classes)/tiny/shots_4/seed_1/results.json"
+    results = json.loads(file.read_text())["results"]
+    assert results["source"] == before
+    assert results[""] == before | {"ece": pytest.approx(before["ece"], abs=0.1)}
+    assert results["noise"]["total"] == before["total"] and results["noise"]["ece"] != before["ece"]
 
 
 def test_two_processes_equal_one(command, run_here, tmp_path):
