@@ -41,6 +41,7 @@ from .logits import class_logits
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
 from .strength import with_frozen_weight
+from .summary import summarize
 from .tasks import Tasks
 from .trainer_mixin import TrainerMixin
 from .trunk_cache import embeds_from_trunk
@@ -164,6 +165,10 @@ class SEPClassifier(TrainerMixin):
         """
         classes = TaskClasses.from_names(class_names, processor, template, **padding_of(model))
         return cls(model, classes, processor=processor, **options)
+
+    def __repr__(self) -> str:
+        """A few lines; `repr(classifier.model)` is the tree of modules."""
+        return summarize(self, self.vision_tower, self.classes, list(self.tasks))
 
     # classes
 
