@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .classifier.card import CardDetails, Score
     from .classifier.classes import TaskClasses
     from .classifier.classifier import SEPClassifier, SEPClassifierOutput
-    from .classifier.explain import Explanation, explain
+    from .classifier.explain import explain
+    from .classifier.explanation import Explanation
     from .classifier.export import ImageEmbedder, ImageScorer
     from .classifier.pipelines import ImageClassifier
     from .classifier.trunk_cache import TrunkCache
@@ -72,7 +73,7 @@ __all__ = [
 #: Name -> file that has it, imported when the name is used first.
 _LATER = {
     "CardDetails": "classifier.card",
-    "Explanation": "classifier.explain",
+    "Explanation": "classifier.explanation",
     "ImageClassifier": "classifier.pipelines",
     "ImageEmbedder": "classifier.export",
     "ImageScorer": "classifier.export",

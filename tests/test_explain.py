@@ -14,7 +14,7 @@ from small_clip import make_clip, perturb
 from transformers import AutoImageProcessor, AutoProcessor
 
 from sep_peft import Explanation, SEPClassifier, SEPConfig, TaskClasses, explain
-from sep_peft.classifier.explain import LayerExplanation
+from sep_peft.classifier.explanation import LayerExplanation
 from sep_peft.method.select import largest_tokens
 from sep_peft.tuner.model import find_towers
 
@@ -202,7 +202,7 @@ def test_plot_writes_a_file(name, processor, tmp_path):
     path = tmp_path / name
     figure = explain(make_model(), processor, IMAGE).plot(path)
     titles = [axis.get_title().removesuffix(" + CLS") for axis in figure.axes if axis.get_title()]
-    assert titles == ["input", "before layer 1", "before layer 2", "before layer 3"]
+    assert titles == ["input", *(f"selected before layer {layer}" for layer in (1, 2, 3))]
     if name.endswith(".png"):
         with Image.open(path) as drawing:
             assert drawing.format == "PNG"
@@ -222,9 +222,10 @@ def test_what_is_drawn(panels, columns):
     """One panel for the image and one a layer; CLS is in the title, since it is no patch."""
     explanation = make_explanation(*[[None, (0, 1)], [(2, 2), (1, 0)], [(0, 0), (0, 1)], [None, (1, 1)]][: panels - 1])
     axes = explanation.plot(columns=columns).axes
+    columns = min(columns, panels)
     assert len(axes) == -(-panels // columns) * columns
     titles = [axis.get_title() for axis in axes]
-    expected = ["before layer 1 + CLS", "before layer 2", "before layer 3", "before layer 4 + CLS"]
+    expected = [f"selected before layer {layer}" for layer in ("1 + CLS", "2", "3", "4 + CLS")]
     assert titles == ["input", *expected[: panels - 1], *[""] * (len(axes) - panels)]
     for axis, layer in zip(axes[1:], explanation.layers, strict=False):
         drawn = torch.tensor(axis.images[0].get_array())

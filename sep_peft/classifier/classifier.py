@@ -33,6 +33,8 @@ from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses
+from .explain import explain_label
+from .explanation import Explanation
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
 from .fitting import fitted_classes
 from .images import as_images, read_image
@@ -571,6 +573,31 @@ class SEPClassifier(TrainerMixin):
                 inputs = processor(images[batch], return_tensors="pt").to(self.device)
                 predictions += predict_batch(self.vision_tower, inputs, tasks[batch], answers)
         return predictions[0] if single else predictions
+
+    def explain(self, image: Any, label: str | None = None, task: str | None = None) -> Explanation:
+        """What in an image decided for a class, and which of its patches SEP selected to make its prompts from.
+
+        Evaluation is used whatever the mode of the classifier; threads may ask at the same time. It takes the time of
+        some fifty predictions.
+
+        Args:
+            image: one image as `predict` takes it.
+            label: the class whose score is explained; None: the best one.
+            task: as for `predict`; None: the classifier's own classes with the active adapter.
+
+        Returns:
+            an `Explanation`, which notebooks show as a drawing and whose `plot` writes it into a file.
+
+        Raises:
+            ValueError: the image cannot be read, there is no such class or task, or the image tower has no grid of
+                patches.
+
+        Example:
+            >>> classifier.explain("image.jpg").plot("explanation.png")
+        """
+        found = Task(None, self.encoder) if task is None else self.tasks.of_samples(task, 1)[0]
+        processor = processor_part(self.processor, "image_processor", ImageProcessingMixin, "to read images")
+        return explain_label(self.model, found, processor, image, label)
 
     # files
 

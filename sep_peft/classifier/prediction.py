@@ -37,21 +37,22 @@ class Task(NamedTuple):
         return self.encoder.classes
 
 
-def image_embeds(tower: SEPTower, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def image_embeds(tower: SEPTower, inputs: Mapping[str, Any], **options) -> tuple[torch.Tensor, torch.Tensor]:
     """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider.
 
     Args:
         tower: of the images.
         inputs: what the tower takes, such as `pixel_values` (B, channels, height, width).
+        options: of `SEPTower.embed`.
     """
-    prompted, frozen = tower.embed(**inputs)
+    prompted, frozen = tower.embed(**inputs, **options)
     prompted, frozen = wide(prompted), wide(frozen)
     return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 
 
-def image_logits(tower: SEPTower, inputs: Mapping[str, torch.Tensor], weights: ClassWeights) -> torch.Tensor:
+def image_logits(tower: SEPTower, inputs: Mapping[str, torch.Tensor], weights: ClassWeights, **options) -> torch.Tensor:
     """Logits (B, C) of images among the classes of `weights`; see `image_embeds`."""
-    return class_logits(tower, *image_embeds(tower, inputs), weights)
+    return class_logits(tower, *image_embeds(tower, inputs, **options), weights)
 
 
 def predict_batch(

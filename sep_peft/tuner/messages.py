@@ -47,6 +47,12 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def drawn(text: str, letters: int = 24) -> str:
+    """A name in a drawing: one line of so many letters, without the dollars between which matplotlib reads formulas."""
+    text = printable(" ".join(text.replace("_", " ").split()))
+    return (text if len(text) <= letters else text[: letters - 1] + "…").replace("$", r"\$")
+
+
 def acts(character: str) -> bool:
     """Whether a terminal would obey it in the place of showing it."""
     return unicodedata.category(character) in ACTING and character not in JOINERS

@@ -227,7 +227,8 @@ class PromptedPass:
         # one gather for both, because the backward pass of each fills a tensor of the size of `hidden`
         chosen, prompts = gather_tokens(hidden, taken).split([positions.shape[1], count], dim=1)
         if self.trace is not None:
-            self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen))
+            tokens = hidden.shape[1] - count
+            self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen), tokens)
         return fusion(prompts, chosen)
 
     def _select(self, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
@@ -240,7 +241,14 @@ class PromptedPass:
 
 
 class FusionTrace(NamedTuple):
-    """What one fusion saw: token_positions (B, K) of the chosen tokens, attention weights (B, heads, n, K)."""
+    """What one fusion saw.
+
+    Attributes:
+        token_positions: (B, K), of the chosen tokens, counted without prompts.
+        weights: (B, heads, n, K), attention of the prompts.
+        tokens: L, tokens of the layer without prompts.
+    """
 
     token_positions: torch.Tensor
     weights: torch.Tensor
+    tokens: int

@@ -276,7 +276,9 @@ class SEPTower(SEPLayer):
                 return type(self.base_layer).forward(self.base_layer, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 
-    def embed(self, *args, trace: dict[int, FusionTrace] | None = None, **kwargs) -> Branches:
+    def embed(
+        self, *args, trace: dict[int, FusionTrace] | None = None, through_frozen: bool = False, **kwargs
+    ) -> Branches:
         """Both branches of the active adapter, projected, not normalized, not mixed.
 
         Takes what the tower takes. Without an active adapter, or one that leaves this tower alone, both are the frozen
@@ -284,21 +286,25 @@ class SEPTower(SEPLayer):
 
         Args:
             trace: collects what every fusion saw, by layer.
+            through_frozen: let gradients with respect to the inputs go through the frozen branch, and through the
+                layers below `start_layer`, as well. Training does not need them: nothing there is trained.
         """
-        return self._by_samples(partial(self._embed_both, trace), self._bind(args, kwargs))
+        return self._by_samples(partial(self._embed_both, trace, through_frozen), self._bind(args, kwargs))
 
-    def _embed_both(self, trace: dict[int, FusionTrace] | None, /, **inputs) -> Branches:
+    def _embed_both(self, trace: dict[int, FusionTrace] | None, through_frozen: bool, /, **inputs) -> Branches:
         adapter, head = self.prompting_adapter(), self.head
         if adapter is None:
-            frozen_embeds = self.embed_frozen(**inputs)
+            frozen_embeds = self._embed_frozen(inputs, through_frozen)
             return Branches(frozen_embeds, frozen_embeds)
-        prompted, frozen = self._run(adapter, inputs, trace, embedding_only=True)
+        prompted, frozen = self._run(adapter, inputs, trace, embedding_only=True, through_frozen=through_frozen)
         return Branches(head.embed(prompted, inputs), head.embed(frozen, inputs))
 
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
-        inputs = self._bind(args, kwargs)
-        with torch.no_grad(), current_pass.set(FrozenPass(0, self._read_token(inputs))):
+        return self._embed_frozen(self._bind(args, kwargs))
+
+    def _embed_frozen(self, inputs: dict, through_frozen: bool = False) -> torch.Tensor:
+        with _gradients(through_frozen), current_pass.set(FrozenPass(0, self._read_token(inputs))):
             output = self._call_base(**inputs, return_dict=True)
             return self.head.embed(output, inputs)
 
@@ -399,17 +405,25 @@ class SEPTower(SEPLayer):
         inputs = dict(zip(self._argument_names, args, strict=False)) | kwargs
         return {self.spec.renamed_inputs.get(name, name): value for name, value in inputs.items()}
 
-    def _run(self, adapter: str, inputs: dict, trace: dict | None = None, embedding_only: bool = False):
+    def _run(
+        self,
+        adapter: str,
+        inputs: dict,
+        trace: dict | None = None,
+        embedding_only: bool = False,
+        through_frozen: bool = False,
+    ):
         """Outputs of the prompted pass and of the frozen pass, or None in its place where the mix does not need it.
 
         With `embedding_only` both outputs are there, and what they hold beside that which is pooled means nothing.
+        `through_frozen` is that of `embed`.
         """
         settings = self.sep_settings[adapter]
         read_token = self._read_token(inputs) if embedding_only else None
         frozen, shared = None, None
         if settings.frozen_weight > 0 or embedding_only:
             frozen_pass = FrozenPass(settings.start_layer, read_token)
-            with torch.no_grad(), current_pass.set(frozen_pass):
+            with _gradients(through_frozen), current_pass.set(frozen_pass):
                 frozen = self._call_base(**inputs, return_dict=True)
             shared = frozen_pass if settings.start_layer else None
         prompted = self._run_prompted(adapter, inputs, shared, trace, read_token)
@@ -490,3 +504,8 @@ class SEPTower(SEPLayer):
         fusions = cast(Mapping[str, TokenFusion | LearnedPrompts], self.sep_fusion[adapter])
         settings = self.sep_settings[adapter]
         return {i: fusions[SHARED if settings.share_fusion else str(i)] for i in settings.fusion_layers}
+
+
+def _gradients(wanted: bool) -> torch.set_grad_enabled:
+    """Gradients in the block where they are wanted and the caller has them on."""
+    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
