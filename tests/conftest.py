@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import peft
 import pytest
@@ -25,6 +26,14 @@ torch.set_num_threads(1)  # the models are tiny, and tests may run side by side
 
 def pytest_collection_finish() -> None:
     """What is imported stays, so collections of garbage, as at the end of every training, need not look through it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze() -> Iterator[None]:
+    """The same for what the tests of a file imported, compiled and reported; their models are collected before."""
+    yield
     gc.collect()
     gc.freeze()
 

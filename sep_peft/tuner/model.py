@@ -66,6 +66,7 @@ class SEPModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = SEPLayer
     peft_config: dict[str, SEPConfig]
+    _architecture: Architecture  # of the model, as the adapter that is being added describes it
 
     # injection
 
@@ -107,6 +108,7 @@ class SEPModel(BaseTuner):
             architecture = find_architecture(model, config.architecture)
             found = check_config(config, architecture, model)
             check_weights(config, architecture, model, adapter_name, loading)
+            self._architecture = architecture  # PEFT asks about every module of the model
         except BaseException:
             del self.peft_config[adapter_name]
             raise
@@ -131,17 +133,13 @@ class SEPModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SEPConfig, model: nn.Module) -> None:
         """PEFT cannot replace the model itself, so one that is a tower gets a child for PEFT to replace."""
-        is_tower = any(spec.path == "" for spec in self._architecture(peft_config).towers.values())
+        is_tower = any(spec.path == "" for spec in self._architecture.towers.values())
         if is_tower and not hasattr(model, ROOT_CHILD):
             setattr(model, ROOT_CHILD, nn.Identity())
 
-    def _architecture(self, config: SEPConfig) -> Architecture:
-        return find_architecture(self.model, config.architecture)
-
     def _check_target_module_exists(self, peft_config: SEPConfig, key: str) -> bool:
-        architecture = self._architecture(peft_config)
-        modality = target_towers(peft_config, architecture).get(key)
-        return modality is not None and architecture.towers[modality].refused is None
+        modality = target_towers(peft_config, self._architecture).get(key)
+        return modality is not None and self._architecture.towers[modality].refused is None
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """None where a model does not say which embeddings it has, as `FlavaForPreTraining`: PEFT asks all the same."""
@@ -161,10 +159,9 @@ class SEPModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, SEPTower):
-            architecture = self._architecture(peft_config)
-            modality = target_towers(peft_config, architecture)[current_key]
+            modality = target_towers(peft_config, self._architecture)[current_key]
             base = self.model if current_key == ROOT_CHILD else target
-            target = SEPTower(base, modality, architecture, self.model)
+            target = SEPTower(base, modality, self._architecture, self.model)
             setattr(parent, target_name, target)
         target.update_layer(adapter_name, peft_config)
 
