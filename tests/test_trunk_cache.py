@@ -277,7 +277,8 @@ def test_a_damaged_file_is_named(damage, reason, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_flipped_byte_is_found_when_it_is_read(dtype, tmp_path):
     """Bytes of the entries, of the digests and of the header's other parts."""
-    cache = TrunkCache(make_classifier().model, Images(), tmp_path, dtype=dtype)
+    model = make_classifier().model
+    cache = TrunkCache(model, Images(), tmp_path, dtype=dtype)
     expected = batch_of(cache)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -289,7 +290,7 @@ def test_every_flipped_byte_is_found_when_it_is_read(dtype, tmp_path):
         file.write_bytes(whole)
         flip(file, place)
         with pytest.raises(ValueError, match=f"^The trunk cache's file {re.escape(str(file))} is damaged: .+"):
-            batch_of(TrunkCache(make_classifier().model, Images(), tmp_path, dtype=dtype))
+            batch_of(TrunkCache(model, Images(), tmp_path, dtype=dtype))
     file.write_bytes(whole)
     flip(file, len(whole) - 1)
     with raises(damaged(file, "an entry is not what was written")):
