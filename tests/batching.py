@@ -1,4 +1,4 @@
-"""One step of transformers' Trainer over 16 images, cut into micro-batches and shared out among processes.
+"""Steps of transformers' Trainer, mostly one, over 16 images, cut into micro-batches and shared out among processes.
 
 `python -m torch.distributed.run --nproc_per_node 2 tests/batching.py '[[4, 2, "plain"]]' RESULT.json` takes it in two
 processes, for each batch size, number of micro-batches and way of `WAYS`.
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sep_peft import SEPClassifier, SEPConfig
+from sep_peft.training import Recipe
 
 
 COUNT = 16
@@ -44,8 +45,14 @@ WAYS = {
         "ddp_find_unused_parameters": False,
         "ddp_timeout": 60,
     },
+    # several steps, so that the class texts that are not drawn are of other ages
+    "sampled": {"max_steps": 3, "learning_rate": 0.02, "adam_epsilon": 1e-3},
     "checkpointed": {"ddp_static_graph": True, "gradient_checkpointing": True},
 }
+
+
+#: What is evaluated afterwards are the weights of before.
+ONE_STEP = {"max_steps": 1, "learning_rate": 0.0}
 
 
 class Gradients(TrainerCallback):
@@ -55,24 +62,23 @@ class Gradients(TrainerCallback):
         self.vector = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def make_classifier() -> SEPClassifier:
+def make_classifier(way: str = "plain") -> SEPClassifier:
     torch.manual_seed(3)
     model = get_peft_model(make_clip(), SEPConfig(num_text_prompts=3, num_vision_prompts=2))
     perturb(model)
-    return SEPClassifier(model, make_texts([5, 3, 7, 4]), make_texts([9, 7, 11, 8], seed=5))
+    recipe = Recipe(class_sample=1 if way == "sampled" else 0)
+    return SEPClassifier(model, make_texts([5, 3, 7, 4]), make_texts([9, 7, 11, 8], seed=5), recipe=recipe)
 
 
 def step(batch_size: int, accumulation: int, way: str = "plain", classifier: nn.Module | None = None) -> dict:
-    """What Trainer logs of one step, its gradients, and the loss that it finds in evaluation."""
+    """What Trainer logs of the last step, its gradients, and the loss that it finds in evaluation."""
     gradients = Gradients()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=1,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
-            learning_rate=0.0,  # what is evaluated afterwards are the weights of before
             max_grad_norm=1e9,
             logging_steps=1,
             save_strategy="no",
@@ -80,17 +86,17 @@ def step(batch_size: int, accumulation: int, way: str = "plain", classifier: nn.
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
-            **WAYS[way],
+            **ONE_STEP | WAYS[way],
         )
         data = SixteenImages()
         trainer = Trainer(
-            classifier or make_classifier(), arguments, train_dataset=data, eval_dataset=data, callbacks=[gradients]
+            classifier or make_classifier(way), arguments, train_dataset=data, eval_dataset=data, callbacks=[gradients]
         )
         if way == "evaluated before":
             trainer.evaluate()
         trainer.train()
         evaluated = trainer.evaluate()["eval_loss"]
-    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     return {
         "loss": logged["loss"],
         "norm": float(logged["grad_norm"]),

@@ -24,6 +24,13 @@ def expected() -> dict:
     return {"loss": loss.item(), "gradients": gradients, "eval_loss": evaluated.item()}
 
 
+@pytest.fixture(scope="module")
+def sampled() -> dict:
+    """Steps with a sample of the class texts, all images at once, in one process."""
+    found = step(16, 1, "sampled")
+    return found | {"gradients": torch.tensor(found["gradients"])}
+
+
 def check(found: dict, expected: dict) -> None:
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["norm"] == pytest.approx(expected["gradients"].norm().item(), rel=1e-4)
@@ -39,6 +46,10 @@ def test_micro_batches(batch_size, accumulation, expected):
     check(step(batch_size, accumulation), expected)
 
 
+def test_micro_batches_with_a_sample_of_the_classes(sampled):
+    check(step(5, 4, "sampled"), sampled)
+
+
 SHARED_OUT = [(8, 1, "plain"), (2, 4, "plain"), *((8, 1, way) for way in WAYS if way != "plain")]
 
 
@@ -52,12 +63,12 @@ def shared_out(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("index", range(len(SHARED_OUT)), ids=lambda index: "-".join(map(str, SHARED_OUT[index])))
-def test_two_processes(index, shared_out, expected):
+def test_two_processes(index, shared_out, expected, sampled):
     assert len(shared_out) == len(SHARED_OUT)
     found = shared_out[index]
     assert (found["processes"], found["batch_size"], found["accumulation"]) == (2, *SHARED_OUT[index][:2])
     assert found["wrapped"] == "DistributedDataParallel"
-    check(found, expected)
+    check(found, sampled if SHARED_OUT[index][2] == "sampled" else expected)
 
 
 def test_images_of_the_whole_step():

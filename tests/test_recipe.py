@@ -49,6 +49,7 @@ def raises(message: str):
         ("prototype_weight", [float("inf")], "a finite number of at least 0"),
         ("prototype_logit_weight", [-5.0], "a finite number of at least 0"),
         ("zero_shot_margin", [-1.5], "a finite number of at least 0"),
+        ("class_sample", [-1, 2.5, True, "all"], "None or an integer of at least 0"),
         ("weight_decay", ["none"], "a finite number of at least 0"),
     ],
 )
@@ -72,6 +73,7 @@ def test_the_papers_recipe():
     assert (recipe.epochs, recipe.learning_rate, recipe.adam_epsilon, recipe.smallest_crop) == (50, 2.5e-3, 1e-3, 0.08)
     assert (recipe.prototype_learning_rate, recipe.prototype_logit_weight, recipe.zero_shot_margin) == (None, 0, 0)
     assert Recipe.published().calibration_folds == 0
+    assert Recipe.published().class_sample == 0
     assert Recipe.published(epochs=3).epochs == 3
 
 

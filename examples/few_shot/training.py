@@ -41,6 +41,8 @@ def fit(
         a dict per epoch: loss, accuracy on the training images, learning rate.
     """
     recipe, names = replace(method.recipe, seed=seed), plan.data.classes
+    if isinstance(classifier, SEPClassifier):
+        classifier.recipe = recipe
     samples = training_samples(plan)
     if recipe.prototype_weight:
         classifier.reset_prototypes(plain_batches(plan, processor, workers))

@@ -22,12 +22,13 @@ from ..tuner.passes import TrunkFeatures
 from ..tuner.settings import TowerSettings
 from ..tuner.tower import SEPTower
 from .calibration import Calibration
+from .class_sample import ClassSample
 from .classes import TaskClasses
 from .coupled import coupled_texts
 from .following import Following
-from .logits import ClassWeights
+from .logits import ClassWeights, OwnTexts
 from .text_chunks import TextChunks
-from .value_sample import ValueSample
+from .value_sample import ValueSample, versions
 
 
 #: Class texts encoded at a time.
@@ -36,6 +37,8 @@ TEXT_CHUNK_SIZE = 256
 KEPT_TOKENS = 8192
 #: What names of a head's tensors begin with, among those that follow the model.
 HEAD_PREFIX = "head."
+#: The same for tokenized class names.
+TEXT_PREFIX = "text."
 
 
 class ClassEncoder(Following):
@@ -85,6 +88,8 @@ class ClassEncoder(Following):
             self.following |= {HEAD_PREFIX + name: tensor for name, tensor in tensors.items()}
         chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
         self.names, self.templates = chunks[0], nn.ModuleList(chunks[1:])
+        self.following |= {TEXT_PREFIX + name: value for name, value in tokenized[0].items()}
+        self.sample = ClassSample(len(classes))
         self.to(device)
 
     @property
@@ -108,7 +113,7 @@ class ClassEncoder(Following):
         if settings is None:
             embeds = frozen_embeds
         elif training:
-            embeds = self._mixed(settings, self._name_trunks(settings), frozen_embeds)
+            embeds = self._mixed(settings, self.names, self._name_trunks(settings), frozen_embeds)
         else:
             embeds = self._cached_mixed(settings, frozen_embeds)
         if training:
@@ -173,7 +178,10 @@ class ClassEncoder(Following):
         assert adapter is not None, "there are settings, so there is an adapter"
         parameters = tower.base_layer.parameters(), tower.adapter_parameters(adapter)
         return self._cached(
-            "mixed", (adapter, settings.frozen_weight), lambda: self._mixed(settings, None, frozen_embeds), *parameters
+            "mixed",
+            (adapter, settings.frozen_weight),
+            lambda: self._mixed(settings, self.names, None, frozen_embeds),
+            *parameters,
         )
 
     @untraced
@@ -183,26 +191,96 @@ class ClassEncoder(Following):
         These layers are not trained, so a training step finds it done.
         """
         tower = self.tower
-        if settings.start_layer == 0 or settings.batch_coupled or tower.spec.in_stages:
+        if not self._has_trunks(settings):
             return None
         key = (tower.prompting_adapter(), settings.start_layer)
         trunks = partial(self.names.map, tower.trunk)
         return self._cached("trunk", key, trunks, tower.base_layer.parameters())
 
     def _mixed(
-        self, settings: TowerSettings, trunks: list[TrunkFeatures] | None, frozen_embeds: torch.Tensor
+        self,
+        settings: TowerSettings,
+        names: TextChunks,
+        trunks: list[TrunkFeatures] | None,
+        frozen_embeds: torch.Tensor,
     ) -> torch.Tensor:
-        """SEP's text embeddings (C, E), of unit length."""
+        """SEP's text embeddings (C, E), of unit length, of some names or of all."""
         tower = self.tower
         if settings.batch_coupled:  # every class must see every other
             texts = coupled_texts(tower, self.classes.class_inputs, settings.num_prompts)
             prompted = tower.embed_prompted(**cast(dict[str, Any], texts))
         else:
-            tokens = self.names.num_tokens(settings.num_prompts)
-            again = torch.is_grad_enabled() and len(self.names) > 1 and tokens > self.kept_tokens
+            tokens = names.num_tokens(settings.num_prompts)
+            again = torch.is_grad_enabled() and len(names) > 1 and tokens > self.kept_tokens
             embed = partial(checkpoint, tower.embed_prompted, use_reentrant=False) if again else tower.embed_prompted
-            prompted = self.names.encode(embed, trunks)
+            prompted = names.encode(embed, trunks)
         return mix_embeddings(wide(prompted), frozen_embeds, tower.frozen_weight)
+
+    # a sample of the classes
+
+    def sampled_weights(self, labels: torch.Tensor, size: int, seed: int) -> ClassWeights:
+        """What the classes give to the logits of a training step that encodes some of the class texts alone.
+
+        These are the next `size` of `ClassSample` and the own classes of the images; other classes take part with
+        their last embeddings. Logits are those of all classes. The gradient of a text embedding is in the mean that of
+        all classes: an image's own class counts once, a drawn one C / `size` times, others not. What an image gives to
+        loss and gradients does not depend on the images beside it, so neither does a step on how it is shared out.
+
+        For an adapter that is not `batch_coupled`.
+
+        Args:
+            labels: (B,) of the images.
+            size: classes to draw, from 1 to C.
+            seed: of what is drawn.
+        """
+        settings, frozen_embeds = self.tower.active_settings, self.frozen_embeds()
+        assert settings is not None and not settings.batch_coupled, "which need all class texts"
+        drawn, chosen, own, kept = self._draw(settings, labels, size, seed, frozen_embeds)
+        names = self._names_of(chosen)
+        trunks = names.map(self.tower.trunk) if self._has_trunks(settings) else None
+        fresh = self._mixed(settings, names, trunks, frozen_embeds[chosen])
+        drawn_embeds = fresh[torch.searchsorted(chosen, drawn)]
+        values = drawn_embeds.detach()
+        counted = values + (len(self.classes) / len(drawn)) * (drawn_embeds - values)
+        embeds = kept.index_copy(0, drawn, counted)
+        self._keep(drawn, values)
+        return ClassWeights(embeds, frozen_embeds, own=OwnTexts(own, fresh[torch.searchsorted(chosen, own)]))
+
+    @untraced
+    def _draw(
+        self, settings: TowerSettings, labels: torch.Tensor, size: int, seed: int, frozen_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Classes that are drawn, these with the images' own, both ascending, the images' own (B,), and the kept
+        embeddings (C, E)."""
+        tower, adapter = self.tower, self.tower.prompting_adapter()
+        assert adapter is not None, "there are settings, so there is an adapter"
+        watched = (
+            *tower.base_layer.parameters(),
+            *tower.adapter_parameters(adapter),
+            *tower.projection_parameters(),
+        )
+        compute = partial(self._cached_mixed, settings, frozen_embeds)
+        kept = self.sample.embeds((adapter, settings.frozen_weight, self._autocast()), watched, compute, frozen_embeds)
+        drawn = self.sample.draw(size, seed)
+        own = labels.long()
+        chosen = sorted({*drawn, *own.tolist()})
+        device = frozen_embeds.device
+        return torch.tensor(drawn, device=device), torch.tensor(chosen, device=device), own, kept
+
+    @untraced
+    def _names_of(self, classes: torch.Tensor) -> TextChunks:
+        """The texts of some classes (S,), in their order."""
+        names = [name for name in self.following if name.startswith(TEXT_PREFIX)]
+        inputs = {name.removeprefix(TEXT_PREFIX): self.following[name][classes] for name in names}
+        return TextChunks(self.tower, inputs, self.chunk_size)
+
+    @untraced
+    def _keep(self, classes: torch.Tensor, embeds: torch.Tensor) -> None:
+        self.sample.refresh(classes, embeds)
+
+    def _has_trunks(self, settings: TowerSettings) -> bool:
+        """Whether what the layers below `start_layer` make of class names can be kept."""
+        return not (settings.start_layer == 0 or settings.batch_coupled or self.tower.spec.in_stages)
 
     def _cached(self, name: str, key: tuple, compute: Callable[[], Any], *parameters: Iterable[nn.Parameter]) -> Any:
         """What `compute` gives, in evaluation and without gradients, of the present values of `parameters`.
@@ -220,7 +298,7 @@ class ClassEncoder(Following):
             with torch.no_grad():
                 return compute()
         watched = list(chain(*parameters, self.tower.projection_parameters()))
-        key = (*key, self._autocast(), *_versions(watched))
+        key = (*key, self._autocast(), *versions(watched))
         entry = self._cache.get(name)
         if entry is None or entry[0] != key or entry[1].has_changed():
             # an inference tensor could not take part in a later training step
@@ -233,12 +311,6 @@ class ClassEncoder(Following):
         """What this thread computes in under autocast; None without."""
         device = self.names.places.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _versions(parameters: Iterable[nn.Parameter]) -> tuple:
-    """Changes whenever one of these is replaced, moved or written to in place, but not by way of its `data`."""
-    # tensors made in inference mode count no versions
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def _check_width(prototypes: torch.Tensor, size: int) -> None:

@@ -39,7 +39,7 @@ from .files import load_base, load_classes, path_first, push_files, save_files, 
 from .fitting import fitted_classes
 from .images import as_images, read_image
 from .inputs import check_images, check_labels, check_trunk
-from .logits import class_logits
+from .logits import ClassWeights, class_logits
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
 from .strength import with_frozen_weight
@@ -66,8 +66,9 @@ class SEPClassifierOutput(ModelOutput):
 class SEPClassifier(TrainerMixin):
     """Classifies images by a SEP model and a list of classes.
 
-    The prompted branch of the text tower reads the bare class name, the frozen branch a template. While training all
-    class texts are encoded in every step; in evaluation once, until a weight, the active adapter or the classes change.
+    The prompted branch of the text tower reads the bare class name, the frozen branch a template. A training step
+    encodes all class texts, or of many classes some, as the recipe's `class_sample` says; evaluation encodes them once,
+    until a weight, the active adapter or the classes change.
 
     Args:
         model: a `PeftModel` with a SEP adapter, or a transformers model to which one was added.
@@ -500,7 +501,7 @@ class SEPClassifier(TrainerMixin):
             check_labels(labels, len(self.classes), None if images is None else len(images), waits=False)
         if not self.training:
             self.agreement.check()
-        weights = self.encoder.weights(training=self.training)
+        weights = self._weights(labels)
         if pixel_values is not None:
             image, frozen_image = self.image_embeds(pixel_values, **kwargs)
         else:
@@ -515,6 +516,47 @@ class SEPClassifier(TrainerMixin):
         embeds = image, frozen_image, weights.text_embeds, weights.frozen_text_embeds
         parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
         return SEPClassifierOutput(_share(parts.total, labels, num_items_in_batch), logits, parts)
+
+    def _weights(self, labels: torch.Tensor | None) -> ClassWeights:
+        """What the classes give to logits; in a training step perhaps those of a sample of their texts."""
+        if not self.training or labels is None:
+            return self.encoder.weights(training=self.training)
+        drawn = self.drawn_classes(self.recipe)
+        if drawn == len(self.classes):
+            return self.encoder.weights(training=True)
+        return self.encoder.sampled_weights(labels, drawn, self.recipe.seed)
+
+    def drawn_classes(self, recipe: Recipe) -> int:
+        """Class texts that a training step by a recipe draws, as its `class_sample` says; C where it encodes all.
+
+        Raises:
+            ValueError: a number was asked for, and the adapter is `batch_coupled`.
+        """
+        settings, count = self.encoder.tower.active_settings, len(self.classes)
+        if settings is None:
+            return count  # the texts of the frozen model are encoded once
+        drawn = recipe.drawn_classes(count)
+        if settings.batch_coupled and recipe.class_sample and drawn < count:
+            raise ValueError(
+                f"class_sample={recipe.class_sample} cannot be used with batch_coupled=True, where every class text "
+                "sees every other. Pass a recipe with class_sample=0."
+            )
+        return count if settings.batch_coupled else drawn
+
+    def steps_state(self) -> dict[str, torch.Tensor]:
+        """What a training that goes on needs beside parameters: name -> tensor, for `take_steps_state`.
+
+        It is the state of the `ClassSample`, which `state_dict` has as well; empty where no step has drawn classes.
+        """
+        return self.encoder.sample.state()
+
+    def take_steps_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `steps_state` gave; an empty one begins anew.
+
+        Raises:
+            ValueError: it is of other classes.
+        """
+        self.encoder.sample.take_state(state)
 
     def image_embeds(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """SEP's and the frozen image embeddings, each (B, E), of unit length, in fp32 or wider."""

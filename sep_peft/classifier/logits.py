@@ -14,6 +14,23 @@ from ..tuner.offload import read_parameter
 from ..tuner.tower import SEPTower
 
 
+class OwnTexts(NamedTuple):
+    """Text embeddings of the classes that the images of a training batch belong to.
+
+    Args:
+        labels: (B,).
+        embeds: of these classes, one for each image, (B, E), of unit length.
+    """
+
+    labels: torch.Tensor
+    embeds: torch.Tensor
+
+    def put(self, cosines: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Cosines (B, C) of images (B, E) and classes, with that of each image's own class computed with `embeds`."""
+        own = (images * self.embeds).sum(dim=-1, keepdim=True).to(cosines.dtype)  # (B, 1)
+        return cosines.scatter(1, self.labels[:, None], own)
+
+
 class ClassWeights(NamedTuple):
     """What the C classes of a task give to their logits.
 
@@ -25,6 +42,8 @@ class ClassWeights(NamedTuple):
         zero_shot_margin: how many times zero-shot's confidence counts beside SEP's; 0: SEP alone.
         temperature: that the logits are divided by, so that their softmax is right as often as it says.
         head: another head in the place of prototypes, whose logits are added; None: there is none.
+        own: for a batch in training, what stands for each image's own class in the place of `text_embeds`; None:
+            nothing does.
     """
 
     text_embeds: torch.Tensor
@@ -33,6 +52,7 @@ class ClassWeights(NamedTuple):
     zero_shot_margin: float = 0.0
     temperature: float = 1.0
     head: HeadLogits | None = None
+    own: OwnTexts | None = None
 
 
 def class_logits(
@@ -49,7 +69,8 @@ def class_logits(
         frozen_embeds: the frozen ones v0, (B, E), of unit length.
         weights: of the classes that the images are compared with.
     """
-    logits = _scaled(tower, embeds @ weights.text_embeds.T)
+    cosines = embeds @ weights.text_embeds.T
+    logits = _scaled(tower, cosines if weights.own is None else weights.own.put(cosines, embeds))
     if weights.prototypes is not None:  # the loss compares W with v and with v0
         logits = logits + head_features(embeds, frozen_embeds) @ weights.prototypes.to(embeds.dtype).T
     if weights.head is not None:

@@ -1,4 +1,4 @@
-"""`ValueSample`: finds out that parameters were written to where torch counts no version, as through `p.data`."""
+"""Whether parameters were written to: `versions`, and `ValueSample` where torch counts none, as through `p.data`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import nn
 
 #: Values that are looked at of each parameter, from first to last in even steps.
 SAMPLE_SIZE = 64
+
+
+def versions(parameters: Iterable[nn.Parameter]) -> tuple:
+    """Changes whenever one of these is replaced, moved or written to in place, but not by way of its `data`."""
+    # tensors made in inference mode count no versions
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 class ValueSample:

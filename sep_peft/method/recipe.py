@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 PROTOTYPE_LOGIT_WEIGHT = 5.0
 #: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
 ZERO_SHOT_MARGIN = 1.5
+#: Classes from which on a step draws some of their texts, and how many; see `Recipe.class_sample`.
+MANY_CLASSES, CLASS_SAMPLE = 256, 64
 #: What the paper's released code uses, whatever the defaults of `Recipe` are.
 PUBLISHED: dict[str, Any] = {
     "epochs": 50,
@@ -26,6 +28,7 @@ PUBLISHED: dict[str, Any] = {
     "prototype_logit_weight": 0.0,
     "zero_shot_margin": 0.0,
     "calibration_folds": 0,
+    "class_sample": 0,
 }
 #: What was tuned for `SEPConfig.compact()`, where it differs from the defaults.
 COMPACT: dict[str, Any] = {"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5}
@@ -60,7 +63,10 @@ class Recipe:
         calibration_folds: parts of the training images on which scores are calibrated where there are no held-out
             images: for each part the adapter is trained a third as long on the others. 0, as published: scores are the
             softmax of the logits as they are. Default 4.
-        seed: of batches and augmentation, from 0 to 2^31 - 1. Default 1.
+        class_sample: class texts that a step draws and encodes, beside those of its images' own classes; the others
+            take part by their last embeddings, so that a step's cost does not grow with the number of classes. 0, as
+            published: every step encodes all. Default None: 64 where there are more than 256 classes, otherwise all.
+        seed: of batches, augmentation and what is drawn, from 0 to 2^31 - 1. Default 1.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -83,6 +89,7 @@ class Recipe:
     prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
     zero_shot_margin: float = ZERO_SHOT_MARGIN
     calibration_folds: int = 4
+    class_sample: int | None = None
     seed: int = 1
 
     def __post_init__(self):
@@ -91,6 +98,9 @@ class Recipe:
         self._require("warmup_epochs", lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
         self._require("max_steps", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer of at least 1")
         self._require("calibration_folds", lambda v: _is_int(v) and v >= 0 and v != 1, "0 or an integer of at least 2")
+        self._require(
+            "class_sample", lambda v: v is None or (_is_int(v) and v >= 0), "None or an integer of at least 0"
+        )
         self._require("seed", lambda v: _is_int(v) and 0 <= v < 2**31, "an integer from 0 to 2147483647")
         for name in ("learning_rate", "adam_epsilon"):
             self._require(name, lambda v: _is_number(v) and v > 0, "a finite number above 0")
@@ -132,6 +142,13 @@ class Recipe:
         """The weights that `sep_loss` takes, by its names for them."""
         names = ("text_weight", "vision_weight", "prototype_weight")
         return {name: getattr(self, name) for name in names}
+
+    def drawn_classes(self, num_classes: int) -> int:
+        """Class texts that a step draws of `num_classes`, as `class_sample` says; `num_classes` where it takes all."""
+        size = self.class_sample
+        if size is None:
+            size = CLASS_SAMPLE if num_classes > MANY_CLASSES else 0
+        return min(size or num_classes, num_classes)
 
     def __str__(self) -> str:
         length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ CHECKPOINT_FILE = "sep_checkpoint.safetensors"
 #: Key of the file's metadata that holds all that is no tensor, as JSON, and the version of its layout.
 ENTRY = "sep_checkpoint"
 FORMAT_VERSION = 1
-#: What precedes the names of tensors: trained parameters, those of the best epoch, and the optimizer's state.
-PARAMETERS, BEST, OPTIMIZER = "parameters/", "best/", "optimizer/"
+#: What precedes the names of tensors: trained parameters, those of the best epoch, the optimizer's state, and the state
+#: of the steps.
+PARAMETERS, BEST, OPTIMIZER, STEPS = "parameters/", "best/", "optimizer/", "steps/"
 
 
 @dataclass
@@ -36,12 +37,14 @@ class TrainingState:
         parameters: name -> tensor of what is trained.
         best: the same after the best epoch; None without images to validate on.
         done: whether nothing is left to train.
+        steps: what a step needs of those before it beside parameters, as `SEPClassifier.steps_state` gives it.
     """
 
     history: History
     parameters: Mapping[str, torch.Tensor]
     best: Mapping[str, torch.Tensor] | None = None
     done: bool = False
+    steps: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -70,6 +73,7 @@ class Checkpoint:
         optimizer = self._optimizer.state_dict()
         tensors = {PARAMETERS + name: value for name, value in state.parameters.items()}
         tensors |= {BEST + name: value.clone() for name, value in (state.best or {}).items()}
+        tensors |= {STEPS + name: value for name, value in state.steps.items()}
         for index, values in optimizer["state"].items():
             tensors |= {f"{OPTIMIZER}{index}/{name}": value for name, value in values.items()}
         data = {
@@ -124,7 +128,10 @@ class Checkpoint:
         self._optimizer.load_state_dict(optimizer)
         for name, part in self._parts.items():
             part.load_state_dict(data["parts"][name])
-        return TrainingState(history, {name: found[PARAMETERS + name] for name in parameters}, best, data["done"])
+        steps = {name.removeprefix(STEPS): value for name, value in tensors.items() if name.startswith(STEPS)}
+        return TrainingState(
+            history, {name: found[PARAMETERS + name] for name in parameters}, best, data["done"], steps
+        )
 
     def remove(self) -> None:
         """Remove the file, if there is one."""

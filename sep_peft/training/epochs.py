@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,15 @@ from ..method.recipe import Recipe
 from .data import EpochDataset, epoch_order
 from .optimizer import count_steps, make_optimizer, make_schedule, trainable
 from .progress import Progress
+
+
+@runtime_checkable
+class HasStepsState(Protocol):
+    """A classifier whose steps need something of those before them beside parameters, as `SEPClassifier` does."""
+
+    def steps_state(self) -> Mapping[str, torch.Tensor]: ...
+
+    def take_steps_state(self, state: Mapping[str, torch.Tensor], /) -> None: ...
 
 
 class Epochs:
@@ -58,6 +67,16 @@ class Epochs:
     def take(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+    def steps_state(self) -> dict[str, torch.Tensor]:
+        """A copy of what the next step needs beside parameters."""
+        state = self.classifier.steps_state() if isinstance(self.classifier, HasStepsState) else {}
+        return {name: value.clone() for name, value in state.items()}
+
+    def take_steps_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `steps_state` gave, or begin anew from an empty one."""
+        if isinstance(self.classifier, HasStepsState):
+            self.classifier.take_steps_state(state)
 
     def agree(self, reason: str | None) -> str | None:
         """What the main process says, in every process."""

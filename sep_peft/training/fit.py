@@ -86,7 +86,8 @@ def fit(
         FileExistsError: `folder` has a training that is not finished, and `resume` was not asked for.
         OSError: nothing can be written in `folder`, or its disk has no room.
         ValueError: nothing of the classifier is to be trained, it has no processor, there are no samples, one has no
-            name or one that is not among the classes, the adapter has no trunk to cache, or an option has a value that
+            name or one that is not among the classes, the adapter has no trunk to cache, or needs all class texts where
+            `class_sample` draws some, or an option has a value that
             is not allowed; nothing is changed then. Or the checkpoint is of another training; no parameter but the
             prototypes is changed then. Or the loss is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM came. The classifier is finished as if the training had ended with the
@@ -108,6 +109,7 @@ def fit(
     check_samples(classifier, samples, "train on")
     if eval_samples is not None:
         check_samples(classifier, eval_samples, "validate on")
+    classifier.drawn_classes(recipe)
     limits = Limits(max_seconds, patience, keep)
     if patience is not None and eval_samples is None:
         raise ValueError(f"patience={patience} needs eval_samples, on which the classifier gets better or does not.")

@@ -91,9 +91,12 @@ def train(
     if file is not None and (found := file.load(run.parameters)) is not None:
         state = found
         state.history.stopped = None
+        run.take_steps_state(state.steps)
         run.take(state.parameters)
     elif validation is not None:
         state.history.zero_shot = validation.zero_shot()
+    if not state.steps:
+        run.take_steps_state({})
     history = state.history
     progress = Progress(history, run.steps, len(history) * run.per_epoch, quiet or not accelerator.is_main_process)
     run.prepare()
@@ -137,7 +140,7 @@ def _train_epochs(
         with signals.held():
             history.rows.append(row)
             history.seconds.append(time.monotonic() - begun)
-            state.parameters = run.snapshot()
+            state.parameters, state.steps = run.snapshot(), run.steps_state()
             if history.best == len(history):
                 state.best = state.parameters
             state.done = limits.done(history)
