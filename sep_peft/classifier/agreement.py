@@ -27,9 +27,10 @@ class Agreement(nn.Module):
         self.register_buffer("number", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def state(self, classes: TaskClasses) -> None:
-        """Remember what this process has from here on: names, templates, and how prototypes and margin count."""
+        """Remember what this process has from here on: names, texts, and how prototypes and margin count."""
         kept = None if classes.prototypes is None else tuple(classes.prototypes.shape)
-        stated = classes.names, classes.templates, kept, classes.prototype_logit_weight, classes.zero_shot_margin
+        texts = classes.templates, classes.description_texts
+        stated = classes.names, texts, kept, classes.prototype_logit_weight, classes.zero_shot_margin
         digest = hashlib.sha256(repr(stated).encode()).digest()
         self._own = int.from_bytes(digest[:7], "big")
         self.number.fill_(self._own)

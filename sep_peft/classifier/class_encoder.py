@@ -35,6 +35,8 @@ from .value_sample import ValueSample, versions
 TEXT_CHUNK_SIZE = 256
 #: Text tokens, prompts included, whose activations a training step keeps; for ViT-B/16 about 0.46 MB each in fp32.
 KEPT_TOKENS = 8192
+#: Name of the classes of descriptions, among the tensors that follow the model.
+OWNERS = "owners"
 #: What names of a head's tensors begin with, among those that follow the model.
 HEAD_PREFIX = "head."
 #: The same for tokenized class names.
@@ -73,9 +75,11 @@ class ClassEncoder(Following):
         self.kept_tokens = kept_tokens
         self._cache: dict[str, tuple] = {}
         device = compute_device(model)
-        for inputs in (classes.class_inputs, *classes.template_inputs):
+        described = [] if classes.descriptions is None else [classes.descriptions.inputs]
+        read = (classes.class_inputs, *classes.template_inputs, *described)
+        for inputs in read:
             self.tower.texts.check_ids(inputs)
-        tokenized = [self.tower.texts.trim(inputs) for inputs in (classes.class_inputs, *classes.template_inputs)]
+        tokenized = [self.tower.texts.trim(inputs) for inputs in read]
         self.tower.texts.check_room(tokenized[0], self.tower.active_settings)
         for inputs in tokenized:
             self.tower.texts.check_length(inputs)
@@ -87,7 +91,11 @@ class ClassEncoder(Following):
             tensors = {name: wide(x) if x.is_floating_point() else x for name, x in classes.head.tensors.items()}
             self.following |= {HEAD_PREFIX + name: tensor for name, tensor in tensors.items()}
         chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
-        self.names, self.templates = chunks[0], nn.ModuleList(chunks[1:])
+        count = len(classes.template_inputs)
+        self.names, self.templates = chunks[0], nn.ModuleList(chunks[1 : count + 1])
+        self.descriptions = nn.ModuleList(chunks[count + 1 :])  # of all classes, or empty
+        if classes.descriptions is not None:
+            self.following[OWNERS] = torch.tensor(classes.descriptions.owners)  # (T,)
         self.following |= {TEXT_PREFIX + name: value for name, value in tokenized[0].items()}
         self.sample = ClassSample(len(classes))
         self.to(device)
@@ -161,15 +169,27 @@ class ClassEncoder(Following):
 
     @untraced
     def frozen_embeds(self) -> torch.Tensor:
-        """Frozen text embeddings (C, E), of unit length, averaged over the templates, without dropout."""
+        """Frozen text embeddings (C, E), of unit length, averaged over templates and descriptions, without dropout."""
         tower = self.tower
 
         def encode():
-            read = cast(Iterable[TextChunks], self.templates or [self.names])
-            embeds = [chunks.encode(tower.embed_frozen) for chunks in read]
-            return unit(torch.stack([unit(wide(embed)) for embed in embeds]).mean(dim=0))
+            plain = [] if self.descriptions else [self.names]
+            read = cast(Iterable[TextChunks], self.templates or plain)
+            embeds = [unit(wide(chunks.encode(tower.embed_frozen))) for chunks in read]
+            if self.descriptions:
+                return self._with_descriptions(embeds)
+            return unit(torch.stack(embeds).mean(dim=0))
 
         return self._cached("frozen", (), encode, tower.base_layer.parameters())
+
+    def _with_descriptions(self, of_templates: list[torch.Tensor]) -> torch.Tensor:
+        """(C, E) of unit length: the mean over all texts of each class, of which (C, E) are those of each template."""
+        (chunks,) = cast(Iterable[TextChunks], self.descriptions)
+        embeds, owners = unit(wide(chunks.encode(self.tower.embed_frozen))), self.following[OWNERS]  # (T, E), (T,)
+        count = len(self.classes)
+        sums = embeds.new_zeros(count, embeds.shape[1]).index_add_(0, owners, embeds)  # (C, E)
+        counts = owners.bincount(minlength=count)[:, None] + len(of_templates)  # (C, 1)
+        return unit((sums + sum(of_templates)) / counts)
 
     @untraced
     def _cached_mixed(self, settings: TowerSettings, frozen_embeds: torch.Tensor) -> torch.Tensor:

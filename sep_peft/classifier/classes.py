@@ -11,18 +11,16 @@ from typing import Any
 import torch
 
 from ..method.heads import ClassHead, check_logit_weight
-from ..tuner.messages import listed, printable, shown
+from ..tuner.messages import listed, shown
 from .calibration import Calibration, is_number
+from .descriptions import Descriptions
+from .tokenized import check_inputs, check_text, to_lists, to_tensors, token_rows
 
 
 #: What the prompted branch reads: the bare class name, as published.
 CLASS_TEMPLATE = "{}."
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
-#: What text towers read of tokenized texts.
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-#: Longest class name or template, in characters.
-MAX_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class TaskClasses:
             trained by; None: not known.
         calibration: how their logits become scores; None: as they are.
         head: another head than prototypes that takes part in predictions; None: there is none.
+        descriptions: texts about each class that the frozen branch reads beside the templates; None: there are none.
 
     Raises:
         ValueError: no classes, two whose names read alike, tensors that hold no ids, texts without a token, or whose
@@ -60,13 +59,14 @@ class TaskClasses:
     new_class_margin: float | None = None
     calibration: Calibration | None = None
     head: ClassHead | None = None
+    descriptions: Descriptions | None = None
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
         if count == 0:
             raise ValueError("class_inputs must hold input_ids of at least one class, but it is empty.")
         for inputs in (self.class_inputs, *self.template_inputs):
-            _check_inputs(inputs, count)
+            check_inputs(inputs, count)
         if not self.names:
             object.__setattr__(self, "names", tuple(f"class {i}" for i in range(count)))
         check_class_names(self.names)
@@ -74,6 +74,8 @@ class TaskClasses:
             raise ValueError(f"There are {len(self.names)} class names for {count} texts of class_inputs.")
         if self.templates:
             check_templates(self.templates)
+        if self.descriptions is not None:
+            self.descriptions.check_classes(self.names, bool(self.template_inputs))
         for name in ("zero_shot_margin", "new_class_margin"):
             margin = getattr(self, name)
             if margin is not None and not (is_number(margin) and 0 <= margin < float("inf")):
@@ -98,9 +100,19 @@ class TaskClasses:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def description_texts(self) -> tuple[tuple[str, ...], ...]:
+        """The descriptions of each class; () where there are none."""
+        return () if self.descriptions is None else self.descriptions.texts
+
     @classmethod
     def from_names(
-        cls, names: Sequence[str], tokenizer, template: str | Sequence[str] = TEMPLATE, **padding
+        cls,
+        names: Sequence[str],
+        tokenizer,
+        template: str | Sequence[str] = TEMPLATE,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+        **padding,
     ) -> TaskClasses:
         """Tokenize class names for both branches; underscores in names are read as spaces.
 
@@ -110,30 +122,41 @@ class TaskClasses:
         Args:
             names: C class names.
             tokenizer: a tokenizer of transformers, or a processor that has one.
-            template: text for the frozen branch with ``{}`` in place of the name, or several to average.
+            template: text for the frozen branch with ``{}`` in place of the name, or several to average; an empty list
+                where descriptions stand alone.
+            descriptions: class name -> texts about it, such as "a cat has whiskers", for the frozen branch as well. All
+                texts of a class count alike in the mean of their embeddings (CuPL, arXiv 2209.03320). None: templates
+                alone.
             padding: how the tokenizer pads; to the longest text unless told otherwise.
 
         Raises:
-            ValueError: no names, a name twice, two names that are the same text, or a template without ``{}``.
+            ValueError: no names, a name twice, two names that are the same text, a template without ``{}``, or
+                descriptions of another class, none of a class without a template, or one that is blank.
         """
         names = names if isinstance(names, (str, bytes, Mapping)) or not isinstance(names, Iterable) else list(names)
         check_class_names(names)
         templates = [template] if isinstance(template, str) else template
-        check_templates(templates)
+        if templates or descriptions is None:
+            check_templates(templates)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 
-        def tokenize(text: str) -> dict[str, torch.Tensor]:
-            spoken = [text.replace("{}", name.replace("_", " ")) for name in names]
-            encoded = tokenizer(spoken, return_tensors="pt", **({"padding": True} | padding))
+        def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
+            encoded = tokenizer(texts, return_tensors="pt", **({"padding": True} | padding))
             return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
 
-        classes = cls(tokenize(CLASS_TEMPLATE), tuple(map(tokenize, templates)), tuple(names), tuple(templates))
+        def spoken(text: str) -> list[str]:
+            return [text.replace("{}", name.replace("_", " ")) for name in names]
+
+        described = None if descriptions is None else Descriptions.of_names(descriptions, names, tokenize)
+        inputs = tokenize(spoken(CLASS_TEMPLATE)), tuple(tokenize(spoken(text)) for text in templates)
+        classes = cls(*inputs, tuple(names), tuple(templates), descriptions=described)
         classes._warn_of_equal_texts()
         return classes
 
     def _warn_of_equal_texts(self) -> None:
         """Warn of classes that no image could tell apart."""
-        rows = zip(*map(_token_rows, (self.class_inputs, *self.template_inputs)), strict=True)
+        described = (self.description_texts,) if self.description_texts else ()
+        rows = zip(*map(token_rows, (self.class_inputs, *self.template_inputs)), *described, strict=True)
         groups: dict[tuple, list[str]] = {}
         for name, row in zip(self.names, rows, strict=True):
             groups.setdefault(row, []).append(name)
@@ -150,13 +173,14 @@ class TaskClasses:
         return {
             "names": list(self.names),
             "templates": list(self.templates),
-            "class_inputs": _to_lists(self.class_inputs),
-            "template_inputs": [_to_lists(inputs) for inputs in self.template_inputs],
+            "class_inputs": to_lists(self.class_inputs),
+            "template_inputs": [to_lists(inputs) for inputs in self.template_inputs],
             "prototype_logit_weight": self.prototype_logit_weight,
             "zero_shot_margin": self.zero_shot_margin,
             "new_class_margin": self.new_class_margin,
             "calibration": self.calibration and self.calibration.to_json(),
             **({} if self.head is None else {"head": {"kind": self.head.kind, "logit_weight": self.head.logit_weight}}),
+            **({} if self.descriptions is None else {"descriptions": self.descriptions.to_json()}),
         }
 
     @classmethod
@@ -190,8 +214,8 @@ class TaskClasses:
         if not is_number(weight):
             raise ValueError(f"prototype_logit_weight of the class list must be a number, but got {shown(weight)}.")
         classes = cls(
-            _to_tensors(data["class_inputs"], "class_inputs"),
-            tuple(_to_tensors(inputs, "template_inputs") for inputs in data["template_inputs"]),
+            to_tensors(data["class_inputs"], "class_inputs"),
+            tuple(to_tensors(inputs, "template_inputs") for inputs in data["template_inputs"]),
             tuple(data["names"]),
             tuple(data["templates"]),
             prototypes,
@@ -200,6 +224,7 @@ class TaskClasses:
             data.get("new_class_margin"),
             None if calibration is None else Calibration.from_json(calibration),
             None if head_tensors is None else _head_of(data.get("head"), head_tensors),
+            Descriptions.from_json(data["descriptions"]) if "descriptions" in data else None,
         )
         classes._warn_of_equal_texts()
         return classes
@@ -230,7 +255,7 @@ def check_class_names(names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not name.replace("_", " ").strip():
             raise ValueError(f"A class name must be a text that is not blank, but got {shown(name)}.")
-        _check_text(name, "A class name")
+        check_text(name, "A class name")
     if duplicates := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ValueError(f"Class names must differ, but these occur more than once: {listed(duplicates)}.")
     spoken: dict[str, str] = {}
@@ -254,82 +279,4 @@ def check_templates(templates: Sequence[str]) -> None:
     for text in templates:
         if not isinstance(text, str) or text.count("{}") != 1:
             raise ValueError(f"A template must contain {{}} once, in place of the class name, but got {shown(text)}.")
-        _check_text(text, "A template")
-
-
-def _check_text(text: str, what: str) -> None:
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"{what} must have at most {MAX_TEXT} characters, but got {len(text)}: {shown(text)}.")
-    if any(
-        "\ud800" <= letter <= "\udfff" for letter in text
-    ):  # halves of characters, as in file names of other encodings
-        raise ValueError(f"{what} must be a text that UTF-8 can hold, but got {shown(text)}. Rename it.")
-
-
-def _check_inputs(inputs: Mapping[str, torch.Tensor], count: int) -> None:
-    """
-    Raises:
-        ValueError: tokenized texts without ids, with values that are no ids, of another number than `count`, or one
-            without a token.
-    """
-    for key, value in inputs.items():
-        if key not in TEXT_INPUTS:
-            raise ValueError(f"Tokenized texts may hold {', '.join(TEXT_INPUTS)}, but got {shown(key)}.")
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{key} must be a tensor, but got {shown(value)}.")
-        if value.ndim != 2 or len(value) != count:
-            raise ValueError(f"{key} must have shape ({count}, tokens), but got {tuple(value.shape)}.")
-    if "input_ids" not in inputs:
-        raise ValueError(f"Tokenized texts must hold input_ids, but got {sorted(inputs)}.")
-    ids = inputs["input_ids"]
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids must be integers, but got {ids.dtype}.")
-    if ids.shape[1] == 0:
-        raise ValueError("input_ids must hold a token for every text, but their length is 0.")
-    if ids.min() < 0:
-        raise ValueError(f"input_ids must be at least 0, but got {int(ids.min())}.")
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, not {tuple(mask.shape)}."
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, but has other values.")
-    if len(empty := (mask.sum(1) == 0).nonzero().flatten()):
-        raise ValueError(f"attention_mask must leave every text a token, but has none for text {int(empty[0])}.")
-
-
-def _token_rows(inputs: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    """The ids of each text, without padding."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if mask is None:
-        return [tuple(row) for row in ids.tolist()]
-    return [tuple(row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
-
-
-def _to_lists(inputs: dict[str, torch.Tensor]) -> dict[str, list]:
-    return {key: value.tolist() for key, value in inputs.items()}
-
-
-def _to_tensors(lists: Mapping[str, list], source: str) -> dict[str, torch.Tensor]:
-    """
-    Raises:
-        ValueError: not a dict of lists of integers of one length; the message names `source` and the key.
-    """
-    if not isinstance(lists, Mapping):
-        raise ValueError(f"{source} of the class list must hold dicts of token ids, but got {shown(lists)}.")
-    tensors = {}
-    for key, value in lists.items():
-        rows = value if isinstance(value, list) else [value]
-        if not all(isinstance(row, list) and all(type(i) is int and abs(i) < 2**31 for i in row) for row in rows):
-            raise ValueError(
-                f"{printable(key)} in {source} of the class list must hold lists of integers, but got {shown(value)}."
-            )
-        if len({len(row) for row in rows}) > 1:
-            raise ValueError(
-                f"{printable(key)} in {source} of the class list must hold lists of one length, but they differ."
-            )
-        tensors[key] = torch.tensor(value, dtype=torch.long)
-    return tensors
+        check_text(text, "A template")

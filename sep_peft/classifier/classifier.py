@@ -156,6 +156,7 @@ class SEPClassifier(TrainerMixin):
         processor,
         class_names: Sequence[str],
         template: str | Sequence[str] = TEMPLATE,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
         **options,
     ) -> SEPClassifier:
         """Make a classifier from names.
@@ -165,8 +166,10 @@ class SEPClassifier(TrainerMixin):
             processor: a processor of transformers, or a tokenizer where only tensors will be classified.
             class_names: C names; underscores are read as spaces.
             template: text for the frozen branch with ``{}`` in place of the name; several are averaged.
+            descriptions: class name -> texts about it, averaged with the templates, or with ``template=[]`` in their
+                place; see `TaskClasses.from_names`.
         """
-        classes = TaskClasses.from_names(class_names, processor, template, **padding_of(model))
+        classes = TaskClasses.from_names(class_names, processor, template, descriptions, **padding_of(model))
         return cls(model, classes, processor=processor, **options)
 
     def __repr__(self) -> str:
@@ -194,27 +197,33 @@ class SEPClassifier(TrainerMixin):
         classes: Sequence[str] | TaskClasses,
         template: str | Sequence[str] | None = None,
         zero_shot_margin: float | None = None,
+        *,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
     ) -> SEPClassifier:
         """Swap in other classes; nothing is trained, and the prototypes of the loss start anew. Returns self.
 
-        The names that were trained, in their order and with their template, bring back what was kept of them.
+        The names that were trained, in their order and with their texts, bring back what was kept of them.
 
         Args:
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
             template: None keeps the present one.
             zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it. None: what
                 `TaskClasses` say, and for names the recipe's, 1.5 by default, or 0 where all of them were trained.
+            descriptions: as for `from_class_names`; None: those of the trained names with these, else none.
         """
         named = not isinstance(classes, TaskClasses)
-        classes = self._tokenized(classes, template, zero_shot_margin)
+        found = self._tokenized(classes, template, zero_shot_margin, descriptions)
         if named:
-            classes = self._in_place_of_trained(classes, zero_shot_margin is None)
+            found = self._in_place_of_trained(found, zero_shot_margin is None, template is None, descriptions is None)
+        classes = found
         self._encode(classes)
         if self.prototypes is not None:
             self.reset_prototypes()
         return self
 
-    def _in_place_of_trained(self, classes: TaskClasses, choose_margin: bool) -> TaskClasses:
+    def _in_place_of_trained(
+        self, classes: TaskClasses, choose_margin: bool, any_template: bool, any_descriptions: bool
+    ) -> TaskClasses:
         """Names with what training left for them.
 
         The trained classes for their own names; for others the temperature of new classes, and where the margin is to
@@ -225,8 +234,10 @@ class SEPClassifier(TrainerMixin):
             classes = replace(classes, calibration=trained.calibration.for_new_classes())
         if not choose_margin:
             return classes
-        if trained is not None and (classes.names, classes.templates) == (trained.names, trained.templates):
-            return trained
+        if trained is not None and classes.names == trained.names:
+            alike = classes.templates == trained.templates or (any_template and not trained.templates)
+            if alike and (any_descriptions or classes.description_texts == trained.description_texts):
+                return trained
         known = trained is not None and not trained.zero_shot_margin and set(classes.names) <= set(trained.names)
         return replace(classes, zero_shot_margin=0.0 if known else self.recipe.zero_shot_margin)
 
@@ -250,11 +261,13 @@ class SEPClassifier(TrainerMixin):
         self.encoder = ClassEncoder(self.model, classes, *sizes).train(self.training)
         self.agreement.state(classes)
 
-    def _tokenized(self, classes, template, zero_shot_margin: float | None) -> TaskClasses:
+    def _tokenized(self, classes, template, zero_shot_margin: float | None, descriptions=None) -> TaskClasses:
         if not isinstance(classes, TaskClasses):
             tokenizer = processor_part(self.processor, "tokenizer", PreTrainedTokenizerBase, "to read class names")
-            template = template or self.classes.templates or TEMPLATE
-            classes = TaskClasses.from_names(classes, tokenizer, template, **padding_of(self.model))
+            template = (self.classes.templates or TEMPLATE) if template is None else template
+            classes = TaskClasses.from_names(classes, tokenizer, template, descriptions, **padding_of(self.model))
+        elif descriptions is not None:
+            raise ValueError("descriptions are for class names; TaskClasses have their own.")
         return classes if zero_shot_margin is None else replace(classes, zero_shot_margin=zero_shot_margin)
 
     def add_task(
@@ -264,12 +277,15 @@ class SEPClassifier(TrainerMixin):
         adapter: str | None = None,
         template: str | Sequence[str] | None = None,
         zero_shot_margin: float | None = None,
+        *,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
     ) -> SEPClassifier:
         """Add a task, for `predict(..., task=name)`. Returns self.
 
         Args:
             name: of the task.
             classes, template: as for `set_classes`.
+            descriptions: as for `from_class_names`.
             adapter: an adapter of the model, or "__base__" for none; None: the one with the task's name.
             zero_shot_margin: as for `set_classes`, but 0 for names: a task is what its adapter was trained for.
 
@@ -277,7 +293,7 @@ class SEPClassifier(TrainerMixin):
             ValueError: the name is taken, there is no such adapter, or a class text does not fit.
         """
         self.tasks.check_new(name)
-        classes = self._tokenized(classes, template, zero_shot_margin)
+        classes = self._tokenized(classes, template, zero_shot_margin, descriptions)
         self.tasks.add(name, classes, name if adapter is None else adapter, self.encoder.chunk_size)
         return self
 

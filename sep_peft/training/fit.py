@@ -221,7 +221,9 @@ def _noted(classifier: SEPClassifier, recipe: Recipe, parts: Mapping[str, Sample
 
 def _settings(classifier: SEPClassifier, held_out: LabelledImages | None) -> Mapping[str, Any]:
     """What must be the same for a training that is gone on with, beside recipe and images."""
-    classes = json.dumps([classifier.classes.names, classifier.classes.templates])
+    described = classifier.classes.description_texts
+    texts = [classifier.classes.templates, *([described] if described else [])]
+    classes = json.dumps([classifier.classes.names, *texts])
     return {
         "classes": hashlib.sha256(classes.encode()).hexdigest()[:32],
         "eval_samples": None if held_out is None else held_out.fingerprint,
