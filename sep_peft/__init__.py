@@ -30,7 +30,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import classifier as classifier
-    from .classifier.card import CardDetails, Score
+    from .classifier.card import CardDetails, ClassScore, Score
     from .classifier.classes import TaskClasses
     from .classifier.classifier import SEPClassifier, SEPClassifierOutput
     from .classifier.explain import explain
@@ -45,6 +45,7 @@ __all__ = [
     "AdapterMismatchError",
     "Architecture",
     "CardDetails",
+    "ClassScore",
     "Explanation",
     "ImageClassifier",
     "ImageEmbedder",
@@ -73,6 +74,7 @@ __all__ = [
 #: Name -> file that has it, imported when the name is used first.
 _LATER = {
     "CardDetails": "classifier.card",
+    "ClassScore": "classifier.card",
     "Explanation": "classifier.explanation",
     "ImageClassifier": "classifier.pipelines",
     "ImageEmbedder": "classifier.export",

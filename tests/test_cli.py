@@ -126,9 +126,10 @@ def test_train(run, images, tmp_path):
         assert score["zero_shot"] == accuracy(classifier, samples)
 
     card = ModelCard.load(out / "README.md")
-    row = f"| kitchen, test | 12 | {score['accuracy']:.1f} | {score['zero_shot']:.1f} |"
+    found = f"{score['accuracy']:.1f}{between(score['interval'])} | {score['zero_shot']:.1f}"
+    row = f"| kitchen, test | 12 | {found} |"
     assert row in card.text and "- Shots: 2\n- Seeds: 1\n- Protocol: 2 steps of batches of 32, Adam" in card.text
-    assert (card.data.license, card.data.model_name) == ("mit", "SEP adapter")
+    assert (card.data.license, card.data.model_name) == ("mit", "adapter")
 
 
 def accuracy(classifier, samples) -> float:

@@ -264,7 +264,15 @@ def test_trainer_pushes(hub, call, pushed, tmp_path):
     weights = [path for path in files if path.endswith(".safetensors") and "/" not in path]
     assert weights and all(files[f"last-checkpoint/{path}"] == files[path] for path in weights)
     card = ModelCard(files["README.md"].content.decode())
-    assert set(card.data.tags) == {"sep", "sep_peft", "clip", "few-shot", "prompt-learning", "generated_from_trainer"}
+    assert set(card.data.tags) == {
+        "sep",
+        "sep_peft",
+        "peft",
+        "clip",
+        "few-shot",
+        "prompt-learning",
+        "generated_from_trainer",
+    }
     assert card.data.base_model == BASE
     assert len(trained) == len(pushed["embedding"]) and trained != pushed["embedding"]
 
@@ -288,11 +296,11 @@ def test_card_that_is_uploaded(hub, pushed):
     assert data == {
         "base_model": BASE,
         "base_model_relation": "adapter",
-        "library_name": "peft",
+        "library_name": "sep_peft",
         "license": "mit",
         "metrics": ["accuracy"],
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["sep", "sep_peft", "clip", "few-shot", "prompt-learning"],
+        "tags": ["sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning"],
     }
     assert result["name"] == "household"
     assert result["results"][0]["metrics"] == [{"type": "accuracy", "value": 61.7, "name": "Accuracy with SEP"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import peft
@@ -19,8 +20,9 @@ from small_clip import make_clip, make_texts
 from transformers import AutoProcessor, CLIPModel
 
 import sep_peft
-from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig, TaskClasses
-from sep_peft.classifier.card import END, START, make_card
+from sep_peft import CardDetails, ClassScore, Score, SEPClassifier, SEPConfig, TaskClasses
+from sep_peft.classifier.calibration import Calibration
+from sep_peft.classifier.card import CONFUSION_FILE, END, REPOSITORY, START, make_card
 
 
 CLASSES = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), ("cup", "desk_lamp"), ("a photo of a {}.",))
@@ -58,7 +60,7 @@ def test_install_and_import_come_first():
     text = card_of().text
     start = text.index("# Household things")
     assert text[start:].startswith(
-        "# Household things\n\n```bash\npip install sep_peft\n```\n\n```python\n"
+        f'# Household things\n\n```bash\npip install "sep_peft @ git+{REPOSITORY}"\n```\n\n```python\n'
         "import sep_peft  # registers the method; without it loaders only say KeyError: 'SEP'\n\n"
         'classifier = sep_peft.SEPClassifier.from_pretrained("ann/household")\n'
     )
@@ -99,7 +101,7 @@ def test_versions():
 def test_what_is_not_known_is_not_said():
     card = card_of(CardDetails())
     headings = [line for line in card.text.splitlines() if line.startswith("#")]
-    assert headings == ["# SEP adapter", "## Classes", "## Limits", "## Versions", "## Paper"]
+    assert headings == ["# SEP adapter", "## Classes", "## Limits", "## Licence", "## Versions", "## Paper"]
     assert 'from_pretrained("path/to/this/folder")' in card.text
     assert "None" not in card.content
     data = card.data.to_dict()
@@ -113,6 +115,55 @@ def test_many_classes_are_cut_and_counted(count, end):
     classes = TaskClasses(make_texts([3] * count), (), tuple(f"n{i}" for i in range(count)))
     text = make_card(classes, SEPConfig.published(), "CLIPModel", CardDetails()).text
     assert f"{end}\n\nTemplate of the frozen text branch: made from tensors\n" in text
+
+
+# what was measured
+
+MEASURED = [ClassScore("cup", 3, 7, 42.857, 0.0), ClassScore("a|<b>", 2)]
+
+
+@pytest.mark.parametrize("count", [2, 13])
+def test_results_of_each_class(count):
+    scores = [Score("mine", 50.0, 40.0, images=9, interval=(31.25, 68.75), calibration_error=4.25)]
+    scores.append(Score("mine", 60.0, split="val", calibration_error=7.0))
+    details = CardDetails(scores=scores, class_scores=(MEASURED * 7)[:count], confusion=b"PNG")
+    text = card_of(details).text
+    assert "| mine, test | 9 | 50.0 (31.2 to 68.8) | 40.0 |" in text
+    assert "on the same images, classes and template. In brackets are 95 % bootstrap intervals." in text
+    assert "\nCalibration error 4.2 % on test, 7.0 % on val.\n" in text
+    assert f"![Confusion matrix: rows are classes, columns what was said]({CONFUSION_FILE})" in text
+    page = shown(card_of(details))
+    table = page.texts["td"][8:]
+    assert table[:10] == ["cup", "3", "7", "42.9", "0.0", "a|<b>", "2", "0", "not tested", ""]
+    assert len(table) == 5 * count and page.texts["table"][1].count("not tested") == count // 2
+    assert ("details" in page.seen) == (count > 12)
+
+
+def test_calibration_and_licence():
+    classes = replace(CLASSES, calibration=Calibration(2.5, images=48, source="cross-fitting"))
+    text = make_card(classes, SEPConfig(), "CLIPModel", CardDetails(license="mit")).text
+    assert "- Scores are calibrated by cross-fitting, 48 images: logits are divided by 2.50.\n" in text
+    assert "## Licence\n\nmit; that of the base model holds as well.\n" in text
+    text = card_of(CardDetails()).text
+    assert "- Scores are not calibrated; they may be far surer than they are right.\n" in text
+    assert (
+        "## Licence\n\nNo licence is stated, and without one nobody else may use the adapter. State one: `Card" in text
+    )
+
+
+def test_the_library_is_ours_on_the_hub_alone():
+    """In a folder Trainer asks for PEFT's."""
+    assert card_of().data.library_name == "sep_peft" and card_of(CardDetails()).data.library_name == "peft"
+
+
+def test_the_confusion_is_saved_and_goes_with_its_card(tmp_path):
+    classifier, folder = make_classifier(), tmp_path / "my kitchen"
+    classifier.save_pretrained(folder, CardDetails(confusion=b"PNG"))
+    assert (folder / CONFUSION_FILE).read_bytes() == b"PNG"
+    assert f"({CONFUSION_FILE})" in (folder / "README.md").read_text()
+    assert "\n# my kitchen\n" in (folder / "README.md").read_text()
+    classifier.save_pretrained(folder)
+    assert not (folder / CONFUSION_FILE).exists() and CONFUSION_FILE not in (folder / "README.md").read_text()
 
 
 # names that Markdown, HTML or the marks could take for theirs
@@ -164,7 +215,7 @@ def shown(card: ModelCard) -> Shown:
 def test_odd_names_are_shown_as_they_are(name):
     classes = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), (name, "cup"), (f"{name} {{}}",))
     score = Score(name, 50.0, split=name, images=3)
-    card = make_card(classes, SEPConfig(), "CLIPModel", CardDetails(title=name, scores=[score]))
+    card = make_card(classes, SEPConfig(), "CLIPModel", CardDetails(title=name, scores=[score], license="mit"))
     page, name = shown(card), " ".join(name.split())
     assert page.texts["h1"] == [name]
     assert [text for text in page.texts["code"] if "\n" not in text] == [name, "cup", f"{name} {{}}"]
@@ -223,11 +274,11 @@ def test_metadata():
         "base_model": "openai/clip-vit-base-patch16",
         "base_model_relation": "adapter",
         "datasets": ["ann/caltech101"],
-        "library_name": "peft",
+        "library_name": "sep_peft",
         "license": "apache-2.0",
         "metrics": ["accuracy"],
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["sep", "sep_peft", "clip", "few-shot", "prompt-learning"],
+        "tags": ["sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning"],
     }
 
 
@@ -243,6 +294,11 @@ def test_a_folder_may_have_the_name_of_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ann" / "clip").mkdir(parents=True)
     assert CardDetails(base_model="ann/clip").base_model == "ann/clip"
+
+
+def test_where_the_package_is_installed_from():
+    """pyproject.toml is the one place that says it."""
+    assert f'Repository = "{REPOSITORY}"' in (ASSETS.parents[1] / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("value", [-0.1, 100.1])
@@ -270,7 +326,7 @@ def test_a_card_without_marks_follows_whole():
     card = card_of(CardDetails(), old=old)
     assert card.text.endswith(f"{END}\n\n# My own card\n\nIn my words.\n")
     assert card.data.license == "mit"
-    assert card.data.tags == ["mine", "sep", "sep_peft", "clip", "few-shot", "prompt-learning"]
+    assert card.data.tags == ["mine", "sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning"]
     assert card_of(CardDetails(), old=ModelCard(str(card))).text == card.text  # and stays so
 
 
@@ -284,7 +340,7 @@ def test_metadata_of_the_owner_stays():
     data = card_of(old=old).data
     assert (data.language, data.license, data["co2_eq_emissions"]) == ("de", "apache-2.0", 3)
     assert (data.datasets, data.metrics) == (["ann/more", "ann/caltech101"], ["f1", "accuracy"])
-    assert data.tags == ["kitchen", "sep", "sep_peft", "clip", "few-shot", "prompt-learning"]
+    assert data.tags == ["kitchen", "sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning"]
     assert data.base_model == "openai/clip-vit-base-patch16"
     assert (data.model_name, len(data.eval_results), data.eval_results[0]) == ("Ours", 3, theirs)
     again = card_of(CardDetails(), old=ModelCard(str(card_of(old=old)))).data
@@ -328,12 +384,12 @@ def test_the_base_model_s_folder_is_not_in_the_card(tmp_path):
     classifier = SEPClassifier.from_class_names(model, processor, ["cup", "lamp"]).eval()
     classifier.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert str(folder) not in card and "base_model" not in card
+    assert str(folder) not in card and str(tmp_path) not in card and "base_model:" not in card
 
     image = next((ASSETS / "caltech101" / "test" / "cup").iterdir())
     block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    code = block.replace("path/to/this/folder", str(tmp_path / "saved")).replace("image.jpg", str(image))
-    result = usual().run(code)
+    with_peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    result = usual().run(block.replace("image.jpg", str(image)) + with_peft, folder=tmp_path)
     assert (result.returncode, result.stdout) == (0, f"{classifier.predict(image, top_k=1)}\n"), result.stderr
 
 

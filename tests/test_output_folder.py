@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from small_classifier import IMAGES, LABELS, contents, make_classifier, raises, with_prototypes
 from small_clip import make_clip
 
-from sep_peft import SEPClassifier
+from sep_peft import CardDetails, SEPClassifier
 from sep_peft.classifier import files
 from sep_peft.classifier.files import SAVED_FILES, try_output
 from sep_peft.cli import commands
@@ -73,7 +73,7 @@ def test_a_folder_in_the_place_of_any_file_that_is_saved(tmp_path):
     classifier = with_prototypes()
     classifier.save_pretrained(tmp_path / "prototypes")
     classifier.keep_prototypes(kind="gda", batches=[{"pixel_values": IMAGES, "labels": LABELS}])
-    classifier.save_pretrained(tmp_path / "head")
+    classifier.save_pretrained(tmp_path / "head", CardDetails(confusion=b"PNG"))
     written = {*contents(tmp_path / "prototypes"), *contents(tmp_path / "head")}
     assert written == set(SAVED_FILES)
     for name in written:

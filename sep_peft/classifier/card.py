@@ -34,12 +34,23 @@ END = "<!-- sep_peft: end mark -->"
 #: Largest card that is read, in bytes, and longest metadata, in characters.
 MAX_BYTES, MAX_METADATA = 2**22, 2**17
 PAPER = "https://arxiv.org/abs/2405.15549"
+#: Where the package is installed from, also before an index has it.
+REPOSITORY = "https://github.com/sep-peft/sep_peft"
+#: `library_name` of a card on the Hub, which with "peft" would show PEFT's own lines to load, without the import of
+#: sep_peft; and of one in a folder, where Trainer keeps a model's card around its own only if it reads "peft".
+HUB_LIBRARY, FOLDER_LIBRARY = "sep_peft", "peft"
+#: Heading where nothing is known.
+UNTITLED = "SEP adapter"
+#: File beside the card with the drawing of the confusion matrix.
+CONFUSION_FILE = "sep_confusion.png"
 TASK = "zero-shot-image-classification"
-TAGS = ("sep", "sep_peft", "clip", "few-shot", "prompt-learning")
+TAGS = ("sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning")
 #: Name of our metric in the card's metadata; entries of any other name are their owner's.
 METRIC = "Accuracy with SEP"
 #: Class names in the card; the others are in the class file.
 SHOWN_CLASSES = 100
+#: Classes up to which their results stand in the card unfolded.
+UNFOLDED_CLASSES = 12
 
 TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
 
@@ -58,9 +69,10 @@ class Score:
         split: such as "test".
         dataset_id: name of the data set on the Hub.
         interval: both ends of a 95 % bootstrap interval of `accuracy`.
+        calibration_error: expected calibration error of the scores, in percent; None: not measured.
 
     Raises:
-        ValueError: an accuracy outside of 0 to 100.
+        ValueError: a share outside of 0 to 100.
     """
 
     dataset: str
@@ -71,12 +83,34 @@ class Score:
     split: str = "test"
     dataset_id: str | None = None
     interval: tuple[float, float] | None = None
+    calibration_error: float | None = None
 
     def __post_init__(self):
-        for name in ("accuracy", "zero_shot"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 100:
-                raise ValueError(f"{name} must be in percent, between 0 and 100, but got {value!r}.")
+        _check_shares(self, "accuracy", "zero_shot", "calibration_error")
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """What is known of one class.
+
+    Args:
+        name: of the class.
+        training_images, images: how many there were to train and to test on.
+        accuracy: share of the test images that were told, in percent; None: not tested.
+        zero_shot: the same of the base model without the adapter; None: not measured.
+
+    Raises:
+        ValueError: a share outside of 0 to 100.
+    """
+
+    name: str
+    training_images: int
+    images: int = 0
+    accuracy: float | None = None
+    zero_shot: float | None = None
+
+    def __post_init__(self):
+        _check_shares(self, "accuracy", "zero_shot")
 
 
 @dataclass(frozen=True)
@@ -84,7 +118,7 @@ class CardDetails:
     """What only the owner of an adapter knows about it; everything may be left out.
 
     Args:
-        title: heading of the card; None: the last part of `repo_id`.
+        title: heading of the card; None: the last part of `repo_id`, or the name of the folder.
         description: a few sentences.
         base_model: name of the base model on the Hub; None: where it was loaded from, unless that is a folder.
         repo_id: name that the adapter will have on the Hub; `push_to_hub` fills it in.
@@ -92,6 +126,8 @@ class CardDetails:
         seeds: of all runs that `scores` are over.
         protocol: how was trained and tested, in a sentence.
         scores: measured accuracies.
+        class_scores: what was measured of each class, in the order in which the card names them.
+        confusion: PNG of the confusion matrix, which is saved beside the card; None: none.
         datasets: names of the training data on the Hub.
         license: of the adapter, as the Hub abbreviates it, such as "apache-2.0".
         limits: what else to know before using it.
@@ -108,6 +144,8 @@ class CardDetails:
     seeds: Sequence[int] = ()
     protocol: str | None = None
     scores: Sequence[Score] = ()
+    class_scores: Sequence[ClassScore] = ()
+    confusion: bytes | None = None
     datasets: Sequence[str] = ()
     license: str | None = None
     limits: str | None = None
@@ -117,6 +155,13 @@ class CardDetails:
         for field, name in (*named, *(("datasets", name) for name in self.datasets)):
             if name is not None and not _is_repo_id(name):
                 raise ValueError(f'{field} must be a name on the Hub such as "user/name", but got {name!r}.')
+
+
+def _check_shares(holder: Score | ClassScore, *names: str) -> None:
+    for name in names:
+        value = getattr(holder, name)
+        if value is not None and not 0 <= value <= 100:
+            raise ValueError(f"{name} must be in percent, between 0 and 100, but got {value!r}.")
 
 
 def is_hub_name(name: str | None) -> bool:
@@ -138,6 +183,7 @@ def make_card(
     base_class: str,
     details: CardDetails,
     *,
+    folder: str | None = None,
     subfolder: str | None = None,
     old: ModelCard | None = None,
 ) -> ModelCard:
@@ -147,6 +193,7 @@ def make_card(
         config: of the adapter.
         base_class: class of the base model, as transformers calls it.
         details: what else is known.
+        folder: name of the folder that it is saved in; None: not known.
         subfolder: of the adapter in its repository.
         old: the card that this one replaces.
 
@@ -154,16 +201,21 @@ def make_card(
         the card, with the metadata and the text of `old` that its owner wrote.
     """
     before, after = _own_text(old)
-    data = ModelCardData(**old.data.to_dict()) if old else ModelCardData()
+    data = _metadata(details, ModelCardData(**old.data.to_dict()) if old else ModelCardData(), folder)
     return ModelCard.from_template(
-        _metadata(details, data),
+        data,
         template_path=str(TEMPLATE_FILE),
         before=before or "\n",
         after=after or "\n",
         start=START,
         end=END,
-        heading=_title(details),
-        source=_source(details, subfolder),
+        heading=_title(details, folder),
+        source=_source(details, folder, subfolder),
+        local=details.repo_id is None,
+        license=data.license,
+        repository=REPOSITORY,
+        confusion_file=CONFUSION_FILE,
+        unfolded_classes=UNFOLDED_CLASSES,
         base_class=base_class,
         classes=classes,
         shown_classes=SHOWN_CLASSES,
@@ -211,8 +263,8 @@ def _check_metadata(text: str) -> None:
 # metadata
 
 
-def _metadata(details: CardDetails, data: ModelCardData) -> ModelCardData:
-    data.library_name = "peft"
+def _metadata(details: CardDetails, data: ModelCardData, folder: str | None) -> ModelCardData:
+    data.library_name = HUB_LIBRARY if details.repo_id else FOLDER_LIBRARY
     data.pipeline_tag = TASK
     data.base_model = details.base_model or (data.base_model if _is_name(data.base_model) else None)
     data["base_model_relation"] = "adapter" if data.base_model else None
@@ -223,7 +275,8 @@ def _metadata(details: CardDetails, data: ModelCardData) -> ModelCardData:
     data.metrics = _joined(data.metrics, ["accuracy"] if details.scores else [])
     results = [result for result in data.eval_results or () if result.metric_name != METRIC]
     data.eval_results = [*results, *map(_result, details.scores)] or None
-    data.model_name = (data.model_name or _title(details)) if data.eval_results else None
+    named = None if data.model_name == UNTITLED else data.model_name
+    data.model_name = (named or _title(details, folder)) if data.eval_results else None
     return data
 
 
@@ -269,13 +322,13 @@ def _is_untouched_template(text: str) -> bool:
     return rest != text.strip() and re.fullmatch(r"\s*(### Framework versions\s+- PEFT \S+)?", rest) is not None
 
 
-def _title(details: CardDetails) -> str:
-    return details.title or (details.repo_id or "SEP adapter").split("/")[-1]
+def _title(details: CardDetails, folder: str | None) -> str:
+    return details.title or (details.repo_id or "").split("/")[-1] or folder or UNTITLED
 
 
-def _source(details: CardDetails, subfolder: str | None) -> str:
-    """Where to load from, as arguments in Python."""
-    arguments = _string(details.repo_id or "path/to/this/folder")
+def _source(details: CardDetails, folder: str | None, subfolder: str | None) -> str:
+    """Where to load from, as arguments in Python; a folder by its name, without where it lies on this machine."""
+    arguments = _string(details.repo_id or folder or "path/to/this/folder")
     return arguments + (f", subfolder={_string(subfolder)}" if subfolder else "")
 
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any, cast
@@ -39,7 +39,7 @@ from ..tuner.find_file import find_file
 from ..tuner.json_files import check_json, read_json, write_json
 from ..tuner.messages import one_line, shown
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
-from .card import CardDetails, is_hub_name, make_card, read_card
+from .card import CONFUSION_FILE, CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
 
 
@@ -52,7 +52,15 @@ PROTOTYPES_FILE = "sep_prototypes.safetensors"
 #: File beside it that holds another head.
 HEAD_FILE = "sep_head.safetensors"
 #: Every file that a save may write.
-SAVED_FILES = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CLASSES_FILE, PROTOTYPES_FILE, HEAD_FILE, REPOCARD_NAME)
+SAVED_FILES = (
+    SAFETENSORS_WEIGHTS_NAME,
+    CONFIG_NAME,
+    CLASSES_FILE,
+    PROTOTYPES_FILE,
+    HEAD_FILE,
+    REPOCARD_NAME,
+    CONFUSION_FILE,
+)
 #: Version of the layout of classes, of those with a head, and of those with descriptions, which earlier releases cannot
 #: read.
 FORMAT_VERSION, HEAD_FORMAT_VERSION, DESCRIPTIONS_FORMAT_VERSION = 1, 2, 3
@@ -86,7 +94,15 @@ def save_files(
     old = read_card(card) if os.path.isfile(card) else None
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
-        _write(model, classes, temporary, details, old, save_dtype)
+        _write(model, classes, temporary, details, old, save_dtype, name_of(folder))
+    if details.confusion is None:  # the card that took its place shows none
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, CONFUSION_FILE))
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The last part of a folder's path."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def check_loadable(model: PeftModel, classes: TaskClasses) -> None:
@@ -141,7 +157,7 @@ def update_card(model: nn.Module, classes: TaskClasses, folder: str | os.PathLik
     old = read_card(path) if os.path.isfile(path) else None
     details = CardDetails(base_model=base_model_name(model))
     base_class, config = type(model.get_base_model()).__name__, cast(SEPConfig, model.active_peft_config)
-    make_card(classes, config, base_class, details, old=old).save(path)
+    make_card(classes, config, base_class, details, folder=name_of(folder), old=old).save(path)
 
 
 def push_files(
@@ -183,7 +199,7 @@ def push_files(
     old = _remote_card(repo_id, subfolder, revision, token)
     details = replace(details, base_model=base_model, repo_id=repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        _write(model, classes, folder, details, old, save_dtype, subfolder)
+        _write(model, classes, folder, details, old, save_dtype, subfolder=subfolder)
         _name_base_model(folder, base_model)
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
@@ -215,8 +231,10 @@ def _write(
     details: CardDetails,
     old: ModelCard | None,
     save_dtype: torch.dtype | None,
+    name: str | None = None,
     subfolder: str | None = None,
 ) -> None:
+    """Write all files of a save into an empty folder; `name` is that of the folder that they go to."""
     adapter = cast(str, model.active_adapter)  # PEFT allows a list as well; of SEP one is active
     model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
     if adapter != "default":  # PEFT puts those into a folder of their own
@@ -239,10 +257,13 @@ def _write(
         save_file(tensors, os.path.join(folder, HEAD_FILE))
     base_class = type(model.get_base_model()).__name__
     config = cast(SEPConfig, model.active_peft_config)
-    card = make_card(classes, config, base_class, details, subfolder=subfolder, old=old)
+    card = make_card(classes, config, base_class, details, folder=name, subfolder=subfolder, old=old)
     save_id = stamp_files(folder)
     write_json(_class_data(classes, save_id), os.path.join(folder, CLASSES_FILE))
     card.save(os.path.join(folder, REPOCARD_NAME))
+    if details.confusion is not None:
+        with open(os.path.join(folder, CONFUSION_FILE), "wb") as file:
+            file.write(details.confusion)
 
 
 def _name_base_model(folder: str, name: str) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -39,7 +40,7 @@ from ..tuner.convert import convert_reference_checkpoint
 from ..tuner.disk import try_folder
 from ..tuner.files import WeightsOrigin, read_shapes
 from ..tuner.find_file import check_path, find_file
-from .measured import between, draw, in_full, in_lines, not_tested, untested
+from .measured import between, class_scores, draw, in_full, in_lines, not_tested, untested
 from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .text import one_line
 
@@ -202,10 +203,23 @@ def train(
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
     scores = [
-        Score(name, found.accuracy, zero_shot[part].accuracy, images=found.images, split=part, interval=found.interval)
+        Score(
+            name,
+            found.accuracy,
+            zero_shot[part].accuracy,
+            images=found.images,
+            split=part,
+            interval=found.interval,
+            calibration_error=found.calibration_error,
+        )
         for part, found in adapted.items()
     ]
-    saved = save(details=replace(details, protocol=_protocol(recipe, history, held_out, keep), scores=scores))
+    protocol, by_class = _protocol(recipe, history, held_out, keep), class_scores(images, adapted, zero_shot)
+    details = replace(details, protocol=protocol, scores=scores, class_scores=by_class)
+    part = evaluation.main_part(adapted)
+    if report and part is not None and find_spec("matplotlib") is not None:
+        details = replace(details, confusion=adapted[part].confusion_png)
+    saved = save(details=details)
     result = _trained(saved, images, scores, broken, history, classifier.classes.calibration)
     if report:
         parts = {"title": name, "training": images.train, "history": history, "unreadable": broken}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..classifier.calibration import Calibration
+from ..classifier.card import ClassScore
 from ..classifier.classifier import SEPClassifier
-from ..training.evaluation import Evaluation, Mistake
+from ..training.evaluation import Evaluation, Mistake, main_part
 from ..training.folders import ImageFolder
 
 
@@ -78,6 +80,21 @@ def not_tested(folder: ImageFolder) -> list[str]:
     """Classes without an image to test on."""
     tested = {name for samples in folder.tests.values() for _, name in samples}
     return [name for name in folder.names if name not in tested]
+
+
+def class_scores(
+    folder: ImageFolder, adapted: Mapping[str, Evaluation], zero_shot: Mapping[str, Evaluation]
+) -> list[ClassScore]:
+    """For the model card: of each class what was found on test/, else on val/; empty where there is neither."""
+    part = main_part(adapted)
+    if part is None:
+        return []
+    trained = Counter(name for _, name in folder.train)
+    found, base = adapted[part], zero_shot[part]
+    return [
+        ClassScore(name, trained[name], found.count.get(name, 0), found.per_class.get(name), base.per_class.get(name))
+        for name in folder.names
+    ]
 
 
 def between(interval: tuple[float, float] | None) -> str:

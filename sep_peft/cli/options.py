@@ -241,7 +241,9 @@ Compact = Annotated[
 ]
 Report = Annotated[
     bool,
-    typer.Option("--report/--no-report", help="Write run/report.html beside the adapter, a page to look at (yes)."),
+    typer.Option(
+        "--report/--no-report", help="Draw, and write run/report.html beside the adapter, a page to look at (yes)."
+    ),
 ]
 Published = Annotated[
     bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -159,6 +159,15 @@ class Evaluation:
         """
         return plots.confusion(self.confusion, self.names, path)
 
+    @cached_property
+    def confusion_png(self) -> bytes:
+        """What `plot_confusion` draws, as a PNG.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plots.png(self.plot_confusion())
+
     def plot_reliability(self, path: str | os.PathLike | None = None):
         """Draw accuracy over the best score, and how many images have it; arguments as for `plot_confusion`."""
         return plots.reliability(metrics.reliability(self.scores, self.labels), self.calibration_error, path)
@@ -207,6 +216,11 @@ def evaluate(
                 scores = {entry["label"]: entry["score"] for entry in prediction}
                 rows.append([scores[name] for name in names])
     return Evaluation(names, list(samples), torch.tensor(rows), torch.cat(embeds))
+
+
+def main_part(evaluations: Mapping[str, Evaluation]) -> str | None:
+    """The part of the data whose details count: "test", or the last one; None where nothing was measured."""
+    return "test" if "test" in evaluations else next(reversed([*evaluations]), None)
 
 
 def check_samples(classifier: SEPClassifier, samples: Samples, purpose: str) -> None:

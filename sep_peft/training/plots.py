@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +128,15 @@ def wrong(mistakes: Sequence[Wrong], path: str | os.PathLike | None, columns: in
         axis.imshow(read_image(mistake.image))
         axis.set_title(f"{_plain(mistake.said)} {mistake.score:.0%}\nis {_plain(mistake.label)}", fontsize=9)
     return _written(figure, path)
+
+
+def png(figure) -> bytes:
+    """A figure as the bytes of a PNG."""
+    file = BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tables beside a drawing have the names
+        figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
 
 
 def _figure(size: tuple[float, float]):

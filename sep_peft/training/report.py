@@ -18,12 +18,12 @@ from ..tuner.files import replace_files
 from ..tuner.messages import printable
 from . import plots
 from .duplicates import Duplicate, near_duplicates
-from .evaluation import Evaluation, Mistake
+from .evaluation import Evaluation, Mistake, main_part
 from .findings import find
 from .folders import Samples
 from .history import History
 from .run_log import CURVES_FILE
-from .thumbnails import drawing, marked_thumbnail, thumbnail
+from .thumbnails import data_uri, marked_thumbnail, thumbnail
 
 
 TEMPLATE_FILE = Path(__file__).with_name("report_template.html")
@@ -106,7 +106,7 @@ def write_report(
     path, zero_shot, unreadable = Path(path), zero_shot or {}, unreadable or {}
     duplicates = near_duplicates(classifier, evaluations, training) if training else {}
     calibration = classifier.classes.calibration
-    part = "test" if "test" in evaluations else next(reversed([*evaluations]), None)
+    part = main_part(evaluations)
     page = {
         "title": title,
         "evaluations": evaluations,
@@ -187,12 +187,13 @@ def _drawings(page: Mapping[str, Any], history: History | None) -> dict[str, str
     if not page["drawn"]:
         return found
     if history is not None and history.rows:
-        found["curves"] = drawing(plots.curves(history, None))
+        found["curves"] = data_uri("png", plots.png(plots.curves(history, None)))
     if page["part"] is not None:
-        found["confusion"] = drawing(page["evaluations"][page["part"]].plot_confusion())
-        found["reliability"] = drawing(page["evaluations"][page["part"]].plot_reliability())
+        evaluation, before = page["evaluations"][page["part"]], page["before"][page["part"]]
+        found["confusion"] = data_uri("png", evaluation.confusion_png)
+        found["reliability"] = data_uri("png", plots.png(evaluation.plot_reliability()))
         if page["calibration"] is not None:
-            found["before"] = drawing(page["before"][page["part"]].plot_reliability())
+            found["before"] = data_uri("png", plots.png(before.plot_reliability()))
     return found
 
 

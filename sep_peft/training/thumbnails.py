@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import warnings
 from io import BytesIO
 from typing import Any
 
@@ -45,20 +44,12 @@ def marked_thumbnail(classifier: SEPClassifier, image: Any) -> str:
     return _uri(Image.composite(seen, Image.new("RGB", size), mask))
 
 
-def drawing(figure) -> str:
-    """A figure of matplotlib as a PNG in a data URI."""
-    file = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tables beside it have the names
-        figure.savefig(file, format="png", dpi=120)
-    return _encoded("png", file)
-
-
 def _uri(image: Image.Image) -> str:
     file = BytesIO()
     image.save(file, "JPEG", quality=82)
-    return _encoded("jpeg", file)
+    return data_uri("jpeg", file.getvalue())
 
 
-def _encoded(kind: str, file: BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+def data_uri(kind: str, content: bytes) -> str:
+    """The bytes of an image file of a kind, such as "png", as an address that holds them."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
