@@ -1,7 +1,7 @@
 """Which attribution tells what decided? Deletion and insertion tests on the classifier that the quickstart trains.
 
     python examples/quickstart.py
-    python examples/attributions.py  # 100 test images; a quarter of an hour on two cores
+    python examples/attributions.py  # 100 test images; some ten minutes on two cores
 
 An attribution says of each patch how much it did for the score of the class that was said. If it is right, the score
 falls fast where the patches that did most go first (deletion), and rises fast where they come first into a blurred

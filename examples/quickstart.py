@@ -18,7 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel, set_seed
 
-from sep_peft import SEPClassifier, SEPConfig, explain
+from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.training import Recipe, evaluate, fit
 from sep_peft.training.folders import Samples, read_folder
 
@@ -59,9 +59,9 @@ def main() -> None:
     print(f"\n{image}")
     for result in fresh.set_classes(names).predict(image, top_k=min(3, len(names))):
         print(f"  {result['score']:6.1%}  {result['label']}")
-    patches = args.output / "selected_patches.png"
-    explain(fresh.model, processor, image).plot(patches)
-    print(f"patches that the fusion selected per layer: {patches}")
+    drawing = args.output / "explanation.png"
+    fresh.explain(image).plot(drawing)
+    print(f"patches that decided, and those that SEP selected before each layer: {drawing}")
 
 
 def parse_arguments() -> argparse.Namespace:

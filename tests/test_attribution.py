@@ -11,6 +11,7 @@ from io import BytesIO
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from bundled import ASSETS, IMAGE_FILES
 from families import CASES
 from family_models import adapt, adapt_once
@@ -249,6 +250,15 @@ def test_what_it_leaves_as_it_was(processor):
     with torch.no_grad():
         assert torch.equal(first.effects, classifier.explain(IMAGE).effects)
     assert not any(tensor.requires_grad for tensor in (first.effects, first.image, first.layers[0].weights))
+
+
+def test_weights_that_lie_elsewhere_or_are_narrow(processor):
+    expected = make_classifier(processor=processor).explain(IMAGE, "class 1").effects
+    offloaded = make_classifier(processor=processor)
+    cpu_offload(offloaded.model.get_base_model())
+    torch.testing.assert_close(offloaded.explain(IMAGE, "class 1").effects, expected)
+    narrow = make_classifier(processor=processor).to(torch.bfloat16)
+    torch.testing.assert_close(narrow.explain(IMAGE, "class 1").effects, expected, rtol=0.1, atol=0.02)
 
 
 def test_coupled_images_are_not_coupled_with_each_other(inputs):

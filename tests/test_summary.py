@@ -25,12 +25,13 @@ def lines(classifier) -> dict[str, str]:
 def test_what_it_says(classifier):
     parameters = list(classifier.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    assert 0 < trained < sum(p.numel() for p in parameters)
+    own, count = trained - classifier.prototypes.numel(), sum(p.numel() for p in parameters)
+    assert 0 < own < trained < count
     assert lines(classifier) == {
         "classes": "4 ('class 0', 'class 1', 'class 2', ...)",
         "base": "CLIPModel",
         "adapter": "'default'",
-        "parameters": f"{trained:,} trained, {sum(p.numel() for p in parameters):,} in all",
+        "parameters": f"{own:,} in the adapter, {count:,} in all, {trained:,} being trained",
         "tasks": "none",
         "calibration": "none",
     }
@@ -44,7 +45,7 @@ def test_what_changes_is_told(classifier):
         found = lines(classifier)
     assert found["base"] == r"CLIPModel 'openai/clip\x1b[2J'"
     assert found["adapter"] == "off"
-    assert found["parameters"].startswith("0 trained, ")
+    assert found["parameters"].endswith(" in all, 0 being trained")
     assert found["tasks"] == "1 ('first')"
     assert found["calibration"] == "temperature 1.23, found on 1,600 images (cross-fitting)"
 

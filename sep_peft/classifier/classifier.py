@@ -174,7 +174,7 @@ class SEPClassifier(TrainerMixin):
 
     def __repr__(self) -> str:
         """A few lines; `repr(classifier.model)` is the tree of modules."""
-        return summarize(self, self.vision_tower, self.classes, list(self.tasks))
+        return summarize(self, find_towers(self.model), self.classes, list(self.tasks))
 
     # classes
 

@@ -19,7 +19,7 @@ from ..tuner.messages import drawn, shown
 DECIDED = "Decided: red patches speak for {}, blue ones against it."
 SELECTED = "Selected: SEP made its prompts from the bright patches; numbers are the attention that each of them got."
 #: Letters of a drawing's title for each of its columns, and inches of a column and a row.
-LETTERS, COLUMN, ROW = 36, 2.4, 2.7
+LETTERS, COLUMN, ROW = 32, 2.4, 2.7
 
 
 @dataclass(frozen=True)

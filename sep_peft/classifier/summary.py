@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from peft import PeftModel
@@ -18,22 +18,25 @@ from .classes import TaskClasses
 NAMED = 3
 
 
-def summarize(module: nn.Module, tower: SEPTower, classes: TaskClasses, tasks: Sequence[str]) -> str:
+def summarize(module: nn.Module, towers: Mapping[str, SEPTower], classes: TaskClasses, tasks: Sequence[str]) -> str:
     """What a classifier is, one thing a line; names from outside are escaped and cut short.
 
     Args:
         module: the classifier, whose parameters are counted.
-        tower: of its images; it knows the model and the active adapter.
+        towers: by modality; they know the model and the active adapter.
         classes: of the classifier.
         tasks: names of its tasks.
     """
     # PEFT counts what is packed into four bits; its method asks for nothing but named_parameters()
     trained, count = PeftModel.get_nb_trainable_parameters(cast(PeftModel, module))
+    tower = towers["vision"]
+    adapters = [p for each in towers.values() for name in each.active_adapters for p in each.adapter_parameters(name)]
+    own = sum(p.numel() for p in adapters)
     lines = {
         "classes": _counted(classes.names),
         "base": _base(tower.owner),
         "adapter": "off" if tower.disable_adapters else ", ".join(map(shown, tower.active_adapters)) or "none",
-        "parameters": f"{trained:,} trained, {count:,} in all",
+        "parameters": f"{own:,} in the adapter, {count:,} in all, {trained:,} being trained",
         "tasks": _counted(tasks),
         "calibration": _calibrated(classes.calibration),
     }

@@ -11,15 +11,13 @@ from typing import Any, Protocol
 import torch
 
 from ..classifier.images import read_image
-from ..tuner.messages import printable
+from ..tuner.messages import drawn
 from .history import History
 from .metrics import Bin
 
 
 #: Classes up to which a confusion matrix has its numbers written into it, and up to which it names its rows.
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 60
-#: Letters of a name that a drawing has room for.
-SHOWN_LETTERS = 24
 
 
 class Wrong(Protocol):
@@ -50,7 +48,7 @@ def confusion(matrix: torch.Tensor, names: Sequence[str], path: str | os.PathLik
     axis.set_xlabel("said")
     axis.set_ylabel("is")
     if count <= NAMED_CLASSES:
-        labels = [_plain(name) for name in names]
+        labels = [drawn(name) for name in names]
         size = 9 if count <= NUMBERED_CLASSES else 6
         axis.set_xticks(range(count), labels, rotation=90, fontsize=size)
         axis.set_yticks(range(count), labels, fontsize=size)
@@ -126,7 +124,7 @@ def wrong(mistakes: Sequence[Wrong], path: str | os.PathLike | None, columns: in
         axis.set_axis_off()
     for axis, mistake in zip(axes, mistakes, strict=False):  # the last row may have room left
         axis.imshow(read_image(mistake.image))
-        axis.set_title(f"{_plain(mistake.said)} {mistake.score:.0%}\nis {_plain(mistake.label)}", fontsize=9)
+        axis.set_title(f"{drawn(mistake.said)} {mistake.score:.0%}\nis {drawn(mistake.label)}", fontsize=9)
     return _written(figure, path)
 
 
@@ -145,13 +143,6 @@ def _figure(size: tuple[float, float]):
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib: pip install sep_peft[plot]") from error
     return Figure(figsize=size, layout="constrained")
-
-
-def _plain(name: str) -> str:
-    """A name as it is, where matplotlib would read mathematics between dollars; a long one is cut."""
-    name = printable(" ".join(name.replace("_", " ").split()))
-    name = name if len(name) <= SHOWN_LETTERS else name[: SHOWN_LETTERS - 1] + "…"
-    return name.replace("$", r"\$")
 
 
 def _written(figure, path: str | os.PathLike | None):
