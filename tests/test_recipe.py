@@ -51,6 +51,8 @@ def raises(message: str):
         ("zero_shot_margin", [-1.5], "a finite number of at least 0"),
         ("class_sample", [-1, 2.5, True, "all"], "None or an integer of at least 0"),
         ("weight_decay", ["none"], "a finite number of at least 0"),
+        ("average_center", [0, 1.1, -0.5, True, float("nan"), "0.5"], "None or a number above 0 and at most 1"),
+        ("average_width", [0, -1, None, float("inf")], "a finite number above 0"),
     ],
 )
 def test_values_that_are_not_allowed(name, values, allowed):
@@ -88,6 +90,10 @@ def test_in_words():
         "cosine; consistency weights 8 and 6; prototypes predict with weight 0; random crops from 8% of the area and "
         "flips"
     )
+
+
+def test_an_average_in_words():
+    assert str(Recipe(average_center=0.75)).endswith("and flips; averaged over epochs around 75% of them")
 
 
 def test_a_recipe_needs_no_torch():

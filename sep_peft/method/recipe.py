@@ -66,6 +66,10 @@ class Recipe:
         class_sample: class texts that a step draws and encodes, beside those of its images' own classes; the others
             take part by their last embeddings, so that a step's cost does not grow with the number of classes. 0, as
             published: every step encodes all. Default None: 64 where there are more than 256 classes, otherwise all.
+        average_center, average_width: what is trained ends as its average over epochs, with Gaussian weights around the
+            share `average_center` of all epochs, above 0 and at most 1, `average_width` shares wide, as PromptSRC
+            (arXiv 2307.06948) averages prompts; its values are 0.75 and 0.05 for base-to-new. None: it ends as the last
+            step leaves it, as published. Defaults None and 0.05.
         seed: of batches, augmentation and what is drawn, from 0 to 2^31 - 1. Default 1.
 
     Raises:
@@ -90,6 +94,8 @@ class Recipe:
     zero_shot_margin: float = ZERO_SHOT_MARGIN
     calibration_folds: int = 4
     class_sample: int | None = None
+    average_center: float | None = None
+    average_width: float = 0.05
     seed: int = 1
 
     def __post_init__(self):
@@ -102,7 +108,12 @@ class Recipe:
             "class_sample", lambda v: v is None or (_is_int(v) and v >= 0), "None or an integer of at least 0"
         )
         self._require("seed", lambda v: _is_int(v) and 0 <= v < 2**31, "an integer from 0 to 2147483647")
-        for name in ("learning_rate", "adam_epsilon"):
+        self._require(
+            "average_center",
+            lambda v: v is None or (_is_number(v) and 0 < v <= 1),
+            "None or a number above 0 and at most 1",
+        )
+        for name in ("learning_rate", "adam_epsilon", "average_width"):
             self._require(name, lambda v: _is_number(v) and v > 0, "a finite number above 0")
         self._require(
             "prototype_learning_rate",
@@ -156,11 +167,14 @@ class Recipe:
         prototypes = "" if own is None else f" ({own:g} for the prototypes)"
         warmup = "one epoch" if self.warmup_epochs == 1 else f"{self.warmup_epochs} epochs"
         decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
+        center = self.average_center
+        average = "" if center is None else f"; averaged over epochs around {center:.0%} of them"
         return (
             f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}{prototypes}, "
             f"eps {self.adam_epsilon:g}{decay}, warm-up for {warmup}, cosine; consistency weights "
             f"{self.text_weight:g} and {self.vision_weight:g}; prototypes predict with weight "
             f"{self.prototype_logit_weight:g}; random crops from {self.smallest_crop:.0%} of the area and flips"
+            f"{average}"
         )
 
 

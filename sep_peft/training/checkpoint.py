@@ -23,9 +23,9 @@ CHECKPOINT_FILE = "sep_checkpoint.safetensors"
 #: Key of the file's metadata that holds all that is no tensor, as JSON, and the version of its layout.
 ENTRY = "sep_checkpoint"
 FORMAT_VERSION = 1
-#: What precedes the names of tensors: trained parameters, those of the best epoch, the optimizer's state, and the state
-#: of the steps.
-PARAMETERS, BEST, OPTIMIZER, STEPS = "parameters/", "best/", "optimizer/", "steps/"
+#: What precedes the names of tensors: trained parameters, those of the best epoch, their average over epochs, the
+#: optimizer's state, and the state of the steps.
+PARAMETERS, BEST, AVERAGE, OPTIMIZER, STEPS = "parameters/", "best/", "average/", "optimizer/", "steps/"
 
 
 @dataclass
@@ -35,9 +35,10 @@ class TrainingState:
     Args:
         history: of the epochs that ended.
         parameters: name -> tensor of what is trained.
-        best: the same after the best epoch; None without images to validate on.
+        best: the same as it would be shipped after the best epoch; None without images to validate on.
         done: whether nothing is left to train.
         steps: what a step needs of those before it beside parameters, as `SEPClassifier.steps_state` gives it.
+        average: the average of what is trained over the epochs that ended; None where the recipe has none.
     """
 
     history: History
@@ -45,6 +46,12 @@ class TrainingState:
     best: Mapping[str, torch.Tensor] | None = None
     done: bool = False
     steps: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    average: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def shipped(self) -> Mapping[str, torch.Tensor]:
+        """What the training would leave if it ended here."""
+        return self.parameters if self.average is None else self.average
 
 
 class Checkpoint:
@@ -73,6 +80,7 @@ class Checkpoint:
         optimizer = self._optimizer.state_dict()
         tensors = {PARAMETERS + name: value for name, value in state.parameters.items()}
         tensors |= {BEST + name: value.clone() for name, value in (state.best or {}).items()}
+        tensors |= {AVERAGE + name: value for name, value in (state.average or {}).items()}
         tensors |= {STEPS + name: value for name, value in state.steps.items()}
         for index, values in optimizer["state"].items():
             tensors |= {f"{OPTIMIZER}{index}/{name}": value for name, value in values.items()}
@@ -120,6 +128,8 @@ class Checkpoint:
         try:
             history = History.from_json(data["history"])
             best = {name: tensors[BEST + name] for name in parameters} if history.best is not None else None
+            has_average = any(name.startswith(AVERAGE) for name in tensors)
+            average = {name: tensors[AVERAGE + name] for name in parameters} if has_average else None
             optimizer = self._state(data["groups"], tensors)
             self._check_parts(data["parts"])
         except (LookupError, TypeError, ValueError) as error:
@@ -130,7 +140,7 @@ class Checkpoint:
             part.load_state_dict(data["parts"][name])
         steps = {name.removeprefix(STEPS): value for name, value in tensors.items() if name.startswith(STEPS)}
         return TrainingState(
-            history, {name: found[PARAMETERS + name] for name in parameters}, best, data["done"], steps
+            history, {name: found[PARAMETERS + name] for name in parameters}, best, data["done"], steps, average
         )
 
     def remove(self) -> None:

@@ -203,9 +203,9 @@ def _check_folder(folder: str | os.PathLike | None, resume: bool, classifier: SE
 
 
 def checkpoint_bytes(classifier: SEPClassifier) -> int:
-    """Room that a training's checkpoint needs: weights, those of the best epoch and two moments of AdamW, twice because
-    a file is written before it replaces the other."""
-    return 8 * trained_bytes(classifier)
+    """Room that a training's checkpoint needs: weights, those of the best epoch, an average and two moments of AdamW,
+    twice because a file is written before it replaces the other."""
+    return 10 * trained_bytes(classifier)
 
 
 def _noted(classifier: SEPClassifier, recipe: Recipe, parts: Mapping[str, Samples]) -> dict[str, Any]:

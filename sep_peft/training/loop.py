@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ..method.recipe import Recipe
+from .averaging import averaged, share_of_epoch
 from .checkpoint import Checkpoint, TrainingState
 from .data import EpochDataset
 from .epochs import Epochs
@@ -75,7 +77,8 @@ def train(
         quiet: without progress.
 
     Returns:
-        the history. The classifier has the weights of the last epoch, or with `validation` those of the best one.
+        the history. The classifier has the weights of the last epoch, or with `validation` those of the best one; where
+        the recipe averages them over epochs, the average up to that epoch.
 
     Raises:
         TrainingInterrupted: Ctrl-C or SIGTERM came; the classifier has the same weights as if the training had ended
@@ -108,7 +111,7 @@ def train(
             raise TrainingInterrupted(history) from None
         finally:
             progress.close()
-            run.take(state.best if limits.keep == "best" and state.best is not None else state.parameters)
+            run.take(state.best if limits.keep == "best" and state.best is not None else state.shipped)
             run.release()
     return history
 
@@ -135,14 +138,18 @@ def _train_epochs(
                 f"The loss is {row['loss']} in epoch {row['epoch']}. Train with a lower learning rate; what the epochs "
                 "before it left is kept."
             )
+        parameters, average = run.snapshot(), None
+        if run.recipe.average_center is not None:
+            share = share_of_epoch(len(history) + 1, history.epochs, run.recipe)
+            average = averaged(state.average, parameters, share)
         if validation is not None:
-            row |= validation.measure()
+            row |= _measured(run, validation, parameters, average)
         with signals.held():
             history.rows.append(row)
             history.seconds.append(time.monotonic() - begun)
-            state.parameters, state.steps = run.snapshot(), run.steps_state()
+            state.parameters, state.average, state.steps = parameters, average, run.steps_state()
             if history.best == len(history):
-                state.best = state.parameters
+                state.best = state.shipped
             state.done = limits.done(history)
             if file is not None and main:
                 _save(file, state)
@@ -152,6 +159,22 @@ def _train_epochs(
                 callback(history)
             history.stopped = history.stopped or limits.reason(history, time.monotonic() - start, len(history) - first)
         history.stopped = run.agree(history.stopped)
+
+
+def _measured(
+    run: Epochs,
+    validation: Validation,
+    parameters: Mapping[str, torch.Tensor],
+    average: Mapping[str, torch.Tensor] | None,
+) -> Mapping[str, float]:
+    """What is noted of an epoch, of what would be shipped after it; the next one goes on from `parameters`."""
+    if average is None:
+        return validation.measure()
+    run.take(average)
+    try:
+        return validation.measure()
+    finally:
+        run.take(parameters)
 
 
 def _save(file: Checkpoint, state: TrainingState) -> None:

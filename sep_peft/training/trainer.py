@@ -45,8 +45,8 @@ class SEPTrainer(Trainer):
 
     Raises:
         TypeError: `model` is no `SEPClassifier`.
-        ValueError: the recipe's batch cannot be shared out evenly among devices and accumulated steps, a sample does
-            not fit, or the recipe's `class_sample` does not suit the adapter.
+        ValueError: the recipe averages over epochs, its batch cannot be shared out evenly among devices and accumulated
+            steps, a sample does not fit, or the recipe's `class_sample` does not suit the adapter.
 
     Example:
         >>> arguments = TrainingArguments("run", eval_strategy="epoch", save_strategy="epoch")
@@ -71,6 +71,11 @@ class SEPTrainer(Trainer):
             raise TypeError(f"SEPTrainer trains a SEPClassifier, but got {type(model).__name__}.")
         self.recipe = recipe = model.recipe if recipe is None else recipe
         model.drawn_classes(recipe)
+        if recipe.average_center is not None:
+            raise ValueError(
+                "SEPTrainer averages no weights over epochs, but the recipe has "
+                f"average_center={recipe.average_center!r}. Train by fit, or pass a recipe with average_center=None."
+            )
         images: Any = _as_images(model, train_dataset, "train on", recipe)
         args = by_recipe(args or TrainingArguments("outputs"), recipe)
         self._steps_per_epoch = 0 if images is None else -(-len(images) // recipe.batch_size)
