@@ -90,10 +90,10 @@ def test_by_score():
 
 
 def test_by_energy():
-    """Of the logits as they were before calibration."""
-    energies = [math.log(sum(math.exp(2 * value) for value in row)) for row in LOGITS.tolist()]
+    """Of calibrated logits."""
+    energies = [math.log(sum(math.exp(value) for value in row)) for row in LOGITS.tolist()]
     found = labels_of(Answers(unknown=True).of(LOGITS, CLASSES, KNOWN))
-    assert [bool(own) for own in found] == [energy >= 0.5 for energy in energies] == [True, True, False]
+    assert [bool(own) for own in found] == [energy >= KNOWN.least_energy for energy in energies] == [True, True, False]
     both = labels_of(Answers(unknown=True, coverage=0.8).of(LOGITS, CLASSES, KNOWN))
     assert both[2] == [] and both[:2] == labels_of(Answers(coverage=0.8).of(LOGITS, CLASSES, KNOWN))[:2]
 
@@ -102,7 +102,7 @@ def test_what_is_found_on_held_out_images():
     logits = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(5))
     labels = logits.argmax(dim=1)
     found = HeldOut(logits, logits, labels, "cross-fitting").calibration()
-    energies = logits.logsumexp(dim=1)
+    energies = (logits / found.temperature).logsumexp(dim=1)
     assert (energies >= found.least_energy).float().mean() == pytest.approx(0.95)
     scores = (logits / found.temperature).softmax(dim=1)
     own = sorted(row[label] for row, label in zip(scores.tolist(), labels.tolist(), strict=True))

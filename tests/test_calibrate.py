@@ -19,6 +19,7 @@ from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier.calibration import fit_temperature
 from sep_peft.training import LabelledImages, Recipe, calibrate, fit, train
 from sep_peft.training.folders import read_folder
+from sep_peft.tuner.tower import SEPTower
 
 
 room = import_module("sep_peft.training.calibrate")  # the package has a function of this name
@@ -75,6 +76,23 @@ def test_on_held_out_images(make, images):
     assert calibration.new_class_temperature == pytest.approx(
         fit_temperature(logits_of(classifier, held_out)[0], labels)
     )
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, max_steps=2)])
+def test_the_frozen_pass_runs_once_for_all_parts(recipe, make, images, monkeypatch):
+    """For the prototypes, for the images as they are, and for the epoch that two steps or a third of two epochs see."""
+    classifier, seen, whole = make(recipe), [], SEPTower.embed_frozen
+    monkeypatch.setattr(
+        SEPTower, "embed_frozen", lambda tower, **inputs: (seen.append(inputs), whole(tower, **inputs))[1]
+    )
+    plain = LabelledImages(images[0], NAMES, classifier.processor)
+    augmented = LabelledImages(images[0], NAMES, classifier.processor, recipe)
+    start = room.values_of(classifier)
+    classifier.encoder.frozen_embeds()
+    seen.clear()
+    monkeypatch.setattr(SEPTower, "embed", lambda *args, **inputs: pytest.fail("both passes ran"))
+    room.cross_fit(classifier.finish_training(), plain, augmented, recipe, start, quiet=True)
+    assert sum(len(inputs["pixel_values"]) for inputs in seen if "pixel_values" in inputs) == 2 * len(images[0])
 
 
 def test_by_cross_fitting(make, images):

@@ -55,6 +55,11 @@ WRONG = {
         ValueError,
         "Labels must be between 0 and 3 for 4 classes, but got [4].",
     ),
+    "embeddings of others": (
+        {"pixel_values": IMAGES, "frozen_embeds": torch.zeros(2, 24)},
+        ValueError,
+        "frozen_embeds must be of the same images as pixel_values, but are 2 for 5 images.",
+    ),
     "trunk alone": (
         {"trunk": torch.zeros(2, 5, 16)},
         ValueError,

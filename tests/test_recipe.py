@@ -14,6 +14,7 @@ from small_clip import make_clip, make_images, make_texts
 from transformers import PreTrainedTokenizerFast
 
 from sep_peft import SEPClassifier, SEPConfig, TaskClasses, TokenFusion
+from sep_peft.classifier.calibration import Calibration
 from sep_peft.method.losses import sep_loss
 from sep_peft.method.recipe import Recipe
 
@@ -221,11 +222,30 @@ def test_trained_classes_are_not_held_back(recipe, finish, make):
 
     assert margin(classifier.set_classes(NEW)) == 1.5 and classifier.classes.prototypes is None
     assert margin(classifier.set_classes([*BASE, *NEW])) == 1.5
-    assert margin(classifier.set_classes(BASE[:2])) == 0 and classifier.classes.prototypes is None
+    assert margin(classifier.set_classes(BASE[:2])) == 0
+    torch.testing.assert_close(classifier(IMAGES).logits, expected[:, :2])
     classifier.set_classes(BASE)
     assert margin(classifier) == 0
     assert torch.equal(classifier(IMAGES).logits, expected)
     assert classifier.classes.prototypes is kept
+
+
+@pytest.mark.parametrize("kind", ["prototypes", "gda", "tip-adapter-f"])
+def test_some_of_the_trained_names_keep_their_logits_and_temperature(kind, make):
+    """In whatever order they are named; where one is missing, nothing is known of other images and of sets."""
+    whole = Calibration(4.0, 2.5, 12, "cross-fitting", 50.0, -1.0, (0.2, 0.7))
+    classifier, batches = make().eval(), [{"pixel_values": IMAGES, "labels": LABELS}]
+    classifier.keep_prototypes(2.0, kind=kind, batches=None if kind == "prototypes" else batches).calibrate(whole)
+    expected = classifier(IMAGES).logits
+    classifier.set_classes(["cow", "cat"])
+    torch.testing.assert_close(classifier(IMAGES).logits, expected[:, [2, 0]])
+    assert classifier.classes.calibration == Calibration(4.0, 2.5, 12, "cross-fitting")
+    assert margin(classifier) == 0
+    classifier.set_classes(BASE[::-1])
+    torch.testing.assert_close(classifier(IMAGES).logits, expected.flip(1))
+    assert classifier.classes.calibration == whole
+    assert classifier.set_classes(["cow", "cat"], template="of {}.").classes.calibration == whole.for_new_classes()
+    assert classifier.set_classes(BASE, template="a photo of a {}.").classes.calibration == whole
 
 
 def test_other_templates_bring_no_prototypes_back(make):

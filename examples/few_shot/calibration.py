@@ -120,7 +120,8 @@ def compare(
         "error": [calibration_error(each, labels) for each in (plain, scores)],
         "nll": [negative_log_likelihood(each, labels) for each in (plain, scores)],
         "sets": sets,
-        "kept": 100 * (logits.logsumexp(dim=1) >= calibration.least_energy).float().mean().item(),
+        "kept": 100
+        * ((logits / calibration.temperature).logsumexp(dim=1) >= calibration.least_energy).float().mean().item(),
     }
     if unknown is not None:
         other = read(unknown, args)
@@ -134,9 +135,9 @@ def compare(
 
 
 def rules(logits: torch.Tensor, base: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
-    """Energy, largest calibrated score, and zero-shot's largest score, each (N,): large for images of a class."""
-    scores = (logits / temperature).softmax(dim=1)
-    return logits.logsumexp(dim=1), scores.amax(dim=1), base.softmax(dim=1).amax(dim=1)
+    """Energy of calibrated logits, their largest score, and zero-shot's, each (N,): large for images of a class."""
+    logits = logits / temperature
+    return logits.logsumexp(dim=1), logits.softmax(dim=1).amax(dim=1), base.softmax(dim=1).amax(dim=1)
 
 
 def auroc(known: torch.Tensor, strange: torch.Tensor) -> float:

@@ -1,9 +1,10 @@
 """What is said of an image: its best classes, a set that holds its class as often as is promised, or none of these.
 
-**None of these.** The rule is the energy of the logits before calibration, ``log sum exp`` over the classes: Liu, Wang,
-Owens and Li, "Energy-based Out-of-distribution Detection" (NeurIPS 2020). Images whose energy is below that of nearly
-all held-out images look like no class. It was compared with the largest cosine to a prototype and the largest score
-(Hendrycks and Gimpel, ICLR 2017) on training images alone, told with and without their own class (docs/scores.md).
+**None of these.** The rule is the energy of the logits divided by the temperature, ``log sum exp`` over the classes:
+Liu, Wang, Owens and Li, "Energy-based Out-of-distribution Detection" (NeurIPS 2020). Images whose energy is below that
+of nearly all held-out images look like no class. It was compared with the energy of the plain logits, the largest one,
+the largest cosine to a prototype and the largest score (Hendrycks and Gimpel, ICLR 2017) on training images alone, told
+with and without their own class (docs/scores.md).
 
 **Sets.** Split conformal prediction with the score of the class itself as its conformity: Sadinle, Lei and Wasserman,
 "Least Ambiguous Set-Valued Classifiers" (JASA 2019), after Vovk, Gammerman and Shafer (2005). Of n held-out images and
@@ -105,10 +106,10 @@ class Answers:
         if self.min_score is not None:
             rejected |= scores[:, 0] < self.min_score
         if calibration is not None and calibration.least_energy is not None and self.unknown:
-            rejected |= energies(logits * calibration.temperature) < calibration.least_energy
+            rejected |= energies(logits) < calibration.least_energy
         return counts.masked_fill(rejected, 0)
 
 
 def energies(logits: torch.Tensor) -> torch.Tensor:
-    """``log sum exp`` of logits (B, C) that are not calibrated, (B,): large where an image looks like a class."""
+    """``log sum exp`` of calibrated logits (B, C), (B,): large where an image looks like a class."""
     return logits.logsumexp(dim=-1)

@@ -36,8 +36,8 @@ class Calibration:
         source: "held-out images", or "cross-fitting" for training images, each seen by a model that was trained on
             others.
         accuracy: share of these images that were told, in percent; None: not known.
-        least_energy: below it the logits look like those of no class; `KNOWN_SHARE` of these images are above it. None:
-            not known.
+        least_energy: an image whose calibrated logits have less looks like no class; `KNOWN_SHARE` of these images have
+            more. None: not known.
         label_scores: what these images, or at most `KEPT_SCORES` places in their order, give to their own class, from 0
             to 1, ascending; empty: not known.
 
@@ -92,6 +92,14 @@ class Calibration:
     def for_new_classes(self) -> Calibration:
         """That of classes that take the place of these."""
         return Calibration(self.new_class_temperature, self.new_class_temperature, self.images, self.source)
+
+    def for_some_classes(self) -> Calibration:
+        """That of some of these classes among themselves, whose logits are the same ones.
+
+        Other images have none of the classes, and another class is the best more often: what says where these images
+        lie is left out.
+        """
+        return Calibration(self.temperature, self.new_class_temperature, self.images, self.source)
 
     def least_score(self, coverage: float) -> float:
         """The score that a class needs to be in a set that holds an image's class with a chance of `coverage`.

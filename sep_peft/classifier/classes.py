@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class TaskClasses:
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
         if count == 0:
             raise ValueError("class_inputs must hold input_ids of at least one class, but it is empty.")
-        for inputs in (self.class_inputs, *self.template_inputs):
+        for inputs in self._inputs:
             check_inputs(inputs, count)
         if not self.names:
             object.__setattr__(self, "names", tuple(f"class {i}" for i in range(count)))
@@ -156,7 +156,7 @@ class TaskClasses:
     def _warn_of_equal_texts(self) -> None:
         """Warn of classes that no image could tell apart."""
         described = (self.description_texts,) if self.description_texts else ()
-        rows = zip(*map(token_rows, (self.class_inputs, *self.template_inputs)), *described, strict=True)
+        rows = zip(*map(token_rows, self._inputs), *described, strict=True)
         groups: dict[tuple, list[str]] = {}
         for name, row in zip(self.names, rows, strict=True):
             groups.setdefault(row, []).append(name)
@@ -167,6 +167,32 @@ class TaskClasses:
                 "Choose names that the tokenizer tells apart.",
                 stacklevel=3,
             )
+
+    def only(self, names: Sequence[str]) -> TaskClasses:
+        """Some of these classes, in the order of `names`: their logits are what they are among all.
+
+        Prototypes, head and margin stay theirs. The calibration is that of all; where classes are missing, it says
+        nothing of images that belong to none, nor of sets.
+        """
+        rows = [self.names.index(name) for name in names]
+        inputs, *templates = ({key: x[rows] for key, x in each.items()} for each in self._inputs)
+        calibration = self.calibration
+        if calibration is not None and len(rows) < len(self):
+            calibration = calibration.for_some_classes()
+        return replace(
+            self,
+            class_inputs=inputs,
+            template_inputs=tuple(templates),
+            names=tuple(names),
+            prototypes=None if self.prototypes is None else self.prototypes[rows],
+            head=None if self.head is None else self.head.only(rows),
+            descriptions=None if self.descriptions is None else self.descriptions.only(rows),
+            calibration=calibration,
+        )
+
+    @property
+    def _inputs(self) -> tuple[dict[str, torch.Tensor], ...]:
+        return (self.class_inputs, *self.template_inputs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, so that loading needs no tokenizer. The prototypes have a file of their own."""

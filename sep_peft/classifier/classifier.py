@@ -202,7 +202,8 @@ class SEPClassifier(TrainerMixin):
     ) -> SEPClassifier:
         """Swap in other classes; nothing is trained, and the prototypes of the loss start anew. Returns self.
 
-        The names that were trained, in their order and with their texts, bring back what was kept of them.
+        The names that were trained, or some of them, with their texts bring back what was kept of them: each class
+        has the logits that it has among all.
 
         Args:
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
@@ -226,26 +227,28 @@ class SEPClassifier(TrainerMixin):
     ) -> TaskClasses:
         """Names with what training left for them.
 
-        The trained classes for their own names; for others the temperature of new classes, and where the margin is to
-        be chosen, none for some of the trained names and the recipe's otherwise.
+        The trained classes, or some of them, for their own names; for others the temperature of new classes, and where
+        the margin is to be chosen, none for trained names with other texts and the recipe's otherwise.
         """
         trained = self.trained
+        known = trained is not None and set(classes.names) <= set(trained.names)
+        if trained is not None and known and choose_margin:
+            some = trained if classes.names == trained.names else trained.only(classes.names)
+            alike = classes.templates == some.templates or (any_template and not some.templates)
+            if alike and (any_descriptions or classes.description_texts == some.description_texts):
+                return some
         if trained is not None and trained.calibration is not None:
             classes = replace(classes, calibration=trained.calibration.for_new_classes())
         if not choose_margin:
             return classes
-        if trained is not None and classes.names == trained.names:
-            alike = classes.templates == trained.templates or (any_template and not trained.templates)
-            if alike and (any_descriptions or classes.description_texts == trained.description_texts):
-                return trained
-        known = trained is not None and not trained.zero_shot_margin and set(classes.names) <= set(trained.names)
-        return replace(classes, zero_shot_margin=0.0 if known else self.recipe.zero_shot_margin)
+        held_back = not known or (trained is not None and trained.zero_shot_margin)
+        return replace(classes, zero_shot_margin=self.recipe.zero_shot_margin if held_back else 0.0)
 
     def calibrate(self, calibration: Calibration | None) -> SEPClassifier:
         """Let logits become scores by a calibration; `sep_peft.training.calibrate` finds one. Returns self.
 
         It belongs to the present classes and their prototypes, is saved with them, and is silent without an adapter.
-        Classes that take their place have its `new_class_temperature`. Labels stay as they are.
+        Other classes that take their place have its `new_class_temperature`. Labels stay as they are.
 
         Args:
             calibration: of the present classes; None: logits as they are.
@@ -319,9 +322,9 @@ class SEPClassifier(TrainerMixin):
 
         Args:
             batches: dicts with `pixel_values` (B, channels, height, width), what else the image tower takes, and
-                `labels` (B,), of the training images. W then starts at the mean frozen image embedding of each class,
-                as published. Without them, and for classes without an image, it starts where it was kept, or at the
-                frozen text embedding.
+                `labels` (B,), of the training images, or with `frozen_embeds` (B, E) in the place of pixels. W then
+                starts at the mean frozen image embedding of each class, as published. Without them, and for classes
+                without an image, it starts where it was kept, or at the frozen text embedding.
         """
         kept = self.encoder.prototypes
         prototypes = (self.encoder.frozen_embeds() if kept is None else kept).clone()  # (C, E)
@@ -331,7 +334,8 @@ class SEPClassifier(TrainerMixin):
                 labels = batch["labels"].to(self.device)
                 check_labels(labels, len(self.classes))
                 inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
-                embeds = unit(self.vision_tower.embed_frozen(**inputs))
+                known = inputs.get("frozen_embeds")
+                embeds = unit(self.vision_tower.embed_frozen(**inputs) if known is None else known)
                 sums.index_add_(0, labels, embeds.to(sums.dtype))
                 counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
             seen = counts > 0
@@ -349,9 +353,9 @@ class SEPClassifier(TrainerMixin):
 
         Predictions then read ``logits + logit_weight 10 (cos(v, w_c) + cos(v0, w_c)) / 2`` with SEP's and the frozen
         image embedding v and v0, both of which the loss compares with W on this scale. As published W serves the loss
-        alone. It knows the classes it was trained on: `set_classes` with others drops it, and with the same names
-        brings it back. It is saved with the classes, and without an adapter it is silent. The classes count as trained:
-        no margin of zero-shot holds SEP back on them.
+        alone. It knows the classes it was trained on: `set_classes` with others drops it, and with the same names or
+        some of them brings it back. It is saved with the classes, and without an adapter it is silent. The classes
+        count as trained: no margin of zero-shot holds SEP back on them.
 
         Other heads read the mean of v and v0 of the training images as they are, without augmentation: "gda" (class
         means and one covariance), "probe" (a linear one that the texts take part in) and "tip-adapter-f" (a cache of
@@ -492,6 +496,7 @@ class SEPClassifier(TrainerMixin):
             pixel_values: (B, channels, height, width).
             labels: (B,) class indices, for the loss.
             trunk, frozen_embeds, trunk_layer: (B, L, D), (B, E) and (B,) of a `TrunkCache`, in the place of images.
+                `frozen_embeds` beside images, as `SEPTower.embed_frozen` gives them, spare the frozen pass.
             num_items_in_batch: images N of the whole step, over its micro-batches and all processes, as Trainer counts
                 them: the loss is the mean over B images times ``B / N``, so that the losses of the micro-batches add up
                 to the mean over the N images, whatever their sizes. None: the mean over B images.
@@ -509,7 +514,7 @@ class SEPClassifier(TrainerMixin):
         if (pixel_values is None) == (trunk is None):
             raise ValueError("Pass either pixel_values or trunk and frozen_embeds.")
         if pixel_values is not None:
-            check_images(pixel_values, self.vision_tower)
+            check_images(pixel_values, self.vision_tower, frozen_embeds)
         else:
             check_trunk(trunk, frozen_embeds, trunk_layer)
         if labels is not None:
@@ -519,7 +524,7 @@ class SEPClassifier(TrainerMixin):
             self.agreement.check()
         weights = self._weights(labels)
         if pixel_values is not None:
-            image, frozen_image = self.image_embeds(pixel_values, **kwargs)
+            image, frozen_image = self.image_embeds(pixel_values, frozen_embeds=frozen_embeds, **kwargs)
         else:
             assert trunk is not None and frozen_embeds is not None, "checked above"
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)

@@ -73,6 +73,14 @@ class Descriptions:
         """The class of each text, T indices."""
         return [place for place, of_class in enumerate(self.texts) for _ in of_class]
 
+    def only(self, rows: Sequence[int]) -> Descriptions | None:
+        """Those of some classes, in the order of their indices `rows`; None where these have none."""
+        texts = tuple(self.texts[row] for row in rows)
+        if not any(texts):
+            return None
+        places = [place for row in rows for place, owner in enumerate(self.owners) if owner == row]
+        return Descriptions(texts, {name: tensor[places] for name, tensor in self.inputs.items()})
+
     def check_classes(self, names: Sequence[str], with_templates: bool) -> None:
         """
         Raises:

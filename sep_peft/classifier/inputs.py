@@ -18,16 +18,18 @@ from ..tuner.tower import SEPTower
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_images(pixel_values: Any, tower: SEPTower) -> None:
+def check_images(pixel_values: Any, tower: SEPTower, frozen_embeds: Any = None) -> None:
     """
     Args:
         pixel_values: (B, channels, height, width), or (B, patches, values of a patch) for a tower that takes images of
             any shape as patches.
         tower: of the images.
+        frozen_embeds: (B, E) of the images; None: not known.
 
     Raises:
         TypeError: they are no tensor.
-        ValueError: they have another shape, there is no image, or on the CPU a pixel is not finite.
+        ValueError: they have another shape, there is no image, on the CPU a pixel is not finite, or there are
+            `frozen_embeds` of another number of images.
     """
     if is_traced():
         return  # a branch would break the graph or forbid a size
@@ -44,6 +46,11 @@ def check_images(pixel_values: Any, tower: SEPTower) -> None:
         raise ValueError(f"pixel_values hold no image: their shape is {tuple(pixel_values.shape)}.")
     if _is_readable(pixel_values) and not pixel_values.isfinite().all():
         raise ValueError("pixel_values hold NaN or infinity. Look at what the image processor was given.")
+    if frozen_embeds is not None and len(frozen_embeds) != len(pixel_values):
+        raise ValueError(
+            f"frozen_embeds must be of the same images as pixel_values, but are {len(frozen_embeds)} for "
+            f"{len(pixel_values)} images."
+        )
 
 
 def check_trunk(trunk: Any, frozen_embeds: Any, trunk_layer: Any) -> None:

@@ -42,10 +42,16 @@ def image_embeds(tower: SEPTower, inputs: Mapping[str, Any], **options) -> tuple
 
     Args:
         tower: of the images.
-        inputs: what the tower takes, such as `pixel_values` (B, channels, height, width).
-        options: of `SEPTower.embed`.
+        inputs: what the tower takes, such as `pixel_values` (B, channels, height, width), and where they are known
+            `frozen_embeds` (B, E), as `SEPTower.embed_frozen` gives them: only the prompted pass is run then.
+        options: of `SEPTower.embed`, where both passes are run.
     """
-    prompted, frozen = tower.embed(**inputs, **options)
+    inputs = dict(inputs)
+    frozen = inputs.pop("frozen_embeds", None)
+    if frozen is None:
+        prompted, frozen = tower.embed(**inputs, **options)
+    else:
+        prompted = tower.embed_prompted(**inputs)
     prompted, frozen = wide(prompted), wide(frozen)
     return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
 

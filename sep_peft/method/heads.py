@@ -7,8 +7,8 @@ Shapes: N training images, B images, C classes, E width of the joint space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,16 @@ class ClassHead:
                 raise ValueError(f"labels of a tip-adapter-f head must be between 0 and {count - 1}, but some are not.")
         elif len(self.tensors["weight"]) != count:
             raise ValueError(f"A head of {len(self.tensors['weight'])} classes does not fit {count} class names.")
+
+    def only(self, rows: Sequence[int]) -> ClassHead:
+        """That of some classes, in the order of their indices `rows`; their logits stay as they are."""
+        if self.kind != "tip-adapter-f":
+            return replace(self, tensors={name: tensor[list(rows)] for name, tensor in self.tensors.items()})
+        labels = self.tensors["labels"]
+        kept = torch.isin(labels, torch.tensor(rows, dtype=labels.dtype))  # (N,)
+        places = {row: place for place, row in enumerate(rows)}
+        moved = torch.tensor([places[label] for label in labels[kept].tolist()], dtype=labels.dtype)
+        return replace(self, tensors={"keys": self.tensors["keys"][kept], "labels": moved})
 
 
 class HeadLogits(NamedTuple):

@@ -29,8 +29,9 @@ from ..classifier.logits import ClassWeights, class_logits
 from ..method.recipe import Recipe
 from ..tuner.modes import evaluating
 from .data import EpochDataset, ImagePart, LabelledImages
+from .frozen_images import FrozenImages
 from .loop import train
-from .optimizer import trainable
+from .optimizer import count_steps, trainable
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ class HeldOut:
         """
         temperature = fit_temperature(self.logits, self.labels)
         right = (self.logits.argmax(dim=1) == self.labels).sum().item()
-        scores = (self.logits / temperature).softmax(dim=1).gather(1, self.labels[:, None])[:, 0]
+        logits = self.logits / temperature
+        scores = logits.softmax(dim=1).gather(1, self.labels[:, None])[:, 0]
         return Calibration(
             temperature,
             fit_temperature(self.new_logits, self.labels),
             len(self.labels),
             self.source,
             100 * right / len(self.labels),
-            energies(self.logits).quantile(1 - KNOWN_SHARE).item(),
+            energies(logits).quantile(1 - KNOWN_SHARE).item(),
             kept_scores(scores.clamp(0, 1)),
         )
 
@@ -108,7 +110,7 @@ def cross_fit(
 
     The images are dealt into `recipe.calibration_folds` parts, each class as evenly as can be. For each part the
     classifier starts from `start`, is trained on the others for a third of the recipe's length, and is shown the part.
-    Afterwards it is as it was.
+    Afterwards it is as it was. In one process the frozen pass runs once for all parts.
 
     Args:
         classifier: trained; its class names are those of the images.
@@ -125,19 +127,24 @@ def cross_fit(
     parts = deal(labels, recipe.calibration_folds, recipe.seed)
     if len(parts) < 2:
         raise ValueError(f"Cross-fitting needs at least two images, but there are {len(labels)}.")
-    shorter = _shortened(recipe)
-    found = []
+    shorter, found = _shortened(recipe), []
+    several = accelerator is not None and accelerator.num_processes > 1
+    known = FrozenImages(classifier, plain, 1, recipe.batch_size, workers)
+    if isinstance(images, LabelledImages) and not several:  # each of several processes would embed all images
+        fewest = math.ceil((len(labels) - max(map(len, parts))) / recipe.batch_size)  # steps of an epoch
+        epochs = math.ceil(count_steps(shorter, fewest) / fewest)
+        images = FrozenImages(classifier, images, epochs, recipe.batch_size, workers)
     with as_it_was(classifier):
         for part in tqdm(parts, desc="calibrating", disable=quiet, file=sys.stderr):
             others = sorted(set(range(len(labels))) - set(part))
             classifier.prototypes = None  # those of the parameters that were there at the start
             _set_values(classifier, start)
             if shorter.prototype_weight:
-                classifier.reset_prototypes(DataLoader(Subset(plain, others), recipe.batch_size, num_workers=workers))
+                classifier.reset_prototypes([known.known(others)])
             options = {"accelerator": accelerator, "workers": workers}
             train(classifier, ImagePart(images, others), shorter, quiet=True, **options)
             classifier.finish_training()
-            found.append(_logits(classifier, Subset(plain, part), recipe.batch_size, workers))
+            found.append(_logits(classifier, Subset(known, part), recipe.batch_size, workers))
     logits, new_logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
     return HeldOut(logits, new_logits, labels, "cross-fitting")
 
