@@ -113,6 +113,27 @@ def test_classes_with_descriptions_take_no_others(plain):
         plain.set_classes(plain.classes, descriptions=ABOUT)
 
 
+def test_some_of_the_classes_have_their_own(plain):
+    about = {"pizza": ["a flat bread.", "a dish."], "lamp": ["a light."]}
+    all_of_them = TaskClasses.from_names([*NAMES, "cup"], plain.processor, descriptions=about)
+    for names in (["cup", NAMES[1], NAMES[0]], [NAMES[1]]):
+        some = all_of_them.only(names)
+        expected = TaskClasses.from_names(
+            names, plain.processor, descriptions={name: about[name] for name in names if name in about}
+        )
+        assert some.names == expected.names and some.description_texts == expected.description_texts
+        for found, wanted in zip(
+            (*some.template_inputs, some.descriptions.inputs),
+            (*expected.template_inputs, expected.descriptions.inputs),
+            strict=True,
+        ):
+            rows = zip(found["input_ids"].tolist(), found["attention_mask"].tolist(), strict=True)
+            tokens = [[i for i, m in zip(*row, strict=True) if m] for row in rows]
+            rows = zip(wanted["input_ids"].tolist(), wanted["attention_mask"].tolist(), strict=True)
+            assert tokens == [[i for i, m in zip(*row, strict=True) if m] for row in rows]
+    assert all_of_them.only(["cup"]).descriptions is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -78,7 +78,10 @@ class Descriptions:
         texts = tuple(self.texts[row] for row in rows)
         if not any(texts):
             return None
-        places = [place for row in rows for place, owner in enumerate(self.owners) if owner == row]
+        places_of: list[list[int]] = [[] for _ in self.texts]
+        for place, owner in enumerate(self.owners):
+            places_of[owner].append(place)
+        places = [place for row in rows for place in places_of[row]]
         return Descriptions(texts, {name: tensor[places] for name, tensor in self.inputs.items()})
 
     def check_classes(self, names: Sequence[str], with_templates: bool) -> None:
