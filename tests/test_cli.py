@@ -45,7 +45,7 @@ SMALL = [
     "--no-report",
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
-COMMANDS = ["train", "predict", "evaluate", "import-reference", "info"]
+COMMANDS = ["train", "predict", "search", "evaluate", "import-reference", "info"]
 
 
 def base() -> str:
@@ -549,6 +549,7 @@ OPTIONS = {
         *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--unknown"),
         *("--min-score", "--coverage", "--batch-size"),
     ],
+    "search": [*FROM_HUB, "FOLDER", "QUERY", "--base-model", "--top-k", "--index", "--batch-size"],
     "evaluate": [
         *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),
         *("--report", "--batch-size"),

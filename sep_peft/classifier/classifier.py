@@ -33,6 +33,7 @@ from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses
+from .embeddings import check_batch_size, embed_images, embed_texts
 from .explain import explain_label
 from .explanation import Explanation
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
@@ -621,8 +622,7 @@ class SEPClassifier(TrainerMixin):
                 a task is unknown, `min_score` or `coverage` is out of range, `coverage` comes with `top_k`, or
                 `unknown` or `coverage` is asked for classes that were not calibrated on held-out images.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
+        check_batch_size(batch_size)
         images, single = as_images(images)
         own = Task(None, self.encoder)  # looked up once: another thread may set other classes meanwhile
         tasks = [own] * len(images) if task is None else self.tasks.of_samples(task, len(images))
@@ -636,6 +636,52 @@ class SEPClassifier(TrainerMixin):
                 inputs = processor(images[batch], return_tensors="pt").to(self.device)
                 predictions += predict_batch(self.vision_tower, inputs, tasks[batch], answers)
         return predictions[0] if single else predictions
+
+    def embed(self, images: Any, batch_size: int = 32, task: str | None = None) -> torch.Tensor:
+        """SEP's embeddings of images, which compare with each other and with `embed_texts` by their product.
+
+        Evaluation is used whatever the mode of the classifier; threads may embed at the same time. Classes, prototypes
+        and calibration take no part.
+
+        Args:
+            images: as for `predict`.
+            batch_size: images read and encoded at a time.
+            task: whose adapter embeds; None: the active one.
+
+        Returns:
+            (N, E), of unit length, in fp32 or wider, on the CPU; for one image alone (E,).
+
+        Raises:
+            ValueError: an image cannot be read, there is none, `batch_size` is below 1, or there is no such task.
+        """
+        check_batch_size(batch_size)
+        images, single = as_images(images)
+        adapter = None if task is None else self.tasks[task].adapter
+        found = embed_images(self.model, self.processor, images, batch_size, adapter)
+        return found[0] if single else found
+
+    def embed_texts(self, texts: str | Sequence[str], task: str | None = None) -> torch.Tensor:
+        """SEP's embeddings of any texts, such as "a red dress", as `embed` makes them of images.
+
+        Args:
+            texts: one text, or N of them.
+            task: whose adapter embeds; None: the active one.
+
+        Returns:
+            (N, E), of unit length, in fp32 or wider, on the CPU; for one text alone (E,).
+
+        Raises:
+            TypeError: one is no text.
+            ValueError: there is none, one is blank or does not fit beside the prompts, or there is no such task.
+
+        Example:
+            >>> found = classifier.embed(paths) @ classifier.embed_texts("a red dress")
+            >>> best = [paths[index] for index in found.topk(5).indices]
+        """
+        single = isinstance(texts, str)
+        adapter = None if task is None else self.tasks[task].adapter
+        found = embed_texts(self.model, self.processor, [texts] if isinstance(texts, str) else texts, adapter)
+        return found[0] if single else found
 
     def explain(self, image: Any, label: str | None = None, task: str | None = None) -> Explanation:
         """What in an image decided for a class, and which of its patches SEP selected to make its prompts from.

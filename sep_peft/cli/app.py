@@ -272,6 +272,49 @@ def predict(
 
 
 @app.command()
+def search(
+    adapter: options.Adapter,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images in it and below are searched.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="A file or address of an image, or a text.")],
+    base_model: options.OtherBaseModel = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    top_k: Annotated[int, options.count("Images to name, the most similar first.")] = 10,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where embeddings are kept for the next search, which embeds only what is new; default: the cache.",
+        ),
+    ] = None,
+    batch_size: options.BatchSize = 32,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Find images that look like another, or as a text says."""
+    from . import commands
+
+    return _report(
+        lambda: commands.search(
+            commands.AdapterSource(adapter, revision, subfolder),
+            folder,
+            query,
+            commands.Session(device, token, quiet),
+            base_model=base_model,
+            top_k=top_k,
+            index=index,
+            batch_size=batch_size,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
 def evaluate(
     context: typer.Context,
     adapter: options.Adapter,

@@ -1,0 +1,105 @@
+"""Embeddings of any images and texts by SEP, which can be compared by cosine: for search, clusters, duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
+
+from ..method.mix import mix_embeddings, wide
+from ..tuner.current import chosen_adapters
+from ..tuner.messages import shown
+from ..tuner.model import find_towers
+from ..tuner.modes import evaluating
+from ..tuner.offload import compute_device
+from .class_encoder import TEXT_CHUNK_SIZE, padding_of
+from .images import read_image
+from .prediction import image_embeds
+from .processors import processor_part
+from .text_chunks import TextChunks
+
+
+@torch.no_grad()
+def embed_images(
+    model: nn.Module, processor: Any, images: Sequence[Any], batch_size: int, adapter: str | None = None
+) -> torch.Tensor:
+    """SEP's image embeddings (N, E), of unit length, in fp32 or wider, on the CPU, in evaluation.
+
+    Args:
+        model: with a SEP adapter on its image tower.
+        processor: of transformers, with an image processor.
+        images: N images as `read_image` takes them; a batch of them is in memory at a time.
+        batch_size: images encoded at a time.
+        adapter: that embeds; None: the active one.
+
+    Raises:
+        ValueError: an image cannot be read, there is none, or the processor reads no images.
+    """
+    if not images:
+        raise ValueError("There is no image to embed.")
+    processor = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
+    tower, device, found = find_towers(model)["vision"], compute_device(model), []
+    with evaluating(model), chosen_adapters.set(adapter):
+        for start in range(0, len(images), batch_size):
+            batch = [read_image(image) for image in images[start : start + batch_size]]
+            found.append(image_embeds(tower, processor(batch, return_tensors="pt").to(device))[0].cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def embed_texts(model: nn.Module, processor: Any, texts: Sequence[str], adapter: str | None = None) -> torch.Tensor:
+    """SEP's text embeddings (N, E), of unit length, in fp32 or wider, on the CPU, in evaluation.
+
+    Both branches read the text as it is; for classes the frozen one reads a template.
+
+    Args:
+        model: with a SEP adapter on its text tower.
+        processor: of transformers, with a tokenizer.
+        texts: N texts.
+        adapter: that embeds; None: the active one.
+
+    Raises:
+        TypeError: one is no text.
+        ValueError: there is none, one does not fit beside the prompts, or the processor has no tokenizer.
+    """
+    check_texts(texts)
+    tokenizer = processor_part(processor, "tokenizer", PreTrainedTokenizerBase, "to read texts")
+    encoded: Mapping[str, torch.Tensor] = tokenizer([*texts], return_tensors="pt", **padding_of(model))
+    inputs = {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}  # each (N, L)
+    tower = find_towers(model)["text"]
+    tower.texts.check_ids(inputs)
+    inputs = tower.texts.trim(inputs)
+    with evaluating(model), chosen_adapters.set(adapter):
+        tower.texts.check_room(inputs, tower.active_settings)
+        tower.texts.check_length(inputs)
+        chunks = TextChunks(tower, inputs, TEXT_CHUNK_SIZE).to(compute_device(model))
+        prompted, frozen = (chunks.encode(embed) for embed in (tower.embed_prompted, tower.embed_frozen))
+        return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight).cpu()
+
+
+def check_texts(texts: Iterable[Any]) -> None:
+    """
+    Raises:
+        TypeError: one is no text.
+        ValueError: there is none, or one is blank.
+    """
+    texts = list(texts)
+    if not texts:
+        raise ValueError("There is no text to embed.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"Texts must be strings, but got {shown(text)}.")
+        if not text.strip():
+            raise ValueError("A text is blank. Write what an image shows.")
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")

@@ -1,0 +1,259 @@
+"""Embeddings of any images and texts, and the search among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bundled import IMAGE_FILES, NAMES
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from shallow_classifier import classifier_maker
+from small_classifier import raises
+
+from sep_peft import ImageEmbedder, SEPClassifier, SEPConfig
+from sep_peft.classifier import image_index
+from sep_peft.classifier.image_index import ImageIndex
+from sep_peft.cli.app import main
+from sep_peft.training import Recipe
+
+
+@pytest.fixture(scope="module")
+def classifier() -> SEPClassifier:
+    """With a second adapter, whose task is called "other"; both are moved away from where they start."""
+    made = classifier_maker(Recipe())()
+    made.model.add_adapter("other", SEPConfig.compact(frozen_weight=0.1))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.model.named_parameters():
+        if ".sep_" in name:
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    made.add_task("other", NAMES)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Four images in two folders."""
+    folder = tmp_path / "images"
+    for name, path in zip(NAMES, IMAGE_FILES, strict=True):
+        (folder / name[0]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name[0] / f"{name}.jpg")
+    return folder
+
+
+# embeddings
+
+
+def test_images_are_embedded_as_the_exported_module_does(classifier):
+    pixels = classifier.processor(images=[Image.open(path).convert("RGB") for path in IMAGE_FILES], return_tensors="pt")
+    classifier.train()  # evaluation all the same
+    embeds = classifier.embed(IMAGE_FILES, batch_size=3)
+    assert classifier.training and embeds.shape == (4, 128) and embeds.device.type == "cpu" and not embeds.requires_grad
+    with torch.no_grad():
+        expected = ImageEmbedder(classifier.model).eval()(**pixels)
+    classifier.train()
+    torch.testing.assert_close(embeds, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(classifier.embed(IMAGE_FILES[1]), embeds[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(classifier.embed(Image.open(path) for path in IMAGE_FILES), embeds)
+
+
+TEXTS = ["a red dress", "pizza", "a photo of a cougar's face, seen from the side"]
+
+
+def test_texts_are_embedded_as_the_model_does(classifier):
+    """Whatever stands beside them: the reference has one text at a time, without padding."""
+    embeds = classifier.embed_texts(TEXTS)
+    assert embeds.shape == (3, 128) and not embeds.requires_grad
+    for text, embed in zip(TEXTS, embeds, strict=True):
+        inputs = classifier.processor(text=[text], return_tensors="pt")
+        with torch.no_grad():
+            expected = classifier.model.eval().get_text_features(**inputs).pooler_output
+        torch.testing.assert_close(embed, F.normalize(expected[0], dim=-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(classifier.embed_texts(text), embed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_embeds_by_its_adapter(classifier):
+    expected = {}
+    for adapter in ("default", "other"):
+        classifier.model.set_adapter(adapter)
+        expected[adapter] = classifier.embed(IMAGE_FILES[:2]), classifier.embed_texts(TEXTS)
+    classifier.model.set_adapter("default")
+    found = classifier.embed(IMAGE_FILES[:2], task="other"), classifier.embed_texts(TEXTS, task="other")
+    for one, other, right in zip(found, expected["default"], expected["other"], strict=True):
+        assert torch.equal(one, right) and not torch.allclose(one, other, atol=1e-3)
+    with raises("There is no task 'third'; the tasks are ['other']."):
+        classifier.embed(IMAGE_FILES, task="third")
+    with raises("There is no task 'third'; the tasks are ['other']."):
+        classifier.embed_texts("pizza", task="third")
+
+
+def test_what_cannot_be_embedded(classifier):
+    for texts, message, error in [
+        ([], "There is no text to embed.", ValueError),
+        (["pizza", " "], "A text is blank. Write what an image shows.", ValueError),
+        (["pizza", 3], "Texts must be strings, but got 3.", TypeError),
+    ]:
+        with raises(message, error):
+            classifier.embed_texts(texts)
+    with pytest.raises(ValueError, match=r"^A text of \d+ tokens does not fit: the text tower has 77 positions"):
+        classifier.embed_texts("red " * 200)
+    with raises("There is no image to embed."):
+        classifier.embed([])
+    with raises("batch_size must be a whole number of at least 1, but got 0."):
+        classifier.embed(IMAGE_FILES, batch_size=0)
+    with raises("The image '/none.jpg' cannot be read: there is no such file."):
+        classifier.embed([IMAGE_FILES[0], "/none.jpg"])
+
+
+# the index
+
+
+def index(classifier: SEPClassifier, folder: Path, **options) -> ImageIndex:
+    return ImageIndex.of_folder(folder, classifier.model, classifier.processor, **options)
+
+
+def test_the_most_similar_are_found(classifier, folder, tmp_path):
+    found = index(classifier, folder, file=tmp_path / "index.safetensors", batch_size=3)
+    assert found.names == ("b/barrel.jpg", "c/cougar_face.jpg", "p/pizza.jpg", "s/sunflower.jpg")
+    query = classifier.embed(folder / "p" / "pizza.jpg")
+    expected = sorted(
+        ((name, float(query @ classifier.embed(folder / name))) for name in found.names), key=lambda pair: -pair[1]
+    )
+    best = found.search(query, 3)
+    assert [name for name, _ in best] == [name for name, _ in expected[:3]] and best[0][0] == "p/pizza.jpg"
+    assert [cosine for _, cosine in best] == pytest.approx([cosine for _, cosine in expected[:3]], abs=1e-5)
+    assert len(found.search(query, 99)) == 4
+    with raises("top_k must be at least 1, but got 0."):
+        found.search(query, 0)
+    with raises("The embedding must have the shape (128,), but has (3,)."):
+        found.search(torch.ones(3))
+
+
+def test_only_what_has_changed_is_embedded(classifier, folder, tmp_path):
+    """New, changed, renamed and removed images; then another adapter, whose embeddings are others."""
+    file = tmp_path / "kept" / "index.safetensors"
+    first = index(classifier, folder, file=file)
+    again = index(classifier, folder, file=file)
+    assert (first.embedded, again.embedded) == (4, 0)
+    assert again.names == first.names and torch.equal(again.embeds, first.embeds)
+    (folder / "b" / "barrel.jpg").unlink()
+    (folder / "s" / "sunflower.jpg").rename(folder / "s" / "flower.jpg")
+    shutil.copy(IMAGE_FILES[0], folder / "p" / "pizza.jpg")
+    third = index(classifier, folder, file=file)
+    assert third.names == ("c/cougar_face.jpg", "p/pizza.jpg", "s/flower.jpg") and third.embedded == 2
+    torch.testing.assert_close(third.embeds, classifier.embed([folder / name for name in third.names]))
+    other = index(classifier, folder, file=file, adapter="other")
+    assert other.embedded == 3
+    torch.testing.assert_close(other.embeds, classifier.embed([folder / n for n in other.names], task="other"))
+    assert os.listdir(file.parent) == [file.name] and index(classifier, folder, file=file).embedded == 3
+
+
+def rewrite(file: Path, **changes) -> None:
+    tensors = {**load_file(file), **{name: value for name, value in changes.items() if name != "marks"}}
+    save_file(tensors, file, metadata={"marks": changes["marks"]} if "marks" in changes else None)
+
+
+FOUR = json.dumps(dict.fromkeys("abcd", "1 1"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:200]),
+        lambda file: rewrite(file),
+        lambda file: rewrite(file, marks="[" * 100_000),
+        lambda file: rewrite(file, marks='{"../../etc/passwd": "1 1"}'),
+        lambda file: rewrite(file, marks="[1, 2]"),
+        lambda file: rewrite(
+            file, embeddings=torch.full((4, 128), torch.nan), marks='{"a": 1, "b": 1, "c": 1, "d": 1}'
+        ),
+        lambda file: rewrite(file, probe=torch.ones(3), marks='{"a": 1, "b": 1, "c": 1, "d": 1}'),
+    ],
+    ids=["empty", "cut", "no marks", "deep", "other names", "list", "NaN", "other probe"],
+)
+def test_a_file_that_is_none_of_ours_is_made_anew(damage, classifier, folder, tmp_path):
+    file = tmp_path / "index.safetensors"
+    expected = index(classifier, folder, file=file)
+    damage(file)
+    found = index(classifier, folder, file=file)
+    assert found.embedded == 4 and found.names == expected.names
+    assert index(classifier, folder, file=file).embedded == 0
+
+
+def test_names_in_a_file_lead_nowhere(classifier, folder, tmp_path):
+    """Also with the right shapes and the right model: only images in the folder are answers."""
+    file = tmp_path / "index.safetensors"
+    index(classifier, folder, file=file)
+    names = ["../../etc/passwd", "/etc/passwd", "gone.jpg", "x"]
+    rewrite(file, marks=json.dumps(dict.fromkeys(names, "1 1")))
+    assert set(index(classifier, folder, file=file).names).isdisjoint(names)
+
+
+def test_unreadable_images_are_named_and_left_out(classifier, folder, tmp_path):
+    (folder / "broken.jpg").write_bytes(b"no image")
+    found = index(classifier, folder, file=tmp_path / "index.safetensors")
+    assert len(found.names) == 4 and found.embedded == 4 and list(found.unreadable) == ["broken.jpg"]
+    assert "cannot be read: it is empty, damaged or of no format that Pillow reads." in found.unreadable["broken.jpg"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with raises(f"{str(empty)!r} holds no image that can be read."):
+        index(classifier, empty, file=tmp_path / "other.safetensors")
+    with raises(f"There is no folder {str(tmp_path / 'none')!r}.", NotADirectoryError):
+        index(classifier, tmp_path / "none")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_every_folder_has_its_own_file_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    files = [image_index.index_file(tmp_path / name) for name in ("one", "two", "one/../one")]
+    assert files[0] == files[2] != files[1] and files[0].name == "index.safetensors"
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def adapter(classifier, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "saved"
+    classifier.save_pretrained(folder)
+    return folder
+
+
+def test_search(classifier, adapter, folder, tmp_path, capsys):
+    file = tmp_path / "index.safetensors"
+    arguments = ["search", adapter, folder, folder / "p" / "pizza.jpg", "--index", file, "--top-k", 2, "--quiet"]
+    assert main([*map(str, arguments), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["query"] == {"image": str(folder / "p" / "pizza.jpg")} and (data["images"], data["embedded"]) == (4, 4)
+    assert data["found"][0] == {"image": str(folder / "p" / "pizza.jpg"), "similarity": pytest.approx(1, abs=1e-4)}
+    assert main([*map(str, arguments)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"1.000 {folder / 'p' / 'pizza.jpg'}" and len(lines) == 2
+
+    (folder / "broken\x1b[2J.jpg").write_bytes(b"no image")
+    arguments[3] = "a slice of pizza"
+    assert main([*map(str, arguments), "--json"]) == 1
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert data["query"] == {"text": "a slice of pizza"} and data["embedded"] == 0 and len(data["unreadable"]) == 1
+    expected = classifier.embed_texts("a slice of pizza") @ classifier.embed(data["found"][0]["image"])
+    assert data["found"][0]["similarity"] == pytest.approx(float(expected), abs=1e-5)
+    assert "\x1b" not in err and re.search(r"sep-peft: warning: The image .+broken.+ cannot be read", err)
+
+
+def test_mistakes_of_search(adapter, folder, tmp_path, capsys):
+    none = tmp_path / "none"
+    for arguments, message in [
+        ([adapter, none, "x"], f"There is no folder {str(none)!r}."),
+        ([none, folder, "x"], f"There is no adapter folder {none}."),
+        ([adapter, folder, " "], "A text is blank. Write what an image shows."),
+    ]:
+        assert main(["search", *map(str, arguments), "--quiet"]) == 1
+        assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
