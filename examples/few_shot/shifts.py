@@ -82,9 +82,9 @@ def measure_run(run: Path, data: ImageSet) -> None:
     processor = AutoProcessor.from_pretrained(settings["model"])
     classifier = load_classifier(run, settings, processor, evaluation.data).eval()
     start = time.perf_counter()
-    results: dict[str, Any] = {SOURCE: before["results"][evaluation.name]}
-    for name in SHIFTS:
-        shifted = Measurement(name, evaluation.data, shift=name)
+    results: dict[str, Any] = {}
+    for name in (SOURCE, *SHIFTS):  # the source as well, because another release of Pillow may read images otherwise
+        shifted = Measurement(name, evaluation.data, shift="" if name == SOURCE else name)
         part, unreadable = embedded(classifier, shifted, processor.image_processor)
         part["texts"] = found[evaluation.name]["texts"]
         logits = trained_logits(found, part, settings["method"])
