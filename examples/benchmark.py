@@ -9,12 +9,14 @@ macOS, on the CPU.
     python examples/benchmark.py --fast              # a tiny model, seconds: only to see that everything runs
     python examples/benchmark.py --extended          # also torch.compile and bfloat16; compiling takes minutes
     python examples/benchmark.py --only resident     # a hundred adapters in one model
+    python examples/benchmark.py --check             # every goal, in five minutes at most; fails where one is not met
 
 On Linux, glibc gives freed memory back to the system during every training step and takes it again page by page. Plain
 CLIP without gradients hardly notices. All timings but one are made with that turned off, for every workload alike; a
 program of yours gets the same by `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python ...`.
 
-The table goes to stdout and, with the spread over the rounds, into a JSON file.
+The table goes to stdout and, with the spread over the rounds, into a JSON file; so does what was measured when
+Ctrl-C or SIGTERM comes.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,6 +51,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig, TrunkCache, cast_adapter
+from sep_peft.training import Recipe
 
 
 MIB = 2**20
@@ -78,6 +82,8 @@ SEP_MORE_STEP = "SEP step, full loss, more classes"
 SEP_CACHED_STEP = "SEP step, full loss, late start, cached trunk"
 SEP_MORE_CLASSES_STEP = "SEP step, more classes"
 SEP_MANY_STEP = "SEP step, many classes"
+SEP_SAMPLED_STEP = "SEP step, many classes, sampled"
+SEP_FULL_SAMPLED_STEP = "SEP step, full loss, many classes, sampled"
 
 AS_IT_IS = "glibc as it is"
 RESIDENT = "resident adapters / their files"
@@ -99,10 +105,11 @@ class Settings:
         batch_size: images a batch.
         num_classes: classes of the task.
         more_classes: classes of the task with more classes, for time.
-        many_classes: classes of the task with many classes, for memory.
+        many_classes: classes of the task with many classes, all encoded or a sample of them.
         resident: adapters that are in one model at once.
         rounds: repetitions of every timing.
         goals: name of a row -> the most that it should be.
+        goals_alone: leave out what no goal is about.
         threads: CPU threads of torch.
         seed: of weights, images and texts.
     """
@@ -118,6 +125,7 @@ class Settings:
     resident: int
     rounds: int
     goals: dict
+    goals_alone: bool = False
     threads: int = 0
     seed: int = 0
 
@@ -148,7 +156,9 @@ VIT_B_16 = Settings(
         f"{SEP_FULL_STEP} / {PLAIN}": 3.6,
         f"{SEP_MORE_STEP} / {PLAIN}": 7.0,
         f"{SEP_CACHED_STEP} / {SEP_FULL_STEP}": 0.25,
+        f"{SEP_FULL_SAMPLED_STEP} / {SEP_FULL_STEP}": 1.25,
         f"peak memory: {SEP_MANY_STEP} / {SEP_STEP}": 1.5,
+        f"peak memory: {SEP_SAMPLED_STEP} / {SEP_STEP}": 1.2,
         "SEP adapter: size": 6.0,
         "SEP adapter: switch": 1.0,
         "compact SEP adapter: size": 1.0,
@@ -181,7 +191,12 @@ TINY = Settings(
     many_classes=300,
     resident=3,
     rounds=2,
-    goals={},  # what does not grow with the model outweighs everything else here
+    # what does not grow with the model outweighs everything else here: goals to see how a check tells of them
+    goals={
+        "SEP adapter: size": 1.0,
+        "SEP adapter: switch": 0.0,
+        f"{SEP}: compiled / eager": 1.0,
+    },
 )
 
 
@@ -327,9 +342,10 @@ def lora_step(model: PeftModel, task: Task) -> Workload:
     return training_step(model, compute_loss)
 
 
-def sep_full_step(model: PeftModel, task: Task, **loss_weights: float) -> Workload:
-    """A step on the published loss, or with other weights of its parts."""
-    classifier = SEPClassifier(model, task.names, task.templates, **loss_weights)
+def sep_full_step(model: PeftModel, task: Task, class_sample: int | None = 0, **loss_weights: float) -> Workload:
+    """A step on the published loss, or with other weights of its parts; `class_sample` is the recipe's."""
+    recipe = Recipe(class_sample=class_sample, **loss_weights)
+    classifier = SEPClassifier(model, task.names, task.templates, recipe=recipe)
     return training_step(classifier, lambda: classifier(task.pixel_values, task.labels).loss)
 
 
@@ -346,9 +362,46 @@ def sep_cached_step(model: PeftModel, task: Task) -> Workload:
     return training_step(classifier, compute_loss)
 
 
-def sep_step(model: PeftModel, task: Task) -> Workload:
+def sep_step(model: PeftModel, task: Task, class_sample: int | None = 0) -> Workload:
     """A step on the cross entropy alone, the loss that LoRA gets as well."""
-    return sep_full_step(model, task, text_weight=0, vision_weight=0, prototype_weight=0)
+    return sep_full_step(model, task, class_sample, text_weight=0, vision_weight=0, prototype_weight=0)
+
+
+def sep_sampled_step(model: PeftModel, task: Task) -> Workload:
+    """`sep_step` with as many class texts as the default recipe draws."""
+    return sep_step(model, task, class_sample=None)
+
+
+# stopping
+
+
+class Stopped(Exception):
+    """A signal has come."""
+
+
+class Stop:
+    """The first of some signals raises `Stopped`, wherever the program is; a second one does what it always does.
+
+    Args:
+        seconds: after which SIGALRM comes; None: never.
+    """
+
+    def __init__(self, seconds: int | None = None):
+        self.received: str | None = None
+        self._usual = {
+            each: signal.signal(each, self._stop) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+        }
+        signal.alarm(seconds or 0)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+        self.end()
+        raise Stopped
+
+    def end(self) -> None:
+        signal.alarm(0)
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
 
 
 # time
@@ -361,18 +414,35 @@ def seconds(workload: Workload) -> float:
 
 
 def time_by_turns(workloads: dict[str, Workload], settings: Settings, title: str) -> dict[str, list[float]]:
-    """Seconds of each workload in each round, after a round that does not count."""
+    """Seconds of each workload in each round, after a round that does not count; when stopped, of the whole rounds."""
     names, rng = list(workloads), random.Random(settings.seed)
     times = {name: [] for name in names}
-    with tqdm(total=(settings.rounds + 1) * len(names), desc=title) as progress:
-        for index in range(settings.rounds + 1):
-            rng.shuffle(names)
-            for name in names:
-                elapsed = seconds(workloads[name])
-                if index > 0:
-                    times[name].append(elapsed)
-                progress.update()
+    try:
+        with tqdm(total=(settings.rounds + 1) * len(names), desc=title) as progress:
+            for index in range(settings.rounds + 1):
+                rng.shuffle(names)
+                for name in names:
+                    elapsed = seconds(workloads[name])
+                    if index > 0:
+                        times[name].append(elapsed)
+                    progress.update()
+    except Stopped:
+        whole = min(map(len, times.values()))
+        if whole == 0:
+            raise
+        times = {name: values[:whole] for name, values in times.items()}
     return times
+
+
+def needed(workloads: dict[str, Callable[[], Workload]], settings: Settings) -> dict[str, Workload]:
+    """Makes workloads, or those alone that a goal is about."""
+    about = {part for goal in settings.goals for part in goal.split(" / ")}
+    return {name: make() for name, make in workloads.items() if not settings.goals_alone or name in about}
+
+
+def ratio_rows(times: dict[str, list[float]], *pairs: tuple[str, str]) -> list[Row]:
+    """`ratio_row` of each name and base that were measured."""
+    return [ratio_row(times, *pair) for pair in pairs if set(pair) <= set(times)]
 
 
 def ratio_row(times: dict[str, list[float]], name: str, base: str) -> Row:
@@ -384,25 +454,24 @@ def measure_inference(settings: Settings) -> list[Row]:
     task = make_task(settings, settings.num_classes)
     one = replace(task, pixel_values=task.pixel_values[:1], labels=task.labels[:1])
     plain, sep = make_clip(settings), make_sep(settings)
+    late = partial(make_sep, settings, start_layer=settings.late_start)
     workloads = {
-        PLAIN: image_encoding(plain, task),
-        PROMPTED: inference(sep.base_model.towers["vision"].embed_prompted, task),
-        SEP: image_encoding(sep, task),
-        SEP_LATE: image_encoding(make_sep(settings, start_layer=settings.late_start), task),
-        PLAIN_EVALUATION: clip_evaluation(plain, task),
-        SEP_EVALUATION: sep_evaluation(sep, task),
-        SEP_ONE: image_encoding(sep, one),
-        SEP_ONE_CLASSIFIED: sep_evaluation(sep, one),
+        PLAIN: lambda: image_encoding(plain, task),
+        PROMPTED: lambda: inference(sep.base_model.towers["vision"].embed_prompted, task),
+        SEP: lambda: image_encoding(sep, task),
+        SEP_LATE: lambda: image_encoding(late(), task),
+        PLAIN_EVALUATION: lambda: clip_evaluation(plain, task),
+        SEP_EVALUATION: lambda: sep_evaluation(sep, task),
+        SEP_ONE: lambda: image_encoding(sep, one),
+        SEP_ONE_CLASSIFIED: lambda: sep_evaluation(sep, one),
     }
-    times = time_by_turns(workloads, settings, "inference")
+    times = time_by_turns(needed(workloads, settings), settings, "inference")
+    evaluations = [name for name in (PLAIN_EVALUATION, SEP_EVALUATION) if name in times]
     return [
-        Row(PLAIN, "s", times[PLAIN]),
-        ratio_row(times, PROMPTED, PLAIN),
-        ratio_row(times, SEP, PLAIN),
-        ratio_row(times, SEP_LATE, PLAIN),
-        *(Row(n, "images/s", [settings.batch_size / t for t in times[n]]) for n in (PLAIN_EVALUATION, SEP_EVALUATION)),
-        ratio_row(times, SEP_EVALUATION, PLAIN_EVALUATION),
-        ratio_row(times, SEP_ONE_CLASSIFIED, SEP_ONE),
+        *(Row(name, "s", times[name]) for name in (PLAIN,) if name in times),
+        *ratio_rows(times, (PROMPTED, PLAIN), (SEP, PLAIN), (SEP_LATE, PLAIN)),
+        *(Row(name, "images/s", [settings.batch_size / t for t in times[name]]) for name in evaluations),
+        *ratio_rows(times, (SEP_EVALUATION, PLAIN_EVALUATION), (SEP_ONE_CLASSIFIED, SEP_ONE)),
     ]
 
 
@@ -429,20 +498,24 @@ def keep_freed_memory() -> None:
 def measure_training(settings: Settings) -> list[Row]:
     task = make_task(settings, settings.num_classes)
     sep = make_sep(settings)
-    steps = {
-        LORA_STEP: lora_step(make_lora(settings), task),
-        SEP_STEP: sep_step(sep, task),
-        SEP_FULL_STEP: sep_full_step(sep, task),
-        SEP_MORE_STEP: sep_full_step(sep, make_task(settings, settings.more_classes)),
-        SEP_CACHED_STEP: sep_cached_step(make_sep(settings, start_layer=settings.late_start), task),
+    more, many = (partial(make_task, settings, count) for count in (settings.more_classes, settings.many_classes))
+    late = partial(make_sep, settings, start_layer=settings.late_start)
+    workloads = {
+        PLAIN: lambda: image_encoding(make_clip(settings), task),
+        LORA_STEP: lambda: lora_step(make_lora(settings), task),
+        SEP_STEP: lambda: sep_step(sep, task),
+        SEP_FULL_STEP: lambda: sep_full_step(sep, task),
+        SEP_MORE_STEP: lambda: sep_full_step(sep, more()),
+        SEP_FULL_SAMPLED_STEP: lambda: sep_full_step(sep, many(), class_sample=None),
+        SEP_CACHED_STEP: lambda: sep_cached_step(late(), task),
     }
-    times = time_by_turns({PLAIN: image_encoding(make_clip(settings), task), **steps}, settings, "training")
+    times = time_by_turns(needed(workloads, settings), settings, "training")
+    steps = [name for name in times if name != PLAIN]
     return [
         *(Row(name, "s", times[name]) for name in steps),
-        *(ratio_row(times, name, PLAIN) for name in steps),
-        ratio_row(times, SEP_CACHED_STEP, SEP_FULL_STEP),
-        ratio_row(times, SEP_STEP, LORA_STEP),
-        ratio_row(times, SEP_FULL_STEP, LORA_STEP),
+        *ratio_rows(times, *((name, PLAIN) for name in steps)),
+        *ratio_rows(times, (SEP_CACHED_STEP, SEP_FULL_STEP), (SEP_FULL_SAMPLED_STEP, SEP_FULL_STEP)),
+        *ratio_rows(times, (SEP_STEP, LORA_STEP), (SEP_FULL_STEP, LORA_STEP)),
     ]
 
 
@@ -486,6 +559,7 @@ MEMORY_CASES = {
     SEP_STEP: MemoryCase(make_sep, sep_step),
     SEP_MORE_CLASSES_STEP: MemoryCase(make_sep, sep_step, "more_classes"),
     SEP_MANY_STEP: MemoryCase(make_sep, sep_step, "many_classes"),
+    SEP_SAMPLED_STEP: MemoryCase(make_sep, sep_sampled_step, "many_classes"),
 }
 
 
@@ -503,44 +577,41 @@ def peak_memory(name: str, settings: Settings) -> tuple[int, int]:
     return peak, peak - loaded
 
 
-def measure_memory(settings: Settings) -> list[Row]:
+def measure_memory(settings: Settings) -> Iterator[Row]:
     # Without a fixed threshold the gaps in glibc's heap count as well. They say more about glibc than about a method: a
     # training step appears to take half as much again, and to take more the more chunks of texts it goes through.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD)
     # A process that is started directly begins with the peak of its parent; one that a small server forks does not.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.clip.modeling_clip", "sep_peft"])
-    rows, peaks = [], {}
-    for name in tqdm(MEMORY_CASES, desc="memory"):
+    peaks = {}
+    cases = (SEP_STEP, SEP_MANY_STEP, SEP_SAMPLED_STEP) if settings.goals_alone else tuple(MEMORY_CASES)
+    for name in tqdm(cases, desc="memory"):
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             peak, growth = pool.submit(peak_memory, name, settings).result()
         peaks[name] = peak
-        rows.append(Row(f"peak memory: {name}", "MiB", [peak / MIB]))
-        rows.append(Row(f"peak memory above the model: {name}", "MiB", [growth / MIB]))
-    return rows + [
-        Row(f"peak memory: {name} / {SEP_STEP}", "× memory", [peaks[name] / peaks[SEP_STEP]])
-        for name in (SEP_MORE_CLASSES_STEP, SEP_MANY_STEP)
-    ]
+        yield Row(f"peak memory: {name}", "MiB", [peak / MIB])
+        yield Row(f"peak memory above the model: {name}", "MiB", [growth / MIB])
+        if name in (SEP_MORE_CLASSES_STEP, SEP_MANY_STEP, SEP_SAMPLED_STEP):
+            yield Row(f"peak memory: {name} / {SEP_STEP}", "× memory", [peak / peaks[SEP_STEP]])
 
 
 # adapters
 
 
-def measure_adapters(settings: Settings) -> list[Row]:
+def measure_adapters(settings: Settings) -> Iterator[Row]:
     configs = {
         "SEP adapter": SEPConfig(),
         "compact SEP adapter": SEPConfig.compact(),
         "published SEP adapter": SEPConfig.published(),
         "LoRA adapter": lora_config(),
     }
-    rows = []
     for name, config in tqdm(configs.items(), desc="adapters"):
         with tempfile.TemporaryDirectory() as folder:
-            rows += measure_adapter(name, get_peft_model(make_clip(settings), config), folder, settings.rounds)
+            yield from measure_adapter(name, get_peft_model(make_clip(settings), config), folder, settings.rounds)
             if name == "SEP adapter":
                 cast_adapter(folder, torch.bfloat16)
-                rows.append(Row(f"{name}, bf16: size", "MB", [adapter_bytes(folder) / 1e6]))
-    return rows
+                yield Row(f"{name}, bf16: size", "MB", [adapter_bytes(folder) / 1e6])
 
 
 def adapter_bytes(folder: str) -> int:
@@ -601,8 +672,8 @@ def measure_adapter(name: str, model: PeftModel, folder: str, rounds: int) -> li
 # results
 
 
-def describe(settings: Settings, rows: list[Row]) -> dict:
-    """Everything that goes into the JSON file."""
+def describe(settings: Settings, rows: list[Row], stopped: str | None) -> dict:
+    """Everything that goes into the JSON file; `stopped` is the signal that ended it, if one did."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "sep_peft")}
     return {
         "versions": {"python": platform.python_version(), **versions},
@@ -613,6 +684,7 @@ def describe(settings: Settings, rows: list[Row]) -> dict:
             "threads": settings.threads,
         },
         "settings": asdict(settings),
+        "stopped": stopped,
         "rows": [row.to_json(settings.goals) for row in rows],
     }
 
@@ -660,6 +732,17 @@ def format_row(row: dict) -> tuple[str, str, str, str, str]:
     return row["name"], f"{row['median']:,.{digits}f}", row["unit"], goal, met
 
 
+def format_check(report: dict, goals: dict[str, float]) -> str:
+    """A line for each goal: name, goal, what was measured, and whether it is met."""
+    rows = {row["name"]: format_row(row) for row in report["rows"]}
+    width = max(map(len, goals))
+    lines = []
+    for name, goal in goals.items():
+        _, value, unit, _, met = rows.get(name, ("", "not measured", "", "", "no"))
+        lines.append(f"{name:<{width}}  goal ≤ {goal:<6g} measured {f'{value} {unit}':<18} met: {met}")
+    return "\n".join(lines)
+
+
 # the command line
 
 EXTENDED = "extended"
@@ -673,6 +756,8 @@ GROUPS = {
     "training": measure_training,
     EXTENDED: measure_extended,
 }
+#: How long a check of the goals may take, and its rounds.
+CHECK_SECONDS, CHECK_ROUNDS = 290, 1
 #: Groups that are about memory that is given back and taken again.
 AS_GLIBC_DOES = ("memory", "allocator")
 
@@ -691,26 +776,50 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help=f"rounds of every timing ({VIT_B_16.rounds})")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads of torch (all)")
     parser.add_argument("--extended", action="store_true", help="also measure torch.compile and bfloat16")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with the goals, in five minutes; the exit status says if all are met",
+    )
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these groups alone")
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    settings = TINY if arguments.fast else VIT_B_16
-    settings = replace(settings, threads=arguments.threads, rounds=arguments.rounds or settings.rounds)
-    torch.set_num_threads(settings.threads)
-    chosen = set(arguments.only or GROUPS.keys() - {EXTENDED}) | ({EXTENDED} if arguments.extended else set())
-    rows = []
-    for name, measure in GROUPS.items():
+def measure(settings: Settings, chosen: set[str], stop: Stop) -> Iterator[Row]:
+    """All rows of some groups, until it is stopped."""
+    for name, rows in GROUPS.items():
         if name not in AS_GLIBC_DOES:
             keep_freed_memory()
-        if name in chosen:
-            rows += measure(settings)
-    report = describe(settings, rows)
-    print(format_report(report))
+        if name in chosen and stop.received is None:
+            yield from rows(settings)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    settings = TINY if arguments.fast else VIT_B_16
+    rounds = arguments.rounds or (CHECK_ROUNDS if arguments.check else settings.rounds)
+    settings = replace(settings, threads=arguments.threads, rounds=rounds, goals_alone=arguments.check)
+    if arguments.check and not (arguments.extended or arguments.fast):  # compiling alone takes more than five minutes
+        settings = replace(settings, goals={n: g for n, g in settings.goals.items() if not n.endswith(" / eager")})
+    torch.set_num_threads(settings.threads)
+    usual = GROUPS.keys() - {EXTENDED, *(["allocator"] if arguments.check else [])}
+    chosen = set(arguments.only or usual) | ({EXTENDED} if arguments.extended else set())
+    rows, stop = [], Stop(CHECK_SECONDS if arguments.check else None)
+    try:
+        for row in measure(settings, chosen, stop):
+            rows.append(row)
+    except Stopped:
+        print(f"{stop.received} came; this is what was measured until then.", file=sys.stderr)
+    stop.end()
+    report = describe(settings, rows, stop.received)
+    goals = settings.goals
+    print(format_check(report, goals) if arguments.check else format_report(report))
     write_json(arguments.output, report)
+    if stop.received is not None and not arguments.check:
+        return 128 + signal.Signals[stop.received]
+    met = {row["name"] for row in report["rows"] if row["met"]}
+    return int(arguments.check and not set(goals) <= met)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

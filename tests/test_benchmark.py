@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
+import pytest
 from fresh import usual
 
 
 BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmark.py"
 ADAPTERS = ("SEP adapter", "compact SEP adapter", "published SEP adapter", "LoRA adapter")
-CLASSES = ("SEP step, more classes", "SEP step, many classes")
+CLASSES = ("SEP step, more classes", "SEP step, many classes", "SEP step, many classes, sampled")
 MEMORY = ("plain image encoding", "SEP image encoding", "LoRA step", "SEP step", *CLASSES)
 ROWS = {
     "plain image encoding",
@@ -29,6 +33,9 @@ ROWS = {
     "SEP step, full loss / plain image encoding",
     "SEP step, full loss, more classes",
     "SEP step, full loss, more classes / plain image encoding",
+    "SEP step, full loss, many classes, sampled",
+    "SEP step, full loss, many classes, sampled / plain image encoding",
+    "SEP step, full loss, many classes, sampled / SEP step, full loss",
     "SEP step, full loss, late start, cached trunk",
     "SEP step, full loss, late start, cached trunk / plain image encoding",
     "SEP step, full loss, late start, cached trunk / SEP step, full loss",
@@ -48,6 +55,16 @@ ROWS = {
 }
 
 
+INFERENCE = (
+    "plain evaluation",
+    "plain image encoding",
+    "prompted image forward",
+    "SEP image encoding",
+    "SEP evaluation",
+    "SEP classification",
+)
+
+
 def test_every_figure_is_written(tmp_path):
     output = tmp_path / "benchmark.json"
     result = usual().run(BENCHMARK, "--fast", "--threads", "1", "--output", output)
@@ -59,6 +76,7 @@ def test_every_figure_is_written(tmp_path):
     assert set(report["machine"]) == {"system", "cpu", "cores", "threads"}
     assert report["machine"]["threads"] == 1
     assert report["settings"]["text"]["num_hidden_layers"] == 2
+    assert report["stopped"] is None
 
     rows = {row["name"]: row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
@@ -68,3 +86,31 @@ def test_every_figure_is_written(tmp_path):
         assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("min", "median", "max")), name
         assert row["min"] <= row["median"] <= row["max"]
         assert name in result.stdout
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
+def test_what_was_measured_is_written_when_it_is_stopped(number, name, tmp_path):
+    output = tmp_path / "benchmark.json"
+    options = ("--fast", "--threads", "1", "--rounds", "1000000", "--only", "inference", "extended", "--output", output)
+    process = usual().start(BENCHMARK, *options)
+    deadline = time.monotonic() + 60
+    while "| 40/" not in process.err.read_text() and time.monotonic() < deadline:  # the fifth round of eight workloads
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    assert process.wait() == 128 + number, process.err.read_text()
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["stopped"] == name
+    rows = {row["name"]: row["rounds"] for row in report["rows"]}
+    assert set(rows) == {row for row in ROWS if row.startswith(INFERENCE)}
+    assert len(set(rows.values())) == 1 and rows.popitem()[1] >= 4
+
+
+def test_a_check_says_of_every_goal_whether_it_is_met(tmp_path):
+    output = tmp_path / "benchmark.json"
+    result = usual().run(BENCHMARK, "--fast", "--check", "--threads", "1", "--output", output)
+    goals = json.loads(output.read_text(encoding="utf-8"))["settings"]["goals"]
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(goals) and all(line.startswith(name) for name, line in zip(goals, lines, strict=True))
+    assert [line.split()[-1] for line in lines] == ["yes", "no", "no"]
+    assert "measured not measured" in lines[2]
+    assert result.returncode == 1
