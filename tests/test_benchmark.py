@@ -36,6 +36,8 @@ ROWS = {
     "SEP step, full loss, many classes, sampled",
     "SEP step, full loss, many classes, sampled / plain image encoding",
     "SEP step, full loss, many classes, sampled / SEP step, full loss",
+    "SEP step, full loss, cached frozen embeddings",
+    "SEP step, full loss, cached frozen embeddings / plain image encoding",
     "SEP step, full loss, late start, cached trunk",
     "SEP step, full loss, late start, cached trunk / plain image encoding",
     "SEP step, full loss, late start, cached trunk / SEP step, full loss",

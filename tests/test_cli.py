@@ -248,15 +248,6 @@ def test_train_on_a_cached_trunk(run, images, kept, tmp_path):
     assert config["start_layer"] == {"text": 1, "vision": 2}
 
 
-def test_a_cache_needs_a_trunk(run, images, tmp_path):
-    out = ["--base-model", base(), "--output", tmp_path / "new", "--cache", "memory"]
-    message = (
-        "--cache keeps what is below --start-layer of the vision tower, which is 0. Pass a layer above 0, or no "
-        "--cache."
-    )
-    assert error_of(run, "train", images, *out) == message
-
-
 # predict
 
 

@@ -277,11 +277,15 @@ def test_the_recipe_of_fit_becomes_the_classifiers(make, samples):
     assert classifier.prototypes is None and classifier.classes.prototypes is None
 
 
+#: Views, cache and `start_layer` without a trunk.
+FROM_0 = ((3, None, 0), (3, "memory", 0))
+
+
 def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(make, samples, tmp_path):
     """With one view less the last epoch shows the first one's images."""
     found = []
-    for views, cache in ((3, None), (3, "memory"), (2, "memory"), (2, tmp_path)):
-        classifier = make(start_layer=3)
+    for views, cache, start_layer in ((3, None, 3), (3, "memory", 3), (2, "memory", 3), (2, tmp_path, 3), *FROM_0):
+        classifier = make(start_layer=start_layer)
         losses = record(classifier)
         recipe = Recipe(epochs=3, batch_size=4, calibration_folds=0, views=views)
         fit(classifier, samples, recipe, quiet=True, cache=cache)
@@ -291,10 +295,17 @@ def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(make, sample
     assert found[2][6] != pytest.approx(found[0][6], rel=1e-3)
     assert found[3] == pytest.approx(found[2], rel=1e-4)
     assert list(tmp_path.glob("*.safetensors"))
+    assert found[5] == pytest.approx(found[4], rel=1e-4)
 
 
 def frozen(classifier: SEPClassifier) -> SEPClassifier:
     classifier.model.requires_grad_(False)
+    return classifier
+
+
+def switched_off(classifier: SEPClassifier) -> SEPClassifier:
+    """Without prompts in the image tower."""
+    classifier.vision_tower.delete_adapter("default")
     return classifier
 
 
@@ -311,10 +322,9 @@ MISTAKES = {
         "classifier.class_names.",
     ),
     "frozen": (frozen, [("a.jpg", "lamp")], {}, FROZEN),
-    "no trunk": (
-        *(None, [("a.jpg", "lamp")], {"cache": "memory"}),
-        "The vision tower has no trunk to keep: its prompts enter at start_layer=0, or it has none. Take "
-        "SEPConfig(start_layer=...) above 0.",
+    "nothing to cache": (
+        *(switched_off, [("a.jpg", "lamp")], {"cache": "memory"}),
+        "There is nothing to cache: no active adapter has prompts in the vision tower. Train without a cache.",
     ),
     "no processor": (
         *(lambda classifier: setattr(classifier, "processor", None) or classifier, [("a.jpg", "lamp")], {}),

@@ -20,6 +20,7 @@ from small_classifier import CLASSES, TEMPLATES, raises
 from small_clip import make_clip, make_images, perturb
 
 from sep_peft import SEPClassifier, SEPConfig, TrunkCache
+from sep_peft.classifier.prediction import image_embeds
 from sep_peft.classifier.trunk_cache import embeds_from_trunk
 from sep_peft.method.mix import mix_embeddings
 from sep_peft.tuner.model import find_towers
@@ -27,10 +28,7 @@ from sep_peft.tuner.wrappers import SEPEncoderLayer
 
 
 LABELS = torch.tensor([3, 0, 2, 2, 1])
-NO_TRUNK = (
-    "The vision tower has no trunk to keep: its prompts enter at start_layer=0, or it has none. Take "
-    "SEPConfig(start_layer=...) above 0."
-)
+NOTHING = "There is nothing to cache: no active adapter has prompts in the vision tower. Train without a cache."
 
 
 class Images(torch.utils.data.Dataset):
@@ -89,10 +87,31 @@ def test_a_step_equals_one_without_the_cache(config, folder, tmp_path):
     torch.testing.assert_close(step(classifier, **batch_of(cache)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_step_at_layer_0_runs_the_prompted_pass_alone(folder, tmp_path):
+    """The frozen embedding of each image is kept, on disk too; the image is read again."""
+    classifier, plain = make_classifier(0), make_classifier(0)
+    expected = step(plain, pixel_values=make_images(5), labels=LABELS)
+    cache = TrunkCache(classifier.model, Images(), tmp_path if folder else None)
+    batch = batch_of(cache)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "pixel_values": (5, 3, 24, 24),
+        "frozen_embeds": (5, 24),
+        "labels": (5,),
+    }
+    calls = Calls(classifier)
+    torch.testing.assert_close(step(classifier, **batch), expected, rtol=1e-5, atol=1e-6)
+    assert {calls.counts["vision", layer] for layer in range(4)} == {1}
+    if folder:
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_size < 5 * (4 * 24 + 400)
+        again = Calls(classifier)
+        found = batch_of(TrunkCache(classifier.model, Images(), tmp_path))
+        assert {again.counts["vision", layer] for layer in range(4)} == {0}
+        assert all(torch.equal(found[name], value) for name, value in batch.items())
+
+
 SIZES = "{} takes images of several sizes. Train it without a trunk cache."
-STAGES = (
-    "The vision tower of {} has layers in stages, whose trunk is more than hidden states. Train it without a cache."
-)
 EXTRA = (
     "A trunk cache takes pixel_values and labels alone, but the images have ['pixel_attention_mask', 'spatial_shapes']."
 )
@@ -104,8 +123,6 @@ REFUSED = {
     "blip_2 retrieval": SIZES.format("Blip2VisionModel"),
     "blip_2 vision": SIZES.format("Blip2VisionModel"),
     "blip_2 vision with projection": SIZES.format("Blip2VisionModel"),
-    "groupvit": STAGES.format("GroupViTModel"),
-    "groupvit vision": STAGES.format("GroupViTVisionModel"),
     "siglip2": EXTRA,
     "siglip2 vision": EXTRA,
     "siglip2 image classification": EXTRA,
@@ -136,11 +153,16 @@ def test_families_that_are_refused(family):
 
 @pytest.mark.parametrize("family", [name for name in WITH_IMAGES if name not in REFUSED])
 def test_families(family):
-    """The image tower gives the same embeddings from its trunk."""
+    """The image tower gives the same embeddings from its trunk, or from the frozen ones with layers in stages."""
     model, inputs = model_and_images(family)
     tower = find_towers(model)["vision"].eval()
     batch = batch_of(TrunkCache(model, Images(inputs["pixel_values"])))
-    image, _ = embeds_from_trunk(tower, batch["trunk"], batch["frozen_embeds"], batch["trunk_layer"])
+    assert ("trunk" in batch) != tower.spec.in_stages
+    if "trunk" in batch:
+        image, _ = embeds_from_trunk(tower, batch["trunk"], batch["frozen_embeds"], batch["trunk_layer"])
+    else:
+        del batch["labels"]
+        image, _ = image_embeds(tower, batch)
     prompted, frozen = tower.embed(**inputs)
     torch.testing.assert_close(image, mix_embeddings(prompted, frozen, tower.frozen_weight), rtol=1e-5, atol=1e-5)
 
@@ -388,8 +410,8 @@ def test_half_precision_is_close():
 
 
 def test_nothing_to_cache():
-    with raises(NO_TRUNK):
-        TrunkCache(make_classifier(0).model, Images())
+    with raises(NOTHING):
+        TrunkCache(make_classifier(num_vision_prompts=0).model, Images())
     classifier = make_classifier()
     batch = batch_of(TrunkCache(classifier.model, Images()))
     with raises("Pass either pixel_values or trunk and frozen_embeds."):

@@ -1,4 +1,4 @@
-"""`TrunkCache`: what the layers below `start_layer` make of a fixed set of images, computed once for all epochs."""
+"""`TrunkCache`: what training does not change of a fixed set of images, computed once for all epochs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from ..tracing import is_traced
 from ..tuner.files import check_save_dtype, remove_leftovers, replace_files
 from ..tuner.messages import one_line
 from ..tuner.model import find_towers
+from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device, read_parameter
 from ..tuner.passes import TrunkFeatures
 from ..tuner.registration import PREFIX
+from ..tuner.settings import TowerSettings
 from ..tuner.tower import SEPTower
 from ..tuner.wrappers import SEPLayer
 
@@ -32,7 +34,7 @@ from ..tuner.wrappers import SEPLayer
 SHARD_SIZE = 256
 #: Layout of the files; part of their names, so that files of another layout are never read.
 LAYOUT = 2
-#: What is kept of an image.
+#: What is kept of an image; the first only where layers lie below `start_layer`.
 PARTS = ("trunk", "frozen_embeds")
 
 
@@ -45,7 +47,10 @@ class SizedImages(Protocol):
 
 
 class TrunkCache(torch.utils.data.Dataset):
-    """Images as the layers above `start_layer` see them, for training: no image is read and no trunk run twice.
+    """What training does not change of images: the frozen pass of each, and all below `start_layer`, is run once.
+
+    With a `start_layer` above 0 no image is read twice. At 0, and where layers come in stages, the frozen embedding (E
+    numbers) is kept, and the prompted pass begins with the image, which is read again.
 
     An entry is found by the values of its pixels and by the weights of the tower, so a changed image, transform,
     model, precision or `start_layer` never meets an old entry. On disk an image takes ``2 L D`` bytes in bf16, 0.3 MB
@@ -54,7 +59,7 @@ class TrunkCache(torch.utils.data.Dataset):
     may share a folder.
 
     Args:
-        model: with a SEP adapter whose `start_layer` is above 0.
+        model: with a SEP adapter that prompts the image tower.
         images: a data set of dicts with `pixel_values` (channels, height, width) and `labels`; what it gives for an
             index must not change, so augmentation has to be drawn by a seed. All pixels have one shape.
         folder: where to keep entries between runs; None keeps them in memory.
@@ -64,9 +69,9 @@ class TrunkCache(torch.utils.data.Dataset):
         batch_size: images that go through the trunk at a time.
 
     Raises:
-        ValueError: no trunk to keep, one that is trained itself (LoRA below SEP, `modules_to_save`), a tower that takes
-            more than images of one shape, an image of another shape, an empty data set, or a number of entries that
-            is no multiple of `views`.
+        ValueError: no prompts in the image tower, one that is trained itself (LoRA below SEP, `modules_to_save`), a
+            tower that takes more than images of one shape, an image of another shape, an empty data set, or a number
+            of entries that is no multiple of `views`.
         SafetensorError: a file of the cache cannot be read.
 
     Example:
@@ -99,7 +104,10 @@ class TrunkCache(torch.utils.data.Dataset):
         self._known: dict[str, dict[str, torch.Tensor] | Path] = {}
         self._digests: dict[str, str] = {}
         self._keys: list[str] = []
-        self._layer = start_layer_of(self._tower)
+        settings = check_cacheable(self._tower)
+        self._layer = settings.start_layer
+        self._parts = PARTS if settings.start_layer and not self._tower.spec.in_stages else PARTS[1:]
+        self._images = images
         if trained := [name for name, parameter in base_parameters(self._tower) if parameter.requires_grad]:
             raise ValueError(
                 f"The {self._tower.modality} tower below SEP is trained as well ({trained[0]} and {len(trained) - 1} "
@@ -121,15 +129,17 @@ class TrunkCache(torch.utils.data.Dataset):
         return len(self._keys) // self.views
 
     def __getitem__(self, index: int) -> dict:
-        """`trunk` (L, D), `frozen_embeds` (E,), `trunk_layer` and `labels` of an image."""
+        """`trunk` (L, D) with `trunk_layer`, or `pixel_values`, and `frozen_embeds` (E,) and `labels` of an image."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         view = index % len(self) + len(self) * (random.randrange(self.views) if self.views > 1 else 0)
         entry = self._known[self._keys[view]]
         if isinstance(entry, Path):
             entry = self._load(entry, self._keys[view])
-        parts = {part: value.float() for part, value in entry.items()}
-        return {**parts, "trunk_layer": self._layer, "labels": self.labels[view]}
+        parts: dict[str, Any] = {part: value.float() for part, value in entry.items()}
+        if "trunk" in parts:
+            return {**parts, "trunk_layer": self._layer, "labels": self.labels[view]}
+        return {"pixel_values": self._images[view]["pixel_values"], **parts, "labels": self.labels[view]}
 
     def _read(self, images: SizedImages) -> Iterator[tuple[str, torch.Tensor]]:
         shape = image_shape(self._tower)
@@ -146,17 +156,25 @@ class TrunkCache(torch.utils.data.Dataset):
             yield key, pixels
 
     def _compute(self, missing: dict[str, torch.Tensor]) -> None:
-        """Run the trunk for some images; a full shard goes to disk."""
+        """Run the frozen pass for some images; a full shard goes to disk."""
         if not missing:
             return
         device = compute_device(self._tower.base_layer)
-        features = self._tower.trunk(pixel_values=torch.stack(list(missing.values())).to(device))
-        for key, hidden, frozen in zip(missing, features.hidden, features.frozen, strict=True):
-            values = {"trunk": hidden, "frozen_embeds": frozen}
-            self._known[key] = {part: value.to("cpu", self._dtype).clone() for part, value in values.items()}
+        pixels = torch.stack(list(missing.values())).to(device)
+        for key, *values in zip(missing, *self._frozen(pixels), strict=True):
+            entry = zip(self._parts, values, strict=True)
+            self._known[key] = {part: value.to("cpu", self._dtype).clone() for part, value in entry}
         missing.clear()
         if sum(isinstance(entry, dict) for entry in self._known.values()) >= SHARD_SIZE:
             self._write()
+
+    def _frozen(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parts that are kept of images."""
+        if "trunk" in self._parts:
+            features = self._tower.trunk(pixel_values=pixel_values)
+            return features.hidden, features.frozen
+        with evaluating(self._tower.base_layer):  # dropout is no part of what is kept
+            return (self._tower.embed_frozen(pixel_values=pixel_values),)
 
     def _write(self) -> None:
         """Move entries from memory to disk, where there is a folder; a file appears when it is whole."""
@@ -185,7 +203,7 @@ class TrunkCache(torch.utils.data.Dataset):
                 names = set(opened.keys())
         except (SafetensorError, ValueError, RecursionError) as error:
             raise damaged(file, one_line(str(error))) from error
-        if not isinstance(digests, dict) or names != {f"{key}.{part}" for key in digests for part in PARTS}:
+        if not isinstance(digests, dict) or names != {f"{key}.{part}" for key in digests for part in self._parts}:
             raise damaged(file, "its digests do not belong to its entries")
         self._known |= dict.fromkeys(digests, file)
         self._digests |= digests
@@ -194,7 +212,7 @@ class TrunkCache(torch.utils.data.Dataset):
         """An entry from disk."""
         try:
             with safe_open(file, framework="pt") as opened:
-                entry = {part: opened.get_tensor(f"{key}.{part}") for part in PARTS}
+                entry = {part: opened.get_tensor(f"{key}.{part}") for part in self._parts}
         except SafetensorError as error:
             raise damaged(file, one_line(str(error))) from error
         if entry_digest(entry) != self._digests[key]:
@@ -212,7 +230,7 @@ def damaged(file: Path, reason: str) -> ValueError:
 def entry_digest(entry: dict[str, torch.Tensor]) -> str:
     """Changes with every bit of an entry, its shapes and its precision."""
     digest = hashlib.sha256()
-    for part in PARTS:
+    for part in entry:
         digest.update(f"{part} {tuple(entry[part].shape)} {entry[part].dtype}".encode() + tensor_bytes(entry[part]))
     return digest.hexdigest()
 
@@ -249,6 +267,21 @@ def model_key(tower: SEPTower, dtype: torch.dtype) -> str:
 def base_parameters(tower: SEPTower) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of what SEP does not train."""
     return [(name, p) for name, p in tower.base_layer.named_parameters() if PREFIX not in name]
+
+
+def check_cacheable(tower: SEPTower) -> TowerSettings:
+    """The settings of the active adapter in a tower some of whose work is the same in every step.
+
+    Raises:
+        ValueError: the adapter has no prompts in this tower.
+    """
+    settings = tower.active_settings
+    if settings is None:
+        raise ValueError(
+            f"There is nothing to cache: no active adapter has prompts in the {tower.modality} tower. Train without a "
+            "cache."
+        )
+    return settings
 
 
 def start_layer_of(tower: SEPTower) -> int:

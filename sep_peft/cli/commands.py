@@ -156,15 +156,10 @@ def train(
         NotADirectoryError: there is no `folder`, or `output` is a file.
         FileExistsError: `output` has an adapter or an unfinished training, and it was not said what to do with it.
         OSError: nothing can be saved in `output`, or its disk has too little room; found out before training.
-        ValueError: a cache without a trunk to keep, or images that cannot be trained on.
+        ValueError: images that cannot be trained on.
     """
     begun = time.monotonic()
     check_output(output, overwrite, resume)
-    if cache is not None and config.start_layer_of("vision") == 0:
-        raise ValueError(
-            "--cache keeps what is below --start-layer of the vision tower, which is 0. Pass a layer above 0, or no "
-            "--cache."
-        )
     images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
     if patience is not None and "val" not in images.tests:
         raise ValueError(f"--patience needs images to validate on, but {folder} has no val/ with any.")

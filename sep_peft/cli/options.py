@@ -196,7 +196,7 @@ TrainBatchSize = Annotated[int | None, count(f"Images a step ({default_of('batch
 LearningRate = Annotated[float | None, number(f"Of AdamW ({default_of('learning_rate')}).")]
 Cache = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help='Folder for what is below --start-layer, computed once; or "memory".'),
+    typer.Option(metavar="FOLDER", help='Folder for what training does not change of the images; or "memory".'),
 ]
 Views = Annotated[int | None, count(f"Augmentations of each image in the cache ({default_of('views')}).")]
 Time = Annotated[

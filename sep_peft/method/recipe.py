@@ -52,7 +52,7 @@ class Recipe:
         warmup_epochs: epochs in which the learning rate rises from 0; 0: it starts at its highest. Default 1.
         max_steps: stop after so many steps, where `epochs` would take more; None: after `epochs`.
         smallest_crop: least share of an image's area that augmentation keeps, above 0 and at most 1. Default 0.5.
-        views: augmentations of each image, where what is below `start_layer` is cached; epoch e shows view
+        views: augmentations of each image, where what training does not change is cached; epoch e shows view
             ``e mod views``, so with as many views as epochs training is what it is without a cache. Default 8.
         text_weight, vision_weight: of the consistency losses. Defaults 4 and 3.
         prototype_weight: of the prototype terms of the loss; 0: there are no prototypes. Default 0.5.

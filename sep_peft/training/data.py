@@ -131,19 +131,19 @@ class LabelledImages(EpochDataset):
 
 
 class CachedImages(EpochDataset):
-    """Images whose trunk, all below the adapter's `start_layer`, is computed once for some augmentations of each.
+    """Images whose frozen pass, and all below the adapter's `start_layer`, is run once for some augmentations of each.
 
     Epoch e shows view ``e mod views``, which is augmented as in epoch ``e mod views``: with as many views as epochs
     training is what it is without a cache.
 
     Args:
         images: N of them.
-        model: with a SEP adapter whose `start_layer` is above 0.
+        model: with a SEP adapter that prompts the image tower.
         views: augmentations of each image.
-        folder: where to keep the trunk between runs; None: in memory.
+        folder: where to keep what was computed between runs; None: in memory.
 
     Raises:
-        ValueError: the adapter has no trunk to cache; see `TrunkCache`.
+        ValueError: the adapter has no prompts in the image tower; see `TrunkCache`.
     """
 
     def __init__(self, images: LabelledImages, model: nn.Module, views: int, folder: str | os.PathLike | None = None):

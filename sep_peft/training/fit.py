@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..classifier.classifier import SEPClassifier
+from ..classifier.trunk_cache import check_cacheable
 from ..method.recipe import Recipe
 from ..tuner.disk import try_folder
 from .calibrate import calibrate, cross_fit, values_of
@@ -73,8 +74,8 @@ def fit(
         keep: "best" leaves the classifier with the weights of the epoch with the highest accuracy on `eval_samples`,
             the last of equals; "last" with those of the last epoch, as does "best" without `eval_samples`.
         quiet: without progress.
-        cache: for adapters with `start_layer` above 0: what is below it is computed once, for `recipe.views`
-            augmentations of each image. A folder to keep it in, or "memory"; None: no cache.
+        cache: what training does not change, the frozen pass and all below `start_layer`, is computed once, for
+            `recipe.views` augmentations of each image. A folder to keep it in, or "memory"; None: no cache.
         workers, accelerator: as for `train`.
 
     Returns:
@@ -86,10 +87,10 @@ def fit(
         FileExistsError: `folder` has a training that is not finished, and `resume` was not asked for.
         OSError: nothing can be written in `folder`, or its disk has no room.
         ValueError: nothing of the classifier is to be trained, it has no processor, there are no samples, one has no
-            name or one that is not among the classes, the adapter has no trunk to cache, or needs all class texts where
-            `class_sample` draws some, or an option has a value that
-            is not allowed; nothing is changed then. Or the checkpoint is of another training; no parameter but the
-            prototypes is changed then. Or the loss is not finite.
+            name or one that is not among the classes, the adapter has no image prompts to cache for or needs all class
+            texts where `class_sample` draws some, or an option has a value that is not allowed; nothing is changed
+            then. Or the checkpoint is of another training; no parameter but the prototypes is changed then. Or the loss
+            is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM came. The classifier is finished as if the training had ended with the
             last epoch that was done; before the end of the first one it is as it was.
 
@@ -114,7 +115,7 @@ def fit(
     if patience is not None and eval_samples is None:
         raise ValueError(f"patience={patience} needs eval_samples, on which the classifier gets better or does not.")
     if cache is not None:
-        classifier.vision_tower.check_trunk()
+        check_cacheable(classifier.vision_tower)
     names, processor = classifier.class_names, classifier.processor
     plain = LabelledImages(samples, names, processor)
     held_out = None if eval_samples is None else LabelledImages(eval_samples, names, processor)

@@ -17,9 +17,6 @@ from sep_peft.training import Recipe
 from sep_peft.training.optimizer import trainable
 
 
-UNCACHED = '{file}: cached is for learner "sep" with a start_layer of the vision tower above 0.'
-
-
 NAMES = ("butterfly", "lamp", "pizza")
 
 
@@ -158,9 +155,7 @@ def test_a_variant_of_nothing(write, tmp_path, scripts):
         ({"learner": "sep", "head": "svm"}, "{file}: head must be one of gda, probe, tip-adapter-f, but is 'svm'."),
         ({"learner": "tip-adapter", "head": "gda"}, "{file}: head is for learners that compare images with texts, but "
          "this is 'tip-adapter'."),
-        ({"learner": "sep", "cached": True}, UNCACHED),
-        ({"learner": "sep", "cached": True, "config": {"start_layer": {"text": 3}}}, UNCACHED),
-        ({"learner": "lora", "cached": True}, UNCACHED),
+        ({"learner": "lora", "cached": True}, '{file}: cached is for learner "sep", but this is \'lora\'.'),
         ({"learner": "sep", "recipe": {"prototype_weight": 0.0, "prototype_learning_rate": 0.0}},
          "{file}: prototype_learning_rate is for methods whose loss has prototypes."),
         ({"learner": "lora"}, "{file}: LoRA has no consistency losses; set text_weight and vision_weight to 0."),
