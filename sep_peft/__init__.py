@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .classifier.card import CardDetails, ClassScore, Score
     from .classifier.classes import TaskClasses
     from .classifier.classifier import SEPClassifier, SEPClassifierOutput
+    from .classifier.embeddings import max_text_length
     from .classifier.explain import explain
     from .classifier.explanation import Explanation
     from .classifier.export import ImageEmbedder, ImageScorer
@@ -68,6 +69,7 @@ __all__ = [
     "hotswap_adapter",
     "lifted",
     "losses",
+    "max_text_length",
     "set_frozen_weight",
 ]
 
@@ -86,6 +88,7 @@ _LATER = {
     "TaskClasses": "classifier.classes",
     "TrunkCache": "classifier.trunk_cache",
     "explain": "classifier.explain",
+    "max_text_length": "classifier.embeddings",
 }
 
 registration.register(SEPConfig, SEPModel)

@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bundled import IMAGE_FILES, NAMES
+from families import CASES
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from shallow_classifier import classifier_maker
 from small_classifier import raises
+from small_clip import make_clip, make_texts
 
-from sep_peft import ImageEmbedder, SEPClassifier, SEPConfig
+from sep_peft import ImageEmbedder, SEPClassifier, SEPConfig, max_text_length
 from sep_peft.classifier import image_index
 from sep_peft.classifier.image_index import ImageIndex
 from sep_peft.cli.app import main
@@ -103,12 +106,38 @@ def test_what_cannot_be_embedded(classifier):
             classifier.embed_texts(texts)
     with pytest.raises(ValueError, match=r"^A text of \d+ tokens does not fit: the text tower has 77 positions"):
         classifier.embed_texts("red " * 200)
+    room = max_text_length(classifier.model)
+    assert room == 77 - 6
+    with pytest.warns(UserWarning, match=f"^1 of 2 texts are longer than {room} tokens; their ends are not read.$"):
+        embeds = classifier.embed_texts(["red " * 200, "pizza"], truncate=True)
+    fitting = classifier.embed_texts(["red " * (room - 2), "pizza"], truncate=True)  # with BOS and EOS
+    torch.testing.assert_close(embeds, fitting)
     with raises("There is no image to embed."):
         classifier.embed([])
     with raises("batch_size must be a whole number of at least 1, but got 0."):
         classifier.embed(IMAGE_FILES, batch_size=0)
     with raises("The image '/none.jpg' cannot be read: there is no such file."):
         classifier.embed([IMAGE_FILES[0], "/none.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("config", "room"),
+    [({}, 14), ({"start_layer": 1}, 20), ({"num_text_prompts": 0}, 20), ({"num_text_prompts": 9}, 11)],
+)
+def test_room_for_texts(config, room):
+    """Texts of so many tokens go through the tower, and longer ones do not."""
+    model = get_peft_model(make_clip(), SEPConfig(**config))
+    assert max_text_length(model) == room
+    model.get_text_features(**make_texts([room]))
+    with pytest.raises(ValueError, match=r"does not fit|must be less"):
+        model.get_text_features(**make_texts([room + 1]))
+
+
+def test_room_in_positions_that_prompts_leave_alone():
+    model = get_peft_model(CASES["siglip"].build(), SEPConfig(num_text_prompts=3, num_vision_prompts=2))
+    assert max_text_length(model) == CASES["siglip"].config().text_config.max_position_embeddings
+    with raises("The model has no text tower with a SEP adapter."):
+        max_text_length(make_clip())
 
 
 # the index

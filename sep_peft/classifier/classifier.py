@@ -660,12 +660,15 @@ class SEPClassifier(TrainerMixin):
         found = embed_images(self.model, self.processor, images, batch_size, adapter)
         return found[0] if single else found
 
-    def embed_texts(self, texts: str | Sequence[str], task: str | None = None) -> torch.Tensor:
+    def embed_texts(
+        self, texts: str | Sequence[str], task: str | None = None, *, truncate: bool = False
+    ) -> torch.Tensor:
         """SEP's embeddings of any texts, such as "a red dress", as `embed` makes them of images.
 
         Args:
             texts: one text, or N of them.
             task: whose adapter embeds; None: the active one.
+            truncate: cut texts of more tokens than `sep_peft.max_text_length` at their end, and warn of how many.
 
         Returns:
             (N, E), of unit length, in fp32 or wider, on the CPU; for one text alone (E,).
@@ -680,7 +683,8 @@ class SEPClassifier(TrainerMixin):
         """
         single = isinstance(texts, str)
         adapter = None if task is None else self.tasks[task].adapter
-        found = embed_texts(self.model, self.processor, [texts] if isinstance(texts, str) else texts, adapter)
+        several = [texts] if isinstance(texts, str) else texts
+        found = embed_texts(self.model, self.processor, several, adapter, truncate)
         return found[0] if single else found
 
     def explain(self, image: Any, label: str | None = None, task: str | None = None) -> Explanation:

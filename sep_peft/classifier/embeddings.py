@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,8 +50,32 @@ def embed_images(
     return torch.cat(found)
 
 
+def max_text_length(model: nn.Module, adapter: str | None = None) -> int:
+    """How many tokens a text may have beside the prompts, those that begin and end it included.
+
+    Args:
+        model: with a SEP adapter.
+        adapter: whose prompts they are; None: the active one's.
+
+    Raises:
+        ValueError: SEP has not wrapped the model's text tower.
+
+    Example:
+        >>> tokenizer(captions, truncation=True, max_length=sep_peft.max_text_length(model), padding=True)
+    """
+    tower = find_towers(model).get("text")
+    if tower is None:
+        raise ValueError("The model has no text tower with a SEP adapter.")
+    with chosen_adapters.set(adapter):
+        if tower.spec.positions is not None:
+            return tower.texts.room(tower.active_settings)
+    return cast(Any, tower.base_layer).config.max_position_embeddings  # the prompts take none of its positions
+
+
 @torch.no_grad()
-def embed_texts(model: nn.Module, processor: Any, texts: Sequence[str], adapter: str | None = None) -> torch.Tensor:
+def embed_texts(
+    model: nn.Module, processor: Any, texts: Sequence[str], adapter: str | None = None, truncate: bool = False
+) -> torch.Tensor:
     """SEP's text embeddings (N, E), of unit length, in fp32 or wider, on the CPU, in evaluation.
 
     Both branches read the text as it is; for classes the frozen one reads a template.
@@ -60,6 +85,7 @@ def embed_texts(model: nn.Module, processor: Any, texts: Sequence[str], adapter:
         processor: of transformers, with a tokenizer.
         texts: N texts.
         adapter: that embeds; None: the active one.
+        truncate: cut texts that do not fit at their end, and warn of how many.
 
     Raises:
         TypeError: one is no text.
@@ -67,7 +93,12 @@ def embed_texts(model: nn.Module, processor: Any, texts: Sequence[str], adapter:
     """
     check_texts(texts)
     tokenizer = processor_part(processor, "tokenizer", PreTrainedTokenizerBase, "to read texts")
-    encoded: Mapping[str, torch.Tensor] = tokenizer([*texts], return_tensors="pt", **padding_of(model))
+    options = padding_of(model)
+    if truncate:
+        longest = options.setdefault("max_length", max_text_length(model, adapter))
+        options["truncation"] = True
+        _warn_of_cuts([len(ids) for ids in tokenizer([*texts], verbose=False)["input_ids"]], longest)
+    encoded: Mapping[str, torch.Tensor] = tokenizer([*texts], return_tensors="pt", **options)
     inputs = {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}  # each (N, L)
     tower = find_towers(model)["text"]
     tower.texts.check_ids(inputs)
@@ -78,6 +109,17 @@ def embed_texts(model: nn.Module, processor: Any, texts: Sequence[str], adapter:
         chunks = TextChunks(tower, inputs, TEXT_CHUNK_SIZE).to(compute_device(model))
         prompted, frozen = (chunks.encode(embed) for embed in (tower.embed_prompted, tower.embed_frozen))
         return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight).cpu()
+
+
+def _warn_of_cuts(lengths: Sequence[int], longest: int) -> None:
+    """
+    Args:
+        lengths: of the texts, in tokens.
+        longest: tokens that are read.
+    """
+    if cut := sum(length > longest for length in lengths):
+        message = f"{cut} of {len(lengths)} texts are longer than {longest} tokens; their ends are not read."
+        warnings.warn(message, stacklevel=5)  # where `SEPClassifier.embed_texts` was called
 
 
 def check_texts(texts: Iterable[Any]) -> None:

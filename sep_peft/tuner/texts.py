@@ -65,8 +65,7 @@ class TextRules:
         """
         if settings is None or self.spec.positions is None or not settings.position_shift(self.spec):
             return
-        positions = self.num_positions()
-        left = positions - settings.num_prompts
+        positions, left = self.num_positions(), self.room(settings)
         if inputs["input_ids"].shape[-1] <= left:
             return
         length = self.span(inputs)[1].max() + 1
@@ -107,6 +106,11 @@ class TextRules:
                 f"Token id {largest} is outside of the text tower's vocabulary of {size} ids. Tokenize with the "
                 "processor of this base model."
             )
+
+    def room(self, settings: TowerSettings | None) -> int:
+        """Tokens that a text may have beside the prompts of an adapter with these settings; None: without prompts."""
+        shift = 0 if settings is None else settings.position_shift(self.spec)
+        return self.num_positions() - shift
 
     def num_positions(self) -> int:
         """Positions that tokens can have in the tower."""
