@@ -5,7 +5,8 @@
 prints for every run of `run.py --save-embeddings` the accuracy of each way to predict base and new classes, and how far
 each method is from `--against` in each of them: differences of the same test images, with intervals of a paired
 bootstrap. `--rows gda probe` writes runs of these heads beside the runs whose embeddings they read, such as `sep-gda`
-beside `sep`, for `summarize.py`: what `run.py` finds with `"head": "gda"` in the method's file.
+beside `sep`, for `summarize.py`: what `run.py` finds with `"head": "gda"` in the method's file. `--margins 0 1` does
+the same for margins of zero-shot on classes that were not trained, such as `sep-margin-0`.
 """
 
 from __future__ import annotations
@@ -40,16 +41,19 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs of one data set")
     parser.add_argument("--against", default="sep", help="method that the others are compared with")
     parser.add_argument("--rows", nargs="*", default=[], choices=list(NAMES), help="heads to write runs of")
+    parser.add_argument("--margins", nargs="*", default=[], type=float, help="margins to write runs of")
     args = parser.parse_args()
     files = [
         file for file in sorted(args.runs.glob(f"*/shots_*/seed_*/{FILE}")) if (file.parent / "results.json").exists()
     ]
     if not files:
         parser.error(f"{args.runs} holds no finished run with {FILE}; keep them by run.py --save-embeddings")
-    for file, kind in ((file, kind) for file in files for kind in args.rows):
-        if path := write_row(file.parent, kind):
+    for file in files:
+        written = [write_row(file.parent, kind) for kind in args.rows]
+        written += [write_margin(file.parent, margin) for margin in args.margins]
+        for path in filter(None, written):
             print(path)
-    if not args.rows:
+    if not args.rows and not args.margins:
         compare(files, args.against)
 
 
@@ -126,25 +130,61 @@ def trained(found: dict, part: dict) -> bool:
 
 def write_row(run: Path, kind: str) -> Path | None:
     """A run of the same adapter with another head, as `run.py` finds it; None where it is there, or has one already."""
-    settings, results = (json.loads((run / name).read_text("utf-8")) for name in ("settings.json", "results.json"))
-    method = settings["method"]
+    method = settings_of(run)["method"]
     if method.get("head") is not None:
         return None
     name = kind if method["learner"] == "zero-shot" else f"{method['name']}-{kind}"
+    head = head_of(read_embeddings(run / FILE), kind)
     described = {"name": name, "description": f"{method['description']}; head {kind}", "head": kind}
-    path = run.parents[2] / name / run.parent.name / run.name
-    folder = RunFolder(path, {**settings, "method": {**method, **described}})
+    return write_run(run, method | described, {"logit_weight": head.logit_weight}, head)
+
+
+def write_margin(run: Path, margin: float) -> Path | None:
+    """A run of the same adapter with another margin of zero-shot on new classes; None where it is there, or none is."""
+    method = settings_of(run)["method"]
+    if method["recipe"] is None or method["recipe"]["zero_shot_margin"] == margin or "-margin-" in method["name"]:
+        return None
+    described = {
+        "name": f"{method['name']}-margin-{margin:g}",
+        "description": f"{method['description']}; margin of zero-shot {margin:g}",
+        "recipe": method["recipe"] | {"zero_shot_margin": margin},
+    }
+    return write_run(run, method | described)
+
+
+def write_run(
+    run: Path, method: dict[str, Any], chosen: dict[str, float] | None = None, head: ClassHead | None = None
+) -> Path | None:
+    """A run of a method that shares the adapter of another, beside it; None where it is there.
+
+    Args:
+        run: whose adapter it is.
+        method: settings of the new one.
+        chosen: for its results; None: as in `run`.
+        head: for the classes that were trained; None: they are predicted as in `run`.
+    """
+    before = json.loads((run / "results.json").read_text("utf-8"))
+    path = run.parents[2] / method["name"] / run.parent.name / run.name
+    folder = RunFolder(path, {**settings_of(run), "method": method})
     if folder.finished:
         return None
-    found = read_embeddings(run / FILE)
-    head = head_of(found, kind)
-    measured = {}
-    for evaluation, before in results["results"].items():
+    found, measured = read_embeddings(run / FILE), {}
+    for evaluation, result in before["results"].items():
         part = found[evaluation]
-        logits = with_head(found, part, head) if trained(found, part) else other_classes(found, part, method)
-        measured[evaluation] = outcome(logits.softmax(dim=1), part["labels"], before["unreadable"])
-    folder.finish({**results, "results": measured, "chosen": {"logit_weight": head.logit_weight}})
+        if not trained(found, part):
+            logits = other_classes(found, part, method)
+        elif head is not None:
+            logits = with_head(found, part, head)
+        else:
+            measured[evaluation] = result
+            continue
+        measured[evaluation] = outcome(logits.softmax(dim=1), part["labels"], result["unreadable"])
+    folder.finish({**before, "results": measured, "chosen": before["chosen"] if chosen is None else chosen})
     return path
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "settings.json").read_text("utf-8"))
 
 
 def other_classes(found: dict, part: dict, method: dict[str, Any]) -> torch.Tensor:

@@ -146,6 +146,17 @@ def test_rows_of_heads_are_what_runs_find(command, run_here, tmp_path):
     assert anew["results"]["new"] == {key: before["results"]["new"][key] for key in anew["results"]["new"]}
     assert heads.write_row(file.parent, "gda") is None  # it is there
 
+    assert heads.write_margin(file.parent, 0.0) is None  # it is that of the recipe
+    path = heads.write_margin(file.parent, 1.5)
+    assert path.parts[-3] == "tiny-margin-1.5" and heads.write_margin(path, 2.0) is None
+    recipe = {"like": "published", "epochs": 3, "batch_size": 5, "learning_rate": 0.01, "adam_epsilon": 1e-8}
+    recipe |= {"prototype_learning_rate": 0.02, "views": 8, "zero_shot_margin": 1.5}
+    run_here(command(tmp_path / "margin", recipe=recipe))
+    written, anew = json.loads((path / "results.json").read_text()), results(tmp_path / "margin")
+    assert written["results"]["base"] == before["results"]["base"]
+    assert written["results"]["new"]["correct"] == anew["results"]["new"]["correct"]
+    assert written["results"]["new"]["ece"] == pytest.approx(anew["results"]["new"]["ece"], abs=0.1)
+
 
 @pytest.mark.parametrize("entries", [{"recipe": {"epochs": 1}}, LORA], ids=["prototypes", "lora"])
 def test_shifted_images_of_a_run_that_is_finished(entries, command, run_here, tmp_path, small, monkeypatch):
