@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from sep_peft import Explanation, SEPClassifier
+from sep_peft import SEPClassifier
 from sep_peft.classifier.images import read_image
 from sep_peft.tuner.messages import one_line, printable
 
@@ -44,7 +44,7 @@ COLUMNS = 3
 #: Of the drawings; a screen's pixels are finer than those of CSS.
 DOTS_PER_INCH = 130
 #: What may go wrong with an image or an adapter of somebody else, beside mistakes in the program.
-EXPECTED = (OSError, ValueError, FloatingPointError, TypeError)
+EXPECTED = (OSError, ValueError, FloatingPointError)
 
 
 class Demo:
@@ -120,31 +120,44 @@ class Demo:
             )
         return read_image(content)
 
-    def answer(self, path: str, task: str, reject: bool) -> tuple[str, dict[str, float], Explanation]:
-        """What is said of an image, its best scores, and why.
+    def answer(self, image: Image.Image, task: str, reject: bool) -> tuple[str, dict[str, float]]:
+        """What is said of an image, and its best scores.
 
         Raises:
-            ValueError: as `read`, `predict` and `explain`.
+            ValueError: as `predict`.
         """
-        image, name = self.read(path), self.task(task)
+        name = self.task(task)
         ranking = self.classifier.predict(image, task=name)
         scores = {printable(entry["label"]): entry["score"] for entry in ranking[:SHOWN_CLASSES]}
         known = self.classifier.predict(image, task=name, unknown=reject and self.can_reject(task))
-        said = printable(ranking[0]["label"]) if known else NONE_OF_THESE
-        return said, scores, self.classifier.explain(image, task=name)
+        return printable(ranking[0]["label"]) if known else NONE_OF_THESE, scores
+
+    def drawings(self, image: Image.Image, task: str) -> tuple[Image.Image, Image.Image | None]:
+        """What decided for the best class, and what SEP selected; None where it selects nothing.
+
+        Raises:
+            ValueError: as `explain`.
+        """
+        explanation = self.classifier.explain(image, task=self.task(task))
+        decided = as_image(replace(explanation, layers=[]).plot())
+        if not explanation.layers:
+            return decided, None
+        selected = replace(explanation, label=None, score=None, effects=None)
+        return decided, as_image(selected.plot(columns=COLUMNS))
 
 
 def make_page(demo: Demo) -> gr.Blocks:
     """The page of a demo. Foreign text stands only where Gradio shows it as it is, and in `told` is escaped."""
 
-    def look_at(path: str | None, task: str, reject: bool) -> tuple:
+    def look_at(path: str | None, task: str, reject: bool) -> Iterator[tuple]:
+        yield "", None, None, None  # nothing of the image before stays beside this one
         if path is None:
-            return "", None, None, None
+            return
         with told():
-            said, scores, explanation = demo.answer(path, task, reject)
-            decided = replace(explanation, layers=[]).plot()
-            selected = replace(explanation, label=None, score=None, effects=None) if explanation.layers else None
-            return said, scores, as_image(decided), selected and as_image(selected.plot(columns=COLUMNS))
+            image = demo.read(path)
+            answer = demo.answer(image, task, reject)
+            yield *answer, None, None  # the drawings of a large model take a while
+            yield *answer, *demo.drawings(image, task)
 
     def choose(task: str) -> tuple:
         return ", ".join(map(printable, demo.names(task))), gr.update(interactive=demo.can_reject(task))
@@ -174,8 +187,8 @@ def make_page(demo: Demo) -> gr.Blocks:
             with gr.Column():
                 said = gr.Textbox(label="Answer", interactive=False, elem_id="said")
                 scores = gr.Label(label="Scores", show_heading=False, elem_id="scores")
-                # without Gradio's label, which would cover the title
-                drawing = {"format": "png", "interactive": False, "show_label": False, "buttons": ["fullscreen"]}
+                # without Gradio's label and buttons, which would cover the titles
+                drawing = {"format": "png", "interactive": False, "show_label": False, "buttons": []}
                 decided = gr.Image(alt_text="Patches that decided", elem_id="decided", **drawing)
         with gr.Row():
             selected = gr.Image(alt_text="Patches that SEP selected", elem_id="selected", **drawing)
@@ -188,7 +201,7 @@ def make_page(demo: Demo) -> gr.Blocks:
 
 
 @contextmanager
-def told():
+def told() -> Iterator[None]:
     """Errors that a user can do something about are shown on the page, as text: Gradio reads HTML in messages."""
     try:
         yield
@@ -223,6 +236,7 @@ def launch(demo: Demo, host: str, port: int, max_megabytes: int, **options) -> g
         theme=gr.themes.Default(**fonts),
         footer_links=[],
         ssr_mode=False,
+        quiet=True,  # Gradio would advise to share it
         **options,
     )
     return page
@@ -244,7 +258,9 @@ def main() -> None:
         demo = Demo.load(args.adapters, args.base_model, args.max_pixels)
     except EXPECTED as error:
         parser.error(one_line(str(error)))
-    launch(demo, args.host, args.port, args.max_megabytes)
+    page = launch(demo, args.host, args.port, args.max_megabytes, prevent_thread_lock=True)
+    print(f"{page.local_url} (Ctrl-C ends it)")
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -91,8 +91,12 @@ class Browser:
 
 
 @contextmanager
-def open_browser() -> Iterator[Browser]:
-    """A browser for the block; skips the test without selenium, Chromium or its driver."""
+def open_browser(*arguments: str) -> Iterator[Browser]:
+    """A browser for the block; skips the test without selenium, Chromium or its driver.
+
+    Args:
+        arguments: of Chromium, beside those that it needs to run here.
+    """
     selenium = pytest.importorskip("selenium.webdriver", reason="a browser needs the package selenium")
     programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if missing := [name for name, path in programs.items() if path is None]:
@@ -111,6 +115,7 @@ def open_browser() -> Iterator[Browser]:
             "--no-first-run",
             "--force-color-profile=srgb",
             f"--user-data-dir={profile}",
+            *arguments,
         ):
             options.add_argument(argument)
         service = selenium.ChromeService(executable_path=programs["chromedriver"])

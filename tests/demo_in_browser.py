@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,19 +54,20 @@ def adapters(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo(demo_file, adapters):
-    return demo_file.Demo.load(adapters, base_model=None, max_pixels=1_000_000)
+    return demo_file.Demo.load(adapters, base_model=None, max_pixels=4_000_000)
 
 
 @pytest.fixture(scope="module")
 def address(demo_file, demo):
-    page = demo_file.launch(demo, "127.0.0.1", 0, 1, prevent_thread_lock=True, quiet=True, inbrowser=False)
+    page = demo_file.launch(demo, "127.0.0.1", 0, 5, prevent_thread_lock=True)
     yield page.local_url
     page.close()
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with open_browser() as opened:
+    # with a camera, which shows a test pattern to whoever asks
+    with open_browser("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as opened:
         yield opened
 
 
@@ -116,6 +118,19 @@ def test_an_uploaded_image_is_classified(browser, address, demo, width, tmp_path
     browser.screenshot(tmp_path / f"demo-{width}.png")
 
 
+def test_an_image_of_the_webcam_is_classified(browser, address):
+    browser.open(address)
+    wait(lambda: browser.run("return !!document.querySelector('#image input[type=file]')"))
+    for button in (
+        "[aria-label='Capture from camera']",
+        "[title*='webcam access'] button",
+        "[aria-label='capture photo']",
+    ):
+        find = f'return document.querySelector("#image {button}")'
+        wait(partial(browser.run, find), 15).click()
+    assert wait(lambda: value(browser, "said")) in NAMES
+
+
 def test_none_of_these(browser, address):
     browser.open(address)
     upload(browser, IMAGE_FILES[1])
@@ -144,9 +159,10 @@ def test_names_of_strangers_are_text(browser, address):
     ("make", "message"),
     [
         (lambda path: path.write_text("<b>no image</b>"), "cannot be read"),
-        (lambda path: Image.new("RGB", (2000, 1000)).save(path, "png"), "The image has 2000 x 1000 pixels; at most"),
+        (lambda path: Image.new("RGB", (4000, 2000)).save(path), "The image has 4000 x 2000 pixels; at most 4,000,000"),
+        (lambda path: path.write_bytes(bytes(6 * 2**20)), "exceed the maximum allowed size"),
     ],
-    ids=["text", "large"],
+    ids=["text", "pixels", "bytes"],
 )
 def test_errors_are_shown(browser, address, make, message, tmp_path):
     path = tmp_path / "image.png"
