@@ -320,7 +320,9 @@ def evaluate(
     adapter: options.Adapter,
     folder: Annotated[
         Path,
-        typer.Argument(metavar="FOLDER", help="test/ or val/ below it if there is one, else its class folders."),
+        typer.Argument(
+            metavar="FOLDER", help="test/ or val/ below it if there is one, else its class folders; train/ by k folds."
+        ),
     ],
     base_model: options.OtherBaseModel = None,
     revision: options.Revision = None,
@@ -340,6 +342,13 @@ def evaluate(
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a page with everything to look at: one HTML file."),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Train anew on all but one of so many parts of the training images, and test on it; 4 without test/.",
+        ),
     ] = None,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
@@ -364,6 +373,7 @@ def evaluate(
             plots=plots,
             report=report,
             command=context.obj,
+            folds=folds,
         ),
         as_json,
         quiet,

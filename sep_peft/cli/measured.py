@@ -28,6 +28,7 @@ def in_full(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassif
     """
     return {
         "images": adapted.images,
+        "folds": adapted.folds,
         "classes": len(classifier.classes),
         "accuracy": adapted.accuracy,
         "interval": adapted.interval,
@@ -56,6 +57,10 @@ def in_lines(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassi
         f"{adapted.class_mean:.1f} %{between(adapted.class_mean_interval)} mean over classes; calibration error "
         f"{adapted.calibration_error:.1f} %, NLL {adapted.nll:.3f}",
     ]
+    if adapted.folds is not None:
+        lines.insert(
+            0, f"{adapted.folds} folds, no test: each image was told by an adapter that was trained on the others"
+        )
     counts = adapted.count
     width = max(len(str(count)) for count in counts.values())
     lines += [f"{accuracy:6.1f} % of {counts[name]:{width}}  {name}" for name, accuracy in adapted.per_class.items()]

@@ -23,6 +23,7 @@ and ``seed=recipe.seed``; in several processes it needs ``callbacks=[EpochCallba
 
 from ..method.recipe import Recipe
 from .calibrate import calibrate
+from .cross_validation import cross_validate
 from .data import CachedImages, EpochCallback, EpochDataset, EpochSampler, LabelledImages
 from .evaluation import Evaluation, evaluate
 from .fit import fit
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "TrainingInterrupted",
     "calibrate",
+    "cross_validate",
     "evaluate",
     "fit",
     "make_optimizer",

@@ -91,7 +91,7 @@ def calibrate(
         >>> calibrate(classifier, LabelledImages(validation, classifier.class_names, processor))
     """
     if not isinstance(images, HeldOut):
-        images = HeldOut(*_logits(classifier, images, batch_size, workers), "held-out images")
+        images = HeldOut(*logits_of(classifier, images, batch_size, workers), "held-out images")
     return classifier.calibrate(images.calibration())
 
 
@@ -144,7 +144,7 @@ def cross_fit(
             options = {"accelerator": accelerator, "workers": workers}
             train(classifier, ImagePart(images, others), shorter, quiet=True, **options)
             classifier.finish_training()
-            found.append(_logits(classifier, Subset(known, part), recipe.batch_size, workers))
+            found.append(logits_of(classifier, Subset(known, part), recipe.batch_size, workers))
     logits, new_logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
     return HeldOut(logits, new_logits, labels, "cross-fitting")
 
@@ -193,7 +193,7 @@ def as_it_was(classifier: SEPClassifier) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _logits(
+def logits_of(
     classifier: SEPClassifier, images: LabelledImages | Subset, batch_size: int, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (N, C) of trained and of new classes, and labels (N,), on the CPU; none of them calibrated."""

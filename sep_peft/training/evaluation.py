@@ -43,12 +43,15 @@ class Evaluation:
         samples: N images and names of their classes.
         scores: (N, C), as `predict` gives them.
         embeds: (N, E) frozen image embeddings of unit length; None: not known.
+        folds: of `cross_validate`, where each image was told by an adapter that was trained on the others; None: one
+            classifier told all.
     """
 
     names: list[str]
     samples: Samples
     scores: torch.Tensor
     embeds: torch.Tensor | None = None
+    folds: int | None = None
 
     @cached_property
     def labels(self) -> torch.Tensor:

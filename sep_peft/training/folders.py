@@ -89,6 +89,15 @@ def read_test(folder: str | os.PathLike) -> Samples:
     return samples
 
 
+def has_no_test(folder: str | os.PathLike) -> bool:
+    """Whether a folder has ``train/`` and neither ``test/`` nor ``val/``; see `find_parts`.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+    """
+    return set(find_parts(_existing(folder))) == {"train"}
+
+
 def find_parts(folder: Path) -> dict[str, Path]:
     """The parts "train", "val" and "test" -> their folders below `folder`, those that are there.
 
