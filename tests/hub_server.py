@@ -238,6 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
                 message = value["summary"]
             elif key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
+            elif key == "deletedFile":
+                del files[value["path"]]
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.objects:
                     raise HubError(400, f"{value['path']} was not uploaded to the storage")

@@ -45,7 +45,7 @@ SMALL = [
     "--no-report",
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
-COMMANDS = ["train", "predict", "search", "evaluate", "import-reference", "info"]
+COMMANDS = ["train", "predict", "search", "evaluate", "import-reference", "info", "push"]
 
 
 def base() -> str:
@@ -551,6 +551,7 @@ OPTIONS = {
         "--template",
     ],
     "info": FROM_HUB,
+    "push": ["FOLDER", "NAME", "--private", "--base-model"],
 }
 
 

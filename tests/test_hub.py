@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import huggingface_hub
@@ -19,10 +20,14 @@ from fresh import Parent
 from hub_server import File, HubServer
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel, get_peft_model
+from small_classifier import contents, raises
 from small_clip import perturb
 from transformers import AutoProcessor, CLIPModel, Trainer, TrainingArguments
+from transformers.image_utils import httpx
 
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig
+from sep_peft.classifier.sharing import push_folder
+from sep_peft.cli.app import main
 
 
 IMAGE = sorted((ASSETS / "caltech101" / "test" / "cup").iterdir())[0]
@@ -118,6 +123,21 @@ def predict_by_a_second_adapter(**options) -> dict:
     prediction = loaded.predict(IMAGE)
     first.model.set_adapter("default")
     return {"prediction": prediction, "unchanged": embedding(first.model) == before}
+
+
+def save(folder: Path, details: CardDetails | None = None, base: str = BASE, **options) -> list:
+    """Save a classifier that tells the same as `push` shares; its prediction."""
+    classifier = make_classifier(base, **options)
+    classifier.save_pretrained(folder, details)
+    return classifier.predict(IMAGE)
+
+
+def command(*arguments) -> tuple[int, str, str]:
+    """Exit code and output of ``sep-peft``."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
 
 
 def embed_with_peft(auto: bool, **options) -> list[float]:
@@ -361,6 +381,160 @@ def test_somebody_elses_name(hub, client, pushed):
     kind, message = client(push, "ann/other", token="hf_bob")[1]
     assert kind == "HfHubHTTPError" and "403 Forbidden: You don't have the rights to create a model" in message
     assert "ann/other" not in hub.repos
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def saved(call, pushed, tmp_path_factory) -> Path:
+    """A folder with an adapter and what else may lie in it."""
+    folder = tmp_path_factory.mktemp("saved") / "my kitchen"
+    call(save, folder, CardDetails(shots=16, confusion=b"PNG", scores=DETAILS.scores))
+    (folder / "run").mkdir()
+    (folder / "run" / "settings.json").write_text('{"data": "/home/ann"}')
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_the_command_shares_what_was_saved(hub, call, pushed, saved):
+    before = contents(saved)
+    code, out, err = call(command, "push", saved, "ann/kitchen", "--private", "--token", TOKEN, "--json", "--quiet")
+    assert (code, err) == (0, "") and contents(saved) == before
+    data, repo = json.loads(out), hub.repos["ann/kitchen"]
+    assert (data["repo_id"], data["url"]) == ("ann/kitchen", f"{hub.url}/ann/kitchen")
+    assert data["commit"] == f"{hub.url}/ann/kitchen/commit/{repo.branches['main']}"
+    files = hub.files("ann/kitchen")
+    assert sorted(files) == sorted([*FILES, "sep_confusion.png"]) == sorted([".gitattributes", *data["files"]])
+    assert repo.private and files["sep_confusion.png"].content == b"PNG"
+    card = ModelCard(files["README.md"].content.decode())
+    assert (card.data.library_name, card.data.base_model) == ("sep_peft", BASE)
+    assert "# my kitchen" in card.text and "| Caltech 101, test |  | 61.7 | 36.1 |" in card.text
+    assert 'SEPClassifier.from_pretrained("ann/kitchen")\n' in card.text
+    assert 'PeftModel.from_pretrained(base, "ann/kitchen")\n' in card.text
+    assert call(predict, "ann/kitchen") == pushed["prediction"]
+
+
+def test_a_second_push_removes_what_is_no_more_and_keeps_the_owner_s_words(hub, call, saved, tmp_path):
+    call(command, "push", saved, "ann/again", "--token", TOKEN, "--quiet")
+    files = hub.files("ann/again")
+    own = files["README.md"].content.decode().replace("<!-- sep_peft: from", "Hello.\n\n<!-- sep_peft: from", 1)
+    own = own.replace("library_name:", "language: en\nlibrary_name:", 1)
+    changed = files | {"README.md": File(own.encode(), lfs=False), "mine.txt": File(b"mine", lfs=False)}
+    hub.repos["ann/again"].commit("main", changed, "edited by hand")
+    call(save, tmp_path / "new", names=("crab", "cup"))
+    code, out, _ = call(command, "push", tmp_path / "new", "again", "--token", TOKEN, "--quiet")
+    assert (code, out) == (0, f"{hub.url}/ann/again\n")  # a name alone is the user's own
+    files = hub.files("ann/again")
+    assert sorted(files) == sorted([*FILES, "mine.txt"])
+    card = ModelCard(files["README.md"].content.decode())
+    assert card.text.startswith("\nHello.\n\n<!-- sep_peft: from") and card.data.language == "en"
+    assert 'SEPClassifier.from_pretrained("ann/again")\n' in card.text and "`crab`, `cup`" in card.text
+    assert {entry["label"] for entry in call(predict, "ann/again")} == {"crab", "cup"}
+
+
+def test_a_base_model_in_a_folder_is_named(hub, call, pushed, tmp_path):
+    base = str(shallow_clip(2))
+    call(save, tmp_path / "local", base=base)
+    code, _, err = call(command, "push", tmp_path / "local", "ann/local", "--token", TOKEN, "--quiet")
+    message = (
+        f"The adapter names {base!r} as its base model, which is no name on the Hub, so others could not load it. Pass "
+        "its name there: --base-model user/name."
+    )
+    assert (code, err) == (1, f"sep-peft: error: {message}\n") and "ann/local" not in hub.repos
+    arguments = ["push", tmp_path / "local", "ann/local", "--token", TOKEN, "--base-model", BASE, "--quiet"]
+    assert call(command, *arguments)[0] == 0
+    assert call(predict, "ann/local") == pushed["prediction"]
+    for file in hub.files("ann/local").values():
+        assert base.encode() not in file.content
+    text = hub.files("ann/local")["README.md"].content.decode()
+    assert f'base = CLIPModel.from_pretrained("{BASE}")\n' in text and f"an adapter of [{BASE}](https://" in text
+
+
+def broken(folder: Path, part: str) -> str:
+    """Damage a saved adapter; what is said of it."""
+    readme, config = folder / "README.md", folder / "adapter_config.json"
+    if part == "folder":
+        shutil.rmtree(folder)
+        return f"There is no folder {folder}. Pass the one that an adapter was saved in."
+    if part == "adapter":
+        config.unlink()
+        return f"{folder} has no adapter_config.json, so it holds no adapter."
+    if part == "card":
+        readme.unlink()
+        return (
+            f"{folder} has no model card, README.md. Save the adapter with SEPClassifier.save_pretrained, which writes "
+            "one."
+        )
+    if part == "weights":
+        (folder / "adapter_model.safetensors").unlink()
+        return f"{folder} holds the configuration of an adapter, but no weights. Save it again."
+    if part == "token":
+        readme.write_text(readme.read_text() + "my key is hf_" + 30 * "a")
+        return f"{readme} holds what looks like a token of the Hub. Take it out."
+    if part == "place":
+        readme.write_text(readme.read_text() + "Made from /home/ann/images.")
+        return f"{readme} names '/home/ann/images.', a place on this machine, which others need not know. Take it out."
+    raise AssertionError(part)
+
+
+@pytest.mark.parametrize("part", ["folder", "adapter", "card", "weights", "token", "place"])
+def test_what_is_not_pushed(part, hub, call, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    message, seen = broken(folder, part), len(hub.requests)
+    code, out, err = call(command, "push", folder, "ann/none", "--token", TOKEN, "--quiet")
+    assert (code, out, err) == (1, "", f"sep-peft: error: {message}\n")
+    assert len(hub.requests) == seen
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "ann/new",
+            [],
+            "The Hub does not know who you are. Log in with `hf auth login`, or pass --token with one that may write.",
+        ),
+        (
+            "ann/new",
+            ["--token", "hf_wrong"],
+            "The Hub does not know who you are. Log in with `hf auth login`, or pass --token with one that may write.",
+        ),
+        (
+            "ann/new",
+            ["--token", "hf_bob"],
+            "You may not write to ann/new: You don't have the rights to create a model under this namespace.",
+        ),
+        (
+            BASE,
+            ["--token", TOKEN],
+            f"{BASE} holds another model (config.json, model.safetensors) already. Choose another name.",
+        ),
+    ],
+    ids=["not logged in", "a wrong token", "somebody else's name", "another model"],
+)
+def test_what_the_hub_does_not_take(name, options, message, hub, call, saved):
+    files = {repo: hub.files(repo) for repo in hub.repos}
+    code, out, err = call(command, "push", saved, name, "--quiet", *options)
+    assert (code, out, err) == (1, "", f"sep-peft: error: {message}\n")
+    assert {repo: hub.files(repo) for repo in hub.repos} == files
+
+
+def test_a_hub_that_cannot_be_reached(saved, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with raises("The Hub at http://127.0.0.1:9 cannot be reached: [Errno 111] Connection refused.", OSError):
+        push_folder(saved, "ann/none", token=TOKEN)
+
+
+def test_a_name_that_the_hub_does_not_take(call, saved):
+    code, _, err = call(command, "push", saved, "a/b/c", "--token", TOKEN, "--quiet")
+    assert code == 1 and re.fullmatch(
+        r"sep-peft: error: 'a/b/c' is no name that the Hub takes \(.*\)\. Pass one such as user/my-task\.\n", err
+    )
 
 
 # downloads

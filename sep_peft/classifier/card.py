@@ -260,6 +260,44 @@ def _check_metadata(text: str) -> None:
         raise ValueError("they refer to parts of themselves by *")
 
 
+def card_for_hub(card: ModelCard, repo_id: str, base_model: str, old: ModelCard | None = None) -> ModelCard:
+    """A card that was made for a folder as it is right on the Hub.
+
+    Args:
+        card: of a folder; its scores, text and metadata stay.
+        repo_id: name of the adapter there.
+        base_model: name of its base model there.
+        old: the card that is there; what its owner wrote stays, where `card` says nothing else.
+    """
+    text = card.text
+    if START in text and END in text:
+        before, rest = text.split(START, 1)
+        ours, after = rest.split(END, 1)
+        if old is not None and not before.strip() and not after.strip():
+            before, after = (own or "\n" for own in _own_text(old))
+        text = f"{before}{START}{_renamed(ours, repo_id, base_model)}{END}{after}"
+    data = ModelCardData(**{**(old.data.to_dict() if old else {}), **card.data.to_dict()})
+    data.library_name, data.base_model = HUB_LIBRARY, base_model
+    data["base_model_relation"] = "adapter"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _renamed(ours: str, repo_id: str, base_model: str) -> str:
+    """Our part of a card with other names in its lines of Python and in its first sentence."""
+    literal, name = r'"(?:[^"\\]|\\.)*"', json.dumps(repo_id)
+    for pattern, replacement in (
+        (rf"(SEPClassifier\.from_pretrained\(){literal}\)(  # run it where .*)?", rf"\g<1>{name})"),
+        (rf"(PeftModel\.from_pretrained\(base, ){literal}", rf"\g<1>{name}"),
+        (rf"sep_peft\.SEPConfig\.from_pretrained\({literal}\)\.base_model_name_or_path", json.dumps(base_model)),
+        (
+            r"an adapter of a CLIP, made",
+            f"an adapter of [{plain(base_model)}](https://huggingface.co/{base_model}), made",
+        ),
+    ):
+        ours = re.sub(pattern, replacement, ours)
+    return ours
+
+
 # metadata
 
 

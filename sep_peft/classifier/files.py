@@ -196,11 +196,11 @@ def push_files(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    old = _remote_card(repo_id, subfolder, revision, token)
+    old = remote_card(repo_id, subfolder, revision, token)
     details = replace(details, base_model=base_model, repo_id=repo_id)
     with tempfile.TemporaryDirectory() as folder:
         _write(model, classes, folder, details, old, save_dtype, subfolder=subfolder)
-        _name_base_model(folder, base_model)
+        name_base_model(folder, base_model)
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
         )
@@ -266,7 +266,7 @@ def _write(
             file.write(details.confusion)
 
 
-def _name_base_model(folder: str, name: str) -> None:
+def name_base_model(folder: str, name: str) -> None:
     """Put the base model's name on the Hub into the adapter's configuration, where a folder may stand."""
     path = os.path.join(folder, CONFIG_NAME)
     with open(path, encoding="utf-8") as file:
@@ -275,7 +275,8 @@ def _name_base_model(folder: str, name: str) -> None:
         json.dump(config | {"base_model_name_or_path": name}, file, indent=2, sort_keys=True)
 
 
-def _remote_card(repo_id: str, subfolder: str | None, revision: str | None, token) -> ModelCard | None:
+def remote_card(repo_id: str, subfolder: str | None, revision: str | None, token) -> ModelCard | None:
+    """The model card of a repository on the Hub; None where it has none."""
     try:
         return read_card(hf_hub_download(repo_id, REPOCARD_NAME, subfolder=subfolder, revision=revision, token=token))
     except RemoteEntryNotFoundError:

@@ -443,3 +443,31 @@ def info(
         quiet,
         debug,
     )
+
+
+@app.command()
+def push(
+    adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where an adapter was saved.")],
+    repo_id: Annotated[str, typer.Argument(metavar="NAME", help="On the Hub, user/name; made where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The CLIP by its name on the Hub, where the adapter names a folder."),
+    ] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.IdleDevice = None,
+    token: options.Token = None,
+) -> int:
+    """Share a saved adapter on the Hub."""
+    from . import commands
+
+    return _report(
+        lambda: commands.push(
+            adapter, repo_id, commands.Session(device, token, quiet), private=private or None, base_model=base_model
+        ),
+        as_json,
+        quiet,
+        debug,
+    )

@@ -28,6 +28,7 @@ from ..classifier.classifier import SEPClassifier
 from ..classifier.files import MissingClassesError, load_classes, naming_base_model
 from ..classifier.image_index import ImageIndex
 from ..classifier.images import find_images, other_endings, read_image, warn_left_out
+from ..classifier.sharing import push_folder
 from ..method.recipe import Recipe
 from ..training import evaluation
 from ..training.checkpoint import CHECKPOINT_FILE
@@ -674,6 +675,17 @@ def _shown(value: Any) -> str:
         items = [" ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in value]
         return "; ".join(items) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+# push
+
+
+def push(
+    adapter: Path, repo_id: str, session: Session, *, private: bool | None = None, base_model: str | None = None
+) -> Result:
+    """Upload a saved adapter; arguments as for `push_folder`."""
+    pushed = push_folder(adapter, repo_id, private=private, token=session.token, base_model=base_model)
+    return Result(pushed._asdict(), [pushed.url])
 
 
 # what they share
