@@ -577,6 +577,17 @@ def test_help_of_a_command(run, command):
     assert sorted(listed) == sorted([*OPTIONS[command], *SHARED])
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_docs_name_every_option(command):
+    text = (ASSETS.parents[1] / "docs" / "command-line.md").read_text()
+    shared, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    section = next(section for section in sections if section.startswith(f"{command}\n"))
+    options = {option for each in OPTIONS[command] for option in each.split(" / ") if option.startswith("--")}
+    own = set(re.findall(r"--[a-z][a-z-]+", section))
+    assert options - own <= {"--revision", "--subfolder", "--base-model"} and own <= options | {"--resume", "--json"}
+    assert set(SHARED) <= set(re.findall(r"--[a-z][a-z-]+", shared))
+
+
 def test_defaults_in_help(run):
     """They are those of the settings, and the template's is the package's."""
     out = " ".join(help_of(run, "train").split())

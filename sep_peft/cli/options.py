@@ -242,7 +242,9 @@ Compact = Annotated[
 Report = Annotated[
     bool,
     typer.Option(
-        "--report/--no-report", help="Draw, and write run/report.html beside the adapter, a page to look at (yes)."
+        "--report/--no-report",
+        show_default=False,
+        help="Draw, and write run/report.html beside the adapter, a page to look at (yes).",
     ),
 ]
 Published = Annotated[
