@@ -8,8 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
@@ -37,7 +38,8 @@ PLACE = re.compile(
 WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".gguf")
 
 
-class Pushed(NamedTuple):
+@dataclass(frozen=True)
+class Pushed:
     """Where an adapter is on the Hub.
 
     Args:

@@ -685,7 +685,7 @@ def push(
 ) -> Result:
     """Upload a saved adapter; arguments as for `push_folder`."""
     pushed = push_folder(adapter, repo_id, private=private, token=session.token, base_model=base_model)
-    return Result(pushed._asdict(), [pushed.url])
+    return Result(asdict(pushed), [pushed.url])
 
 
 # what they share
