@@ -61,6 +61,7 @@ def test_as_it_is(tmp_path):
     assert accuracy["trained"] > accuracy["zero-shot"]
     assert said.count("SEPClassifier(\n  classes: 20 ('barrel', 'beaver', 'butterfly', ...)") == 2
     assert len(saved(tmp_path).class_names) == 20
+    assert "<title>my-task</title>" in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -72,3 +73,4 @@ def test_a_folder_of_ones_own(tmp_path):
     said = text(execute(tmp_path, 'folder = "mine"'))
     assert "2 classes, 6 images to train on, 0 to test on\nEvery image trains" in said
     assert saved(tmp_path).class_names == ["lamp", "pizza"]
+    assert not (tmp_path / "report.html").exists()  # there is nothing to report on
