@@ -18,6 +18,7 @@ from sep_peft.training.metrics import (
     bootstrap_interval,
     calibration_error,
     confusion_matrix,
+    error_by_chance,
     negative_log_likelihood,
     reliability,
     suspects,
@@ -55,6 +56,16 @@ def test_calibration_error(count, classes, bins):
     assert calibration_error(scores, labels, bins) == pytest.approx(100 * expected, abs=1e-4)
     found = reliability(scores, labels, bins)
     assert len(found) == bins and sum(each.count for each in found) == count
+
+
+def test_what_scores_that_are_right_would_show():
+    """Of one score for all, the mean absolute deviation of a share of N images; sure ones cannot be wrong."""
+    scores = torch.tensor([[0.75, 0.25]]).expand(100, -1)
+    share = [math.comb(100, k) * 0.75**k * 0.25 ** (100 - k) * abs(k / 100 - 0.75) for k in range(101)]
+    assert error_by_chance(scores, draws=400) == pytest.approx(100 * sum(share), rel=0.1)
+    assert error_by_chance(torch.eye(3)) == 0
+    few, many = (error_by_chance(random_scores(count, 5)[0], draws=20) for count in (100, 2000))
+    assert few > 3 * many
 
 
 def test_the_ends_of_bins():

@@ -5,7 +5,8 @@
 
 Each cell trains as `fit` does and is calibrated by cross-fitting on its training images, or with ``--validation`` on
 the validation images of its draw. A row appears as soon as its cell is done; ``--output`` keeps all as JSON, and cells
-that are in it are not measured again.
+that are in it are not measured again. ``--keep`` keeps the logits, so that another calibration is compared without
+training again. "By chance" is the calibration error that scores which are exactly right would show on as many images.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,24 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from readers import ImageSet, Sample, read_dataset
+from safetensors.torch import load_file, save_file
 from sampling import draw
 from script import run_as_script
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from sep_peft import SEPClassifier, SEPConfig
+from sep_peft.classifier.answers import energies
 from sep_peft.training import LabelledImages, Recipe, fit
-from sep_peft.training.metrics import calibration_error, negative_log_likelihood
+from sep_peft.training.calibrate import HeldOut, cross_fit, values_of
+from sep_peft.training.calibrate import logits_of as held_out_logits
+from sep_peft.training.metrics import calibration_error, error_by_chance, negative_log_likelihood
 
 
 HERE = Path(__file__).parent
 COVERAGES = (0.8, 0.9, 0.95)
 COLUMNS = (
-    *("model", "data", "shots", "seed", "accuracy", "ECE", "calibrated", "NLL", "calibrated"),
+    *("model", "data", "shots", "seed", "accuracy", "ECE", "calibrated", "by chance", "NLL", "calibrated"),
     *("coverage of 80, 90, 95 % (classes)", "AUROC: energy", "score", "zero-shot"),
     *("FPR95: energy", "score", "zero-shot", "known kept"),
 )
@@ -81,13 +86,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, help="at most so many, drawn once; default: all")
     parser.add_argument("--images", type=int, help="test images, at most, drawn once; default: all")
     parser.add_argument("--unknown", nargs="*", default=[], metavar="DATA=OTHER", help="images of no class of DATA")
+    parser.add_argument("--keep", type=Path, help="folder of the logits of each cell, which are trained once")
     parser.add_argument("--output", type=Path, help="JSON file of all rows")
     return parser.parse_args()
 
 
 def measure(cell: Cell, args: argparse.Namespace, unknown: str | None) -> dict[str, Any]:
-    """Train, calibrate and measure."""
+    """A row, of logits that are kept or of a training."""
     data = read(cell.data, args)
+    name = f"{Path(cell.model).name}_{Path(cell.data).stem}_{cell.shots}_{cell.seed}.safetensors"
+    file = None if args.keep is None else args.keep / name
+    if file is not None and file.exists():
+        found = load_file(file)
+    else:
+        found = train(cell, args, data, unknown)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in found.items()}, file)
+    classes, images = len(data.classes), len(found["test.labels"])
+    return {"cell": vars(cell), "epochs": args.epochs, "classes": classes, "images": images, **compare(found)}
+
+
+def train(cell: Cell, args: argparse.Namespace, data: ImageSet, unknown: str | None) -> dict[str, torch.Tensor]:
+    """All logits of a cell, none of them calibrated, by names that `compare` reads."""
     drawn = draw(data, cell.shots, cell.seed)
     recipe = Recipe(epochs=args.epochs, seed=cell.seed, calibration_folds=args.folds)
     set_seed(cell.seed)
@@ -95,18 +116,34 @@ def measure(cell: Cell, args: argparse.Namespace, unknown: str | None) -> dict[s
     model = get_peft_model(AutoModel.from_pretrained(cell.model), SEPConfig())
     names = list(data.classes)
     classifier = SEPClassifier.from_class_names(model, processor, names, template=data.template, recipe=recipe)
-    held_out = opened(data, drawn.val) if args.validation else None
-    fit(classifier, opened(data, drawn.train), eval_samples=held_out, keep="last", quiet=True)
-    test = at_most(data.splits["test"], args.images)
-    found = compare(classifier, *logits_of(classifier, data, test), args, unknown)
-    return {"cell": vars(cell), "epochs": args.epochs, "classes": len(names), "images": len(test), **found}
+    start, samples = values_of(classifier), opened(data, drawn.train)
+    fit(classifier, samples, replace(recipe, calibration_folds=0), keep="last", quiet=True)
+    if args.validation:
+        validation = LabelledImages(opened(data, drawn.val), names, processor)
+        held_out = HeldOut(*held_out_logits(classifier, validation, 100, 0), "held-out images")
+    else:
+        plain, augmented = (LabelledImages(samples, names, processor, each) for each in (None, recipe))
+        held_out = cross_fit(classifier, plain, augmented, recipe, start, quiet=True)
+    found = {f"held_out.{name}": getattr(held_out, name) for name in ("logits", "new_logits", "labels")}
+    found |= logits_of(classifier, data, at_most(data.splits["test"], args.images), "test")
+    if unknown is not None:
+        other = read(unknown, args)
+        strange = [sample._replace(label=0) for sample in at_most(other.splits["test"], args.images)]
+        found |= logits_of(classifier, other, strange, "unknown")
+    return found
 
 
-def compare(
-    classifier: SEPClassifier, logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, args, unknown: str | None
-) -> dict[str, Any]:
-    """All numbers of a row, from logits (N, C) that are not calibrated, those of zero-shot, and labels (N,)."""
-    calibration = classifier.classes.calibration
+def compare(found: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """All numbers of a row.
+
+    Args:
+        found: "held_out.logits", "held_out.new_logits" (M, C) and "held_out.labels" (M,) to calibrate on,
+            "test.logits", "test.base" of zero-shot (N, C) and "test.labels" (N,), and of images of no class
+            "unknown.logits" and "unknown.base", where there are any.
+    """
+    parts = (found[f"held_out.{name}"] for name in ("logits", "new_logits", "labels"))
+    calibration = HeldOut(*parts, "cross-fitting").calibration()
+    logits, base, labels = (found[f"test.{name}"] for name in ("logits", "base", "labels"))
     plain, scores = logits.softmax(dim=1), (logits / calibration.temperature).softmax(dim=1)
     sets = {}
     for coverage in COVERAGES:
@@ -118,18 +155,14 @@ def compare(
         "temperature": calibration.temperature,
         "accuracy": 100 * (logits.argmax(dim=1) == labels).float().mean().item(),
         "error": [calibration_error(each, labels) for each in (plain, scores)],
+        "chance": error_by_chance(scores),
         "nll": [negative_log_likelihood(each, labels) for each in (plain, scores)],
         "sets": sets,
-        "kept": 100
-        * ((logits / calibration.temperature).logsumexp(dim=1) >= calibration.least_energy).float().mean().item(),
+        "kept": 100 * (energies(logits / calibration.temperature) >= calibration.least_energy).float().mean().item(),
     }
-    if unknown is not None:
-        other = read(unknown, args)
-        strange = [sample._replace(label=0) for sample in at_most(other.splits["test"], args.images)]
-        others = logits_of(classifier, other, strange)
-        pairs = zip(
-            rules(logits, base, calibration.temperature), rules(*others[:2], calibration.temperature), strict=True
-        )
+    if "unknown.logits" in found:
+        strange = rules(found["unknown.logits"], found["unknown.base"], calibration.temperature)
+        pairs = zip(rules(logits, base, calibration.temperature), strange, strict=True)
         row["unknown"] = [{"auroc": auroc(*pair), "fpr95": false_positives(*pair)} for pair in pairs]
     return row
 
@@ -137,7 +170,7 @@ def compare(
 def rules(logits: torch.Tensor, base: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
     """Energy of calibrated logits, their largest score, and zero-shot's, each (N,): large for images of a class."""
     logits = logits / temperature
-    return logits.logsumexp(dim=1), logits.softmax(dim=1).amax(dim=1), base.softmax(dim=1).amax(dim=1)
+    return energies(logits), logits.softmax(dim=1).amax(dim=1), base.softmax(dim=1).amax(dim=1)
 
 
 def auroc(known: torch.Tensor, strange: torch.Tensor) -> float:
@@ -152,21 +185,19 @@ def false_positives(known: torch.Tensor, strange: torch.Tensor, kept: float = 0.
 
 
 @torch.no_grad()
-def logits_of(
-    classifier: SEPClassifier, data: ImageSet, samples: list[Sample]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (N, C) that are not calibrated, those of zero-shot, and labels (N,)."""
+def logits_of(classifier: SEPClassifier, data: ImageSet, samples: list[Sample], part: str) -> dict[str, torch.Tensor]:
+    """Logits (N, C) that are not calibrated, those of zero-shot, and labels (N,), by names that begin with `part`."""
     names = classifier.class_names
-    calibration, pairs = classifier.classes.calibration, [(sample.key, names[sample.label]) for sample in samples]
+    pairs = [(sample.key, names[sample.label]) for sample in samples]
     images = LabelledImages(pairs, names, classifier.processor, read=data.open)
     found = []
     for batch in DataLoader(images, 100):
         pixels = batch["pixel_values"].to(classifier.device)
-        logits = classifier(pixels).logits * calibration.temperature
+        logits = classifier(pixels).logits
         with classifier.model.disable_adapter():
             found.append((logits.cpu(), classifier(pixels).logits.cpu(), batch["labels"]))
-    logits, base, labels = (torch.cat(part) for part in zip(*found, strict=True))
-    return logits, base, labels
+    columns = zip(*found, strict=True)
+    return {f"{part}.{name}": torch.cat(c) for name, c in zip(("logits", "base", "labels"), columns, strict=True)}
 
 
 def read(name: str, args: argparse.Namespace) -> ImageSet:
@@ -192,7 +223,8 @@ def shown(row: dict[str, Any]) -> str:
     cell = row["cell"]
     sets = ", ".join(f"{each['held']:.1f} ({each['classes']:.1f})" for each in row["sets"].values())
     columns = [Path(cell["model"]).name, cell["data"], cell["shots"], cell["seed"], f"{row['accuracy']:.1f}"]
-    columns += [f"{value:.1f}" for value in row["error"]] + [f"{value:.3f}" for value in row["nll"]] + [sets]
+    columns += [f"{value:.1f}" for value in (*row["error"], row["chance"])]
+    columns += [f"{value:.3f}" for value in row["nll"]] + [sets]
     unknown = row.get("unknown")
     for key in ("auroc", "fpr95"):
         columns += ["" if unknown is None else f"{each[key]:.1f}" for each in unknown or [None] * 3]

@@ -62,6 +62,25 @@ def calibration_error(scores: torch.Tensor, labels: torch.Tensor, bins: int = BI
     return 100 * sum(each.count * abs(each.score - each.accuracy) for each in found) / len(labels)
 
 
+def error_by_chance(scores: torch.Tensor, bins: int = BINS, draws: int = 100, seed: int = 0) -> float:
+    """The calibration error in percent that would be measured were the scores exactly right: the mean over labels that
+    are drawn by them.
+
+    It is above 0, since the images of a bin are few: some 6 for 300 images, 2 for 3000. A measured error that is not
+    above it says that nothing was found.
+
+    Args:
+        scores: (N, C).
+        bins: of the best score.
+        draws: of labels.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = scores.double()
+    drawn = torch.multinomial(scores, draws, replacement=True, generator=generator)  # (N, draws)
+    return sum(calibration_error(scores, labels, bins) for labels in drawn.unbind(dim=1)) / draws
+
+
 def negative_log_likelihood(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean of ``-log score`` of the labels, in nats; a score of 0 counts as the smallest that fp32 has.
 

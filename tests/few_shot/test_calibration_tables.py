@@ -28,14 +28,21 @@ def test_a_cell(tmp_path, monkeypatch, capsys):
     data = tmp_path / "kitchen.json"
     data.write_text(json.dumps({"reader": "folder", "root": "caltech101"}))
     arguments = ["--data-root", ASSETS, "--dataset", data, "--model", model, "--shots", 2, "--epochs", 1, "--folds", 2]
-    arguments += ["--classes", 3, "--images", 12, "--unknown", f"{data}={data}", "--output", tmp_path / "rows.json"]
+    arguments += ["--classes", 3, "--images", 12, "--unknown", f"{data}={data}"]
+    arguments += ["--keep", tmp_path / "logits", "--output", tmp_path / "rows.json"]
     monkeypatch.setattr(sys, "argv", ["calibration.py", *map(str, arguments)])
     calibration.main()
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["classes"], row["images"], row["cell"]["shots"]) == (3, 12, 2)
     assert row["unknown"][0]["auroc"] == pytest.approx(50)  # the same images
     printed = capsys.readouterr().out
-    assert printed.count("|") == 3 * 18 and f"| {row['accuracy']:.1f} | {row['error'][0]:.1f} |" in printed
+    assert printed.count("|") == 3 * 19 and f"| {row['accuracy']:.1f} | {row['error'][0]:.1f} |" in printed
     monkeypatch.setattr(calibration, "measure", None)
     calibration.main()
+    assert capsys.readouterr().out == printed
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["calibration.py", *map(str, arguments)])
+    monkeypatch.setattr(calibration, "fit", None)
+    (tmp_path / "rows.json").unlink()
+    calibration.main()  # by the logits that were kept
     assert capsys.readouterr().out == printed
