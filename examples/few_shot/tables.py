@@ -24,6 +24,8 @@ from intervals import BASE_TO_NEW, Part, difference, intervals_of, score_of
 ZERO_SHOT = "zero-shot"
 #: What the name of an average over data sets begins with.
 AVERAGE = "average of"
+#: What stands between the names of a data set and of a model, where there are several models.
+ON = " on "
 #: What stands after the name of a data set whose domains were held out in turn.
 EACH_HELD_OUT = ", each domain held out"
 #: A table's key (protocol, data set, shots) -> its rows by method.
@@ -61,7 +63,7 @@ def group(runs: list[dict[str, Any]]) -> Grouped:
     several = len({run["settings"].get("model") for run in runs}) > 1
     for run in runs:
         settings = run["settings"]
-        model = f" on {Path(settings['model']).name}" if several else ""
+        model = f"{ON}{Path(settings['model']).name}" if several else ""
         place, name = (settings["protocol"], settings["dataset"] + model), settings["method"]["name"]
         grouped.setdefault((*place, settings["shots"]), {}).setdefault(name, []).append(run)
         if name == ZERO_SHOT:
@@ -178,7 +180,9 @@ def average_tables(tables: Tables) -> Tables:
         parts = [rows for (protocol, _, s), rows in tables.items() if (protocol, s) == (BASE_TO_NEW, shots)]
         names = [name for name in parts[0] if all(name in rows for rows in parts)]
         if len(parts) > 1 and names:
-            key = (BASE_TO_NEW, f"{AVERAGE} {len(parts)} data sets", shots)
+            sets = {name.split(ON)[0] for protocol, name, s in tables if (protocol, s) == (BASE_TO_NEW, shots)}
+            what = "data sets" if len(sets) == len(parts) else "data sets and models"
+            key = (BASE_TO_NEW, f"{AVERAGE} {len(parts)} {what}", shots)
             found[key] = order({name: average_row([rows[name] for rows in parts]) for name in names})
     return found
 

@@ -97,7 +97,9 @@ def test_several_models_are_told_apart(tmp_path):
         write_run(tmp_path / model, "base-to-new", "birds", "sep", 16, 1, {"model": model}, base=base, new=50.0)
     tables = make_tables(read_runs(tmp_path / "org/small", tmp_path / "org/large"))
     assert [name for _, name, _ in tables] == ["birds on large", "birds on small"]
-    assert average_tables(tables)["base-to-new", "average of 2 data sets", 16]["sep"]["columns"]["base"]["mean"] == 50.0
+    (average,) = average_tables(tables).items()
+    assert average[0] == ("base-to-new", "average of 2 data sets and models", 16)
+    assert average[1]["sep"]["columns"]["base"]["mean"] == 50.0
 
 
 def rights(share, seeds=(1, 2), images=300, place=0):
