@@ -21,20 +21,22 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_value_is_rounded_and_nothing_else_changes(dtype, tmp_path):
     classifier = make_classifier().keep_prototypes(1.0)
-    classifier.save_pretrained(tmp_path / "full")
-    classifier.save_pretrained(tmp_path / "half", save_dtype=dtype)
+    full_folder, half_folder = tmp_path / "full" / "task", tmp_path / "half" / "task"  # whose name is in the card
+    classifier.save_pretrained(full_folder)
+    classifier.save_pretrained(half_folder, save_dtype=dtype)
     for name in (WEIGHTS, PROTOTYPES):
-        full, half = load_file(tmp_path / "full" / name), load_file(tmp_path / "half" / name)
+        full, half = load_file(full_folder / name), load_file(half_folder / name)
         assert full.keys() == half.keys()
         assert all(torch.equal(half[key], full[key].to(dtype)) and half[key].dtype == dtype for key in full)
-    ids = {f: read_save_id(tmp_path / f / WEIGHTS).encode() for f in ("full", "half")}
-    assert ids["full"] != ids["half"]  # they are two saves
+    ids = {folder: read_save_id(folder / WEIGHTS).encode() for folder in (full_folder, half_folder)}
+    assert ids[full_folder] != ids[half_folder]  # they are two saves
     others = [
-        {k: v.replace(ids[f], b"") for k, v in contents(tmp_path / f).items() if "safetensors" not in k} for f in ids
+        {k: v.replace(own, b"") for k, v in contents(folder).items() if "safetensors" not in k}
+        for folder, own in ids.items()
     ]
     assert others[0] == others[1]
-    with safe_open(tmp_path / "half" / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "sep_save_id": ids["half"].decode()}
+    with safe_open(half_folder / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "sep_save_id": ids[half_folder].decode()}
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -76,10 +78,16 @@ def test_values_too_large_leave_the_files_as_they_were(tmp_path):
     before = contents(tmp_path)
     parameter = next(p for n, p in classifier.named_parameters() if "sep_prompts" in n)
     parameter.data.flatten()[0] = 1e5
-    with pytest.raises(ValueError, match=r"has a value of 1e\+05, too large for torch.float16; take torch.bfloat16\.$"):
-        classifier.save_pretrained(tmp_path, save_dtype=torch.float16)
+    for dtype in (None, *HALVES):
+        with pytest.raises(ValueError, match=r"^The adapter 'default' holds numbers that are .* larger than 65504 in "):
+            classifier.save_pretrained(tmp_path, save_dtype=dtype)  # it could not be loaded
     assert contents(tmp_path) == before
-    classifier.save_pretrained(tmp_path, save_dtype=torch.bfloat16)
+    classifier.model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"has a value of 1e\+05, too large for torch.float16; take torch.bfloat16\.$"):
+        cast_adapter(tmp_path, torch.float16)
+    assert contents(tmp_path) == before
+    cast_adapter(tmp_path, torch.bfloat16)
 
 
 def test_nothing_to_cast(tmp_path):
