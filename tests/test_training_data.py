@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sep_peft.training import EpochSampler, LabelledImages, Recipe
 from sep_peft.training.data import crop_and_flip, epoch_order, input_size, random_box
+from sep_peft.training.decoded import DecodedImages
 
 
 NAMES = ["cat", "dog", "cow"]
@@ -187,3 +189,32 @@ def test_what_is_not_allowed(processor):
     images = LabelledImages([(Path("none.jpg"), "cat")], NAMES, processor)
     with pytest.raises(ValueError, match=r"^The image PosixPath\('none.jpg'\) cannot be read: "):
         images[0]
+
+
+def test_files_are_decoded_once(processor, tmp_path):
+    """As far as there is room; images that are open already are not kept, and other processes begin empty."""
+    reads = []
+
+    def read(path):
+        reads.append(path)
+        return Image.new("RGB", (10, 5))
+
+    decoded = DecodedImages(read, room=4 * 10 * 5 * 2)
+    first = [decoded(index, f"{index}.jpg") for index in range(3)]
+    again = [decoded(index, f"{index}.jpg") for index in range(3)]
+    assert reads == ["0.jpg", "1.jpg", "2.jpg", "2.jpg"]  # for the third there is no room
+    assert again[0] is first[0] and again[1] is first[1]
+    decoded(0, Image.new("RGB", (10, 5)))
+    decoded(0, Image.new("RGB", (10, 5)))
+    assert len(reads) == 6
+    deepcopy(decoded)(0, "0.jpg")
+    assert len(reads) == 7
+
+    path = tmp_path / "image.png"
+    Image.new("RGB", (20, 20), "red").save(path)
+    images = LabelledImages([(path, "cat")], NAMES, processor, Recipe())
+    plain = images.plain()
+    expected = [images.at(0, epoch)["pixel_values"] for epoch in range(3)]
+    path.unlink()
+    assert all(torch.equal(images.at(0, epoch)["pixel_values"], expected[epoch]) for epoch in range(3))
+    assert plain[0]["pixel_values"].shape == expected[0].shape  # of the same images

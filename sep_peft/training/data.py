@@ -22,6 +22,7 @@ from ..classifier.images import read_image
 from ..classifier.processors import processor_part
 from ..classifier.trunk_cache import TrunkCache
 from ..method.recipe import Recipe
+from .decoded import DecodedImages
 
 
 class EpochDataset(torch.utils.data.Dataset, ABC):
@@ -58,8 +59,9 @@ class LabelledImages(EpochDataset):
 
     With a recipe they are augmented as the field does it: a random part, resized to the model's input and mirrored half
     of the time. What is drawn depends on the recipe's seed, the epoch and the index alone, so workers, many processes
-    and a resumed run see the same images. An entry is a dict of what the image processor gives for one image, such as
-    `pixel_values` (channels, height, width), and its label as `labels`.
+    and a resumed run see the same images. Files are decoded once, as far as `DecodedImages` has room. An entry is a
+    dict of what the image processor gives for one image, such as `pixel_values` (channels, height, width), and its
+    label as `labels`.
 
     Args:
         samples: N images and names of their classes.
@@ -91,7 +93,7 @@ class LabelledImages(EpochDataset):
             raise ValueError(f"The samples have classes that are not among the names: {', '.join(unknown)}.")
         self.samples = [(image, labels[name]) for image, name in samples]
         self.recipe = recipe
-        self._read = read
+        self._read = DecodedImages(read)
         self._processor = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
         self._size = input_size(self._processor)
 
@@ -119,7 +121,7 @@ class LabelledImages(EpochDataset):
     def at(self, index: int, epoch: int) -> dict[str, torch.Tensor | int]:
         """An entry as it is in an epoch, whichever is shown."""
         image, label = self.samples[index]
-        image, options = self._read(image), {}
+        image, options = self._read(index, image), {}
         if self.recipe is not None:
             source = random.Random(f"{self.recipe.seed}/{epoch}/{index}")
             image = crop_and_flip(image, self.recipe.smallest_crop, self._size, source)

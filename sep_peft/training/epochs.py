@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,10 @@ from ..method.recipe import Recipe
 from .data import EpochDataset, epoch_order
 from .optimizer import count_steps, make_optimizer, make_schedule, trainable
 from .progress import Progress
+
+
+#: A batch of this process, how many images of it count, and the images of all processes.
+Batch = tuple[dict[str, torch.Tensor], int, int]
 
 
 @runtime_checkable
@@ -30,6 +35,9 @@ class Epochs:
 
     Args:
         classifier, images, recipe, accelerator, workers: as for `train`.
+
+    Attributes:
+        waited: seconds in which steps have waited for images.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class Epochs:
     ):
         self.classifier, self.images, self.recipe = classifier, images, recipe
         self.accelerator, self.workers = accelerator, workers
+        self.waited = 0.0
         self.device = next(classifier.parameters()).device
         if accelerator.device_placement or accelerator.num_processes > 1:
             self.device = accelerator.device
@@ -78,6 +87,30 @@ class Epochs:
         if isinstance(self.classifier, HasStepsState):
             self.classifier.take_steps_state(state)
 
+    def _batches(self, steps: int) -> Iterator[Batch]:
+        """For each step of the present epoch."""
+        images, recipe, accelerator = self.images, self.recipe, self.accelerator
+        order = epoch_order(len(images), recipe.seed, images.epoch)
+        shares, sizes = share_out(order, recipe.batch_size, accelerator.process_index, accelerator.num_processes)
+        loader = torch.utils.data.DataLoader(
+            images,
+            batch_sampler=shares[:steps],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",  # so that copying a batch does not hold up the step before
+        )
+        for batch, (own, whole) in zip(loader, sizes[:steps], strict=True):
+            yield batch, own, whole
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Adds the time until each batch is there to `waited`."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
     def agree(self, reason: str | None) -> str | None:
         """What the main process says, in every process."""
         return broadcast_object_list([reason])[0]
@@ -89,8 +122,8 @@ class Epochs:
         self.images.set_epoch(epoch)
         sums, seen, own_seen = torch.zeros(2, device=self.device), 0, 0  # of the loss and of right answers
         steps = min(self.per_epoch, self.steps - epoch * self.per_epoch)
-        for batch, own, whole in _batches(self.images, self.recipe, steps, self.accelerator, self.workers):
-            batch = {key: value.to(self.device) for key, value in batch.items()}
+        for batch, own, whole in self._timed(self._batches(steps)):
+            batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             output, labels = self.model(**batch), batch["labels"]
             # DistributedDataParallel takes the mean over the processes
             self.accelerator.backward(output.loss * (own / whole * self.accelerator.num_processes))
@@ -104,17 +137,6 @@ class Epochs:
         whole_sums: Any = self.accelerator.reduce(sums, "sum")
         loss, right = (whole_sums / seen).tolist()
         return {"epoch": epoch + 1, "loss": loss, "accuracy": 100 * right, "lr": self.schedule.get_last_lr()[0]}
-
-
-def _batches(
-    images: EpochDataset, recipe: Recipe, steps: int, accelerator: Accelerator, workers: int
-) -> Iterator[tuple[dict[str, torch.Tensor], int, int]]:
-    """For each step a batch of this process, the images of it that count, and the images of all processes."""
-    order = epoch_order(len(images), recipe.seed, images.epoch)
-    shares, sizes = share_out(order, recipe.batch_size, accelerator.process_index, accelerator.num_processes)
-    loader = torch.utils.data.DataLoader(images, batch_sampler=shares[:steps], num_workers=workers)
-    for batch, (own, whole) in zip(loader, sizes[:steps], strict=True):
-        yield batch, own, whole
 
 
 def share_out(
