@@ -24,6 +24,7 @@ from small_classifier import (
     make_classifier,
     make_model,
     raises,
+    with_prototypes,
 )
 from small_clip import make_clip, make_texts
 from transformers import CLIPModel
@@ -39,6 +40,12 @@ def saved(tmp_path) -> Path:
     folder = tmp_path / "saved"
     make_classifier().save_pretrained(folder)
     return folder
+
+
+def test_whoever_may_read_one_file_may_read_all(tmp_path):
+    with_prototypes().save_pretrained(tmp_path / "saved")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+    assert "sep_prototypes.safetensors" in modes and len(set(modes.values())) == 1, modes
 
 
 @pytest.mark.parametrize("adapter", ["default", "mine"])

@@ -314,7 +314,7 @@ def test_curves_need_an_epoch():
     left, right = curves(History(3, rows, zero_shot=20.0, seconds=[1.0, 1.0]), None).axes
     assert list(left.lines[0].get_ydata()) == [2.0, 1.0]
     assert [text.get_text() for text in right.get_legend().get_texts()] == [
-        "training, augmented",
+        "training: augmented, by texts alone",
         "val",
         "best epoch, 2",
         "zero-shot on val",

@@ -264,6 +264,9 @@ def _write(
     if details.confusion is not None:
         with open(os.path.join(folder, CONFUSION_FILE), "wb") as file:
             file.write(details.confusion)
+    mode = os.stat(os.path.join(folder, CLASSES_FILE)).st_mode
+    for entry in os.scandir(folder):  # safetensors lets nobody else read what it writes
+        os.chmod(entry.path, mode)
 
 
 def name_base_model(folder: str, name: str) -> None:

@@ -93,7 +93,13 @@ def curves(history: History, path: str | os.PathLike | None):
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["loss"] for row in history], ".-", color="tab:blue")
     left.set_ylabel("loss")
-    right.plot(epochs, [row["accuracy"] for row in history], ".-", color="tab:gray", label="training, augmented")
+    right.plot(
+        epochs,
+        [row["accuracy"] for row in history],
+        ".-",
+        color="tab:gray",
+        label="training: augmented, by texts alone",
+    )
     if history.best is not None:
         right.plot(epochs, [row["val_accuracy"] for row in history], ".-", color="tab:orange", label="val")
         right.axvline(history.best, color="tab:orange", linestyle=":", label=f"best epoch, {history.best}")
