@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from small_classifier import IMAGES, make_classifier, mix, raises
-from small_clip import make_texts
+from small_clip import make_clip, make_texts
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sep_peft import SEPClassifier, SEPTrainer
@@ -366,7 +366,8 @@ def test_a_compiled_step():
     """Loss, draws and what is kept are those of a step that is not compiled."""
     found = []
     for compiled in (False, True):
-        classifier = make()
+        clip = make_clip(text_layers=2, vision_layers=2)  # the compiler's time grows with the layers
+        classifier = make(config={"clip": clip})
         call = torch.compile(classifier, backend="eager") if compiled else classifier
         optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.05)
         for _ in range(2):

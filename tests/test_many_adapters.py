@@ -115,13 +115,11 @@ def visits(action: Callable[[], object]) -> int:
         count += event == "call"
 
     gc.collect()
-    gc.disable()
     sys.setprofile(profile)
     try:
         action()
     finally:
         sys.setprofile(None)
-        gc.enable()
     return count
 
 

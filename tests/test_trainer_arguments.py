@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -83,15 +82,6 @@ def train(folder: Path, run: Run) -> tuple[Trainer, dict]:
 
 def vector(classifier: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in classifier.parameters() if p.requires_grad])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Each training collects garbage; what all other tests have made needs not be looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
