@@ -368,7 +368,7 @@ def test_a_compiled_step():
     for compiled in (False, True):
         clip = make_clip(text_layers=2, vision_layers=2)  # the compiler's time grows with the layers
         classifier = make(config={"clip": clip})
-        call = torch.compile(classifier, backend="eager") if compiled else classifier
+        call = torch.compile(classifier, backend="eager", dynamic=False) if compiled else classifier
         optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.05)
         for _ in range(2):
             loss = call(IMAGES, LABELS).loss

@@ -138,7 +138,7 @@ def test_disabling_in_one_thread_leaves_adapters_that_others_ask_for_by_name():
 
     disabled = 0
     with running_until_left(disable):
-        for _ in range(200):
+        for _ in range(80):
             disabled += model.base_model.towers["vision"].disable_adapters
             found = model.get_image_features(IMAGES, adapter_names=["default"] * 4).pooler_output
             assert torch.equal(found, expected)
