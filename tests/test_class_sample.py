@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from epoch_images import Images
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from small_classifier import IMAGES, make_classifier, mix, raises
@@ -20,7 +21,7 @@ from sep_peft.method.losses import prototype_loss
 from sep_peft.method.recipe import Recipe
 from sep_peft.training import EpochCallback, History, make_optimizer, make_schedule, train
 from sep_peft.training.checkpoint import CHECKPOINT_FILE
-from sep_peft.training.data import EpochDataset, epoch_order
+from sep_peft.training.data import epoch_order
 from sep_peft.training.optimizer import trainable
 from sep_peft.tuner.model import find_towers
 
@@ -213,16 +214,6 @@ def test_other_classes_begin_anew():
 
 
 # the same through all doors
-
-
-class Images(EpochDataset):
-    fingerprint = "five"
-
-    def __len__(self) -> int:
-        return len(IMAGES)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"pixel_values": IMAGES[index] + 0.1 * self.epoch, "labels": LABELS[index]}
 
 
 RECIPE = Recipe(epochs=3, batch_size=2, learning_rate=0.01, class_sample=SIZE, calibration_folds=0)

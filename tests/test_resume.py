@@ -13,32 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from epoch_images import Images
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_classifier import IMAGES, LABELS, make_classifier, raises
+from small_classifier import make_classifier, raises
 from transformers.models.clip.modeling_clip import CLIPAttention
 
 from sep_peft import SEPClassifier
 from sep_peft.training import History, Limits, Recipe, TrainingInterrupted, train
 from sep_peft.training.checkpoint import CHECKPOINT_FILE, ENTRY, history_in, read_entry
-from sep_peft.training.data import EpochDataset
 from sep_peft.training.optimizer import trainable
 from sep_peft.training.signals import Signals
 
 
 RECIPE = Recipe(epochs=4, batch_size=2, learning_rate=0.01)
-
-
-class Images(EpochDataset):
-    """Five images that differ from epoch to epoch."""
-
-    fingerprint = "five"
-
-    def __len__(self) -> int:
-        return len(IMAGES)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"pixel_values": IMAGES[index] + 0.1 * self.epoch, "labels": LABELS[index]}
 
 
 class Measured:

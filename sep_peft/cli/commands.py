@@ -457,7 +457,7 @@ def search(
         "found": best,
         "images": len(found.names),
         "embedded": found.embedded,
-        "unreadable": [{"image": str(folder / name), "error": error} for name, error in found.unreadable.items()],
+        "unreadable": _listed({folder / name: error for name, error in found.unreadable.items()}),
     }
     lines = [f"{entry['similarity']:.3f} {entry['image']}" for entry in best]
     return Result(data, lines, code=1 if found.unreadable else 0)
