@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -10,10 +11,9 @@ import torch
 from PIL import Image
 
 from ..classifier.classifier import SEPClassifier
+from ..classifier.embeddings import embed_images
 from ..classifier.images import read_image
-from ..method.mix import unit, wide
-from ..tuner.modes import evaluating
-from .data import LabelledImages
+from ..tuner.mixed_batch import BASE
 from .evaluation import Evaluation
 from .folders import Samples
 
@@ -63,9 +63,10 @@ def near_duplicates(
         for each part its images that are nearly one of `training`.
     """
     images = [image for image, _ in training]
-    trained = frozen_embeds(classifier, images, batch_size)
+    embed = partial(embed_images, classifier.model, classifier.processor, batch_size=batch_size, adapter=BASE)
+    trained = embed(images)
     some = list(range(0, len(images), max(1, len(images) // COPIES)))
-    copies = frozen_embeds(classifier, [worse_copy(read_image(images[index])) for index in some], batch_size)
+    copies = embed([worse_copy(read_image(images[index])) for index in some])
     least = (trained[some] * copies).sum(dim=1).quantile(MISSED_SHARE).item()
     return {
         part: _alike(each.samples, each.embeds, training, trained, least)
@@ -85,20 +86,6 @@ def _alike(
             (image, label), (other, other_label) = samples[start + place], training[int(best.indices[place])]
             found.append(Duplicate(image, label, other, other_label, best.values[place].item()))
     return sorted(found, key=lambda each: -each.similarity)
-
-
-@torch.no_grad()
-def frozen_embeds(classifier: SEPClassifier, images: Sequence[Any], batch_size: int = 32) -> torch.Tensor:
-    """Embeddings (N, E) of images by the frozen image tower, of unit length, on the CPU."""
-    tower, names = classifier.vision_tower, classifier.class_names
-    plain = LabelledImages([(image, names[0]) for image in images], names, classifier.processor)
-    found = []
-    with evaluating(classifier.model):
-        for batch in torch.utils.data.DataLoader(plain, batch_size):
-            del batch["labels"]
-            inputs = {name: value.to(classifier.device) for name, value in batch.items()}
-            found.append(unit(wide(tower.embed_frozen(**inputs))).cpu())
-    return torch.cat(found)
 
 
 def worse_copy(image: Image.Image) -> Image.Image:
