@@ -16,7 +16,8 @@ from pathlib import Path
 from small_classifier import CLASSES, TEMPLATES, make_model
 
 from sep_peft import SEPClassifier
-from sep_peft.cli.commands import AdapterSource, Session, info
+from sep_peft.cli.info import info
+from sep_peft.cli.session import AdapterSource, Session
 
 
 #: Address space beyond which a process gets no memory, in bytes, so that a mistake cannot stop the machine.

@@ -656,7 +656,7 @@ def test_mistakes_in_the_arguments(run, arguments, message):
 
 #: What only some commands, drawings or training need.
 HEAVY = {"transformers.trainer", "accelerate", "datasets", "matplotlib", "rich", "sep_peft.classifier"}
-HEAVY |= {"sep_peft.training", "sep_peft.cli.commands"}
+HEAVY |= {"sep_peft.training", "sep_peft.cli.session"}
 
 
 LIGHT = [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train", "x", "--shots", "0"], ["fly"]]
@@ -683,7 +683,7 @@ def test_help_and_mistakes_do_not_wait_for_what_commands_need(arguments):
 
 
 def test_a_command_imports_what_it_needs(adapter):
-    assert {"sep_peft.classifier", "sep_peft.cli.commands"} <= modules_of(["info", str(adapter)], {0})
+    assert {"sep_peft.classifier", "sep_peft.cli.info"} <= modules_of(["info", str(adapter)], {0})
 
 
 # text from outside
@@ -811,7 +811,7 @@ def test_interrupted(run, adapter, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sep_peft.cli.commands.read_shapes", interrupt)
+    monkeypatch.setattr("sep_peft.cli.info.read_shapes", interrupt)
     assert run("info", adapter) == (130, "", "sep-peft: interrupted\n")
 
 

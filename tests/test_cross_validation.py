@@ -17,7 +17,8 @@ from transformers import AutoModel, set_seed
 
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier.calibration import fit_temperature
-from sep_peft.cli import commands
+from sep_peft.cli.evaluate import evaluate
+from sep_peft.cli.session import AdapterSource, Session
 from sep_peft.training import LabelledImages, Recipe, cross_validate, fit
 from sep_peft.training.calibrate import deal, logits_of
 from sep_peft.training.folders import read_folder
@@ -126,19 +127,19 @@ def test_a_folder_without_test_images(folder, trained, clip_folder, tmp_path):
     settings = adapter / RUN_FOLDER / SETTINGS_FILE
     settings.parent.mkdir()
     settings.write_text(json.dumps({"recipe": asdict(RECIPE), "shots": 2}))
-    source, session = commands.AdapterSource(str(adapter)), commands.Session("cpu", quiet=True)
-    found = commands.evaluate(source, folder, session, base_model=clip_folder, folds=2)
+    source, session = AdapterSource(str(adapter)), Session("cpu", quiet=True)
+    found = evaluate(source, folder, session, base_model=clip_folder, folds=2)
     assert found.lines[0] == "2 folds, no test: each image was told by an adapter that was trained on the others"
     assert (found.data["folds"], found.data["images"], found.data["count"]) == (2, 4, {"butterfly": 2, "lamp": 2})
     assert found.data["zero_shot"] is not None
     with raises("k folds train anew on the trained classes. Leave out --new-classes."):
-        commands.evaluate(source, folder, session, base_model=clip_folder, new_classes=True)
+        evaluate(source, folder, session, base_model=clip_folder, new_classes=True)
     settings.write_text(json.dumps({"recipe": {"epochs": -1}}))
     message = (
         f"{settings} does not hold the settings of a training ('epochs must be an integer of at least 1, but got -1.')."
     )
     with raises(message):
-        commands.evaluate(source, folder, session, base_model=clip_folder)
+        evaluate(source, folder, session, base_model=clip_folder)
     settings.write_text(json.dumps({"recipe": asdict(RECIPE), "shots": "2"}))
     with raises(f"{settings} does not hold the settings of a training (shots is '2')."):
-        commands.evaluate(source, folder, session, base_model=clip_folder)
+        evaluate(source, folder, session, base_model=clip_folder)

@@ -27,7 +27,8 @@ from small_classifier import CLASSES, IMAGES, TEMPLATES, make_model
 from sep_peft import SEPClassifier, hotswap_adapter
 from sep_peft.classifier.images import read_image
 from sep_peft.classifier.prediction import predict_batch
-from sep_peft.cli.commands import AdapterSource, Session, info
+from sep_peft.cli.info import info
+from sep_peft.cli.session import AdapterSource, Session
 from sep_peft.tuner.current import chosen_adapters
 from sep_peft.tuner.messages import acts
 

@@ -23,7 +23,8 @@ from transformers import AutoProcessor, CLIPModel
 from sep_peft import AdapterMismatchError, SEPClassifier, SEPConfig, TaskClasses, hotswap_adapter
 from sep_peft.classifier.files import CLASSES_FILE, PROTOTYPES_FILE, load_base
 from sep_peft.classifier.prediction import Task, predict_batch
-from sep_peft.cli.commands import AdapterSource, Session, info
+from sep_peft.cli.info import info
+from sep_peft.cli.session import AdapterSource, Session
 from sep_peft.tuner.messages import acts
 from sep_peft.tuner.tower import SEPTower
 

@@ -21,7 +21,6 @@ from small_clip import make_clip
 from sep_peft import CardDetails, SEPClassifier
 from sep_peft.classifier import files
 from sep_peft.classifier.files import SAVED_FILES, try_output
-from sep_peft.cli import commands
 from sep_peft.cli.app import main
 from sep_peft.training.checkpoint import CHECKPOINT_FILE
 from sep_peft.training.run_log import RUN_FOLDER
@@ -195,7 +194,7 @@ def test_the_output_is_tried_before_training(images, tmp_path, capsys, monkeypat
     def never(*args, **kwargs):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(commands, "fit", never)
+    monkeypatch.setattr("sep_peft.cli.train.fit", never)
     (tmp_path / "file").write_text("mine")
     code, _, err = train(images, tmp_path / "file" / "new", capsys)
     assert code == 1 and err.startswith(f"sep-peft: error: {tmp_path / 'file/new'} cannot be made, because ")

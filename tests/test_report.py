@@ -23,7 +23,6 @@ from transformers import CLIPModel
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier.calibration import Calibration
 from sep_peft.classifier.explain import explain
-from sep_peft.cli import commands
 from sep_peft.cli.app import command_line, main
 from sep_peft.training import History, evaluate, report, write_report
 from sep_peft.training.duplicates import near_duplicates, worse_copy
@@ -182,7 +181,7 @@ def test_a_report_that_fails_costs_no_adapter(images, tmp_path, capsys, monkeypa
     def fail(*args, **kwargs):
         raise RuntimeError("no paper")
 
-    monkeypatch.setattr(commands, "write_report", fail)
+    monkeypatch.setattr("sep_peft.cli.train.write_report", fail)
     options = ["--base-model", str(shallow_clip(2)), "--output", str(tmp_path), *SMALL, "--published", "--quiet"]
     assert main(["train", str(images), *options, "--max-steps", "1", "--shots", "1", "--json"]) == 0
     printed = capsys.readouterr()

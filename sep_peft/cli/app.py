@@ -1,9 +1,9 @@
-"""The command line ``sep-peft``: arguments, errors and output. What each command does is in `commands`.
+"""The command line ``sep-peft``: arguments, errors and output. What each command does is in the file of its name.
 
 Results go to standard output, as text or with ``--json`` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 an error, 2 a mistake in the arguments, 130 interrupted, 143 ended by SIGTERM.
 
-`commands` is imported by the command that runs, so that help and mistakes in the arguments do not wait for it.
+That file is imported when the command runs, so that help and mistakes in the arguments do not wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .text import json_text, one_line, printable
 
 
 if TYPE_CHECKING:
-    from .commands import Result
+    from .session import Result
 
 
 PROGRAM = "sep-peft"
@@ -141,7 +141,7 @@ def train(
         str | None, typer.Option(metavar="TEXT", help='Licence of the adapter for the model card: "apache-2.0".')
     ] = None,
     template: options.Template = None,
-    shots: Annotated[int, options.count("Training images per class.")] = 16,
+    shots: Annotated[int, options.count("Training images per class.")] = options.SHOTS,
     epochs: options.Epochs = None,
     max_steps: options.MaxSteps = None,
     batch_size: options.TrainBatchSize = None,
@@ -186,16 +186,17 @@ def train(
         views=views,
         seed=seed,
     )
-    from . import commands
+    from .session import Session
+    from .train import train as run
 
     return _report(
-        lambda: commands.train(
+        lambda: run(
             folder,
             base_model,
             output,
             make_config(**config_options),
             make_recipe(**recipe_options),
-            commands.Session(device, token, quiet),
+            Session(device, token, quiet),
             shots=shots,
             cache=cache,
             template=template,
@@ -249,13 +250,14 @@ def predict(
     token: options.Token = None,
 ) -> int:
     """Classify images."""
-    from . import commands
+    from .predict import predict as run
+    from .session import AdapterSource, Session
 
     return _report(
-        lambda: commands.predict(
-            commands.AdapterSource(adapter, revision, subfolder),
+        lambda: run(
+            AdapterSource(adapter, revision, subfolder),
             images,
-            commands.Session(device, token, quiet),
+            Session(device, token, quiet),
             base_model=base_model,
             classes=classes,
             zero_shot_margin=zero_shot_margin,
@@ -295,14 +297,15 @@ def search(
     token: options.Token = None,
 ) -> int:
     """Find images that look like another, or as a text says."""
-    from . import commands
+    from .search import search as run
+    from .session import AdapterSource, Session
 
     return _report(
-        lambda: commands.search(
-            commands.AdapterSource(adapter, revision, subfolder),
+        lambda: run(
+            AdapterSource(adapter, revision, subfolder),
             folder,
             query,
-            commands.Session(device, token, quiet),
+            Session(device, token, quiet),
             base_model=base_model,
             top_k=top_k,
             index=index,
@@ -358,13 +361,14 @@ def evaluate(
     token: options.Token = None,
 ) -> int:
     """Measure on images how often an adapter is right."""
-    from . import commands
+    from .evaluate import evaluate as run
+    from .session import AdapterSource, Session
 
     return _report(
-        lambda: commands.evaluate(
-            commands.AdapterSource(adapter, revision, subfolder),
+        lambda: run(
+            AdapterSource(adapter, revision, subfolder),
             folder,
-            commands.Session(device, token, quiet),
+            Session(device, token, quiet),
             base_model=base_model,
             new_classes=new_classes,
             zero_shot_margin=zero_shot_margin,
@@ -401,14 +405,15 @@ def import_reference(
     token: options.Token = None,
 ) -> int:
     """Turn a checkpoint of the authors' code into an adapter."""
-    from . import commands
+    from .import_reference import import_reference as run
+    from .session import Session
 
     return _report(
-        lambda: commands.import_reference(
+        lambda: run(
             checkpoint,
             base_model,
             output,
-            commands.Session(device, token, quiet),
+            Session(device, token, quiet),
             text_layers=text_layers,
             vision_layers=vision_layers,
             classes=classes,
@@ -433,12 +438,11 @@ def info(
     token: options.Token = None,
 ) -> int:
     """Say what an adapter is, without loading its base model."""
-    from . import commands
+    from .info import info as run
+    from .session import AdapterSource, Session
 
     return _report(
-        lambda: commands.info(
-            commands.AdapterSource(adapter, revision, subfolder), commands.Session(device, token, quiet)
-        ),
+        lambda: run(AdapterSource(adapter, revision, subfolder), Session(device, token, quiet)),
         as_json,
         quiet,
         debug,
@@ -461,12 +465,11 @@ def push(
     token: options.Token = None,
 ) -> int:
     """Share a saved adapter on the Hub."""
-    from . import commands
+    from .push import push as run
+    from .session import Session
 
     return _report(
-        lambda: commands.push(
-            adapter, repo_id, commands.Session(device, token, quiet), private=private or None, base_model=base_model
-        ),
+        lambda: run(adapter, repo_id, Session(device, token, quiet), private=private or None, base_model=base_model),
         as_json,
         quiet,
         debug,

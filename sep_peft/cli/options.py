@@ -20,6 +20,8 @@ SETTINGS: dict[str, tuple[Callable[..., SEPConfig], Callable[..., Recipe]]] = {
     "compact": (SEPConfig.compact, Recipe.compact),
     "published": (SEPConfig.published, Recipe.published),
 }
+#: Training images a class, unless told otherwise.
+SHOTS = 16
 #: Choices of --save-dtype.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

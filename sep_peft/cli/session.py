@@ -1,0 +1,126 @@
+"""What the commands of ``sep-peft`` share: how they work, where an adapter is, what they load and what they found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+from ..classifier.classifier import SEPClassifier
+from ..classifier.files import naming_base_model
+from ..training.folders import Samples, without_unreadable
+from ..tuner.find_file import check_path
+from .text import one_line
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Args:
+        data: for ``--json``.
+        lines: for people; they may hold text from outside as it is.
+        code: exit code; 1 where something was left out.
+    """
+
+    data: Any
+    lines: list[str]
+    code: int = 0
+
+
+@dataclass(frozen=True)
+class Session:
+    """How a command works, whatever it does.
+
+    Args:
+        device: where to compute; None: a GPU if there is one.
+        token: of the Hub; None: that of ``hf auth login``.
+        quiet: without progress.
+    """
+
+    device: str | None = None
+    token: str | None = None
+    quiet: bool = False
+
+    def place(self, model: Model) -> Model:
+        """Move a model to the device; returns it."""
+        return model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def progress(self, title: str):
+        """Wraps what is iterated over, to show progress on standard error."""
+        return partial(tqdm, desc=title, disable=self.quiet, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where an adapter is.
+
+    Args:
+        name: a folder, or a repository on the Hub.
+        revision: branch, tag or commit on the Hub; None: the main branch.
+        subfolder: of the folder or repository; None: none.
+    """
+
+    name: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+    def hub_options(self, session: Session) -> dict[str, Any]:
+        """Those that were given."""
+        options = {"token": session.token, "revision": self.revision}
+        return {key: value for key, value in options.items() if value is not None}
+
+
+def load_base(name: str, session: Session) -> tuple[torch.nn.Module, Any]:
+    model = load_base_model(name, session)
+    with naming_base_model(name):
+        return model, AutoProcessor.from_pretrained(name, token=session.token, trust_remote_code=False)
+
+
+def load_base_model(name: str, session: Session) -> torch.nn.Module:
+    with naming_base_model(name):
+        return AutoModel.from_pretrained(name, token=session.token, trust_remote_code=False)
+
+
+def load_classifier(source: AdapterSource, base_model: str | None, session: Session) -> SEPClassifier:
+    check_path(source.name)  # before a base model is loaded for it
+    options = {"subfolder": source.subfolder, **source.hub_options(session)}
+    if base_model is None:
+        classifier = SEPClassifier.from_pretrained(source.name, **options)
+    else:
+        base, processor = load_base(base_model, session)
+        classifier = SEPClassifier.from_pretrained(source.name, model=base, processor=processor, **options)
+    return session.place(classifier)
+
+
+def check_images(samples: Samples, session: Session) -> tuple[Samples, dict[Path, str]]:
+    samples, broken = without_unreadable(samples, session.progress("reading images"))
+    warn_unreadable(broken)
+    return samples, broken
+
+
+def warn_unreadable(broken: Mapping[Any, str]) -> None:
+    """Name and count images on standard error."""
+    for error in broken.values():
+        warn(error)
+    if broken:
+        warn(f"{len(broken)} images cannot be read and are left out")
+
+
+def warn(message: str) -> None:
+    """Tell something that does not end the command, on standard error."""
+    print(f"sep-peft: warning: {one_line(message)}", file=sys.stderr)
+
+
+def listed(broken: Mapping[Path, str]) -> list[dict[str, str]]:
+    return [{"image": str(path), "error": error} for path, error in broken.items()]

@@ -1,0 +1,247 @@
+"""``sep-peft train``: trains an adapter, measures it beside zero-shot and saves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import set_seed
+
+from ..classifier.calibration import Calibration
+from ..classifier.card import CardDetails, Score
+from ..classifier.classes import TEMPLATE
+from ..classifier.classifier import SEPClassifier
+from ..method.recipe import Recipe
+from ..training import evaluation
+from ..training.checkpoint import CHECKPOINT_FILE
+from ..training.fit import fit
+from ..training.folders import ImageFolder, Samples, read_folder
+from ..training.history import History, TrainingInterrupted
+from ..training.report import write_report
+from ..training.run_log import REPORT_FILE, RUN_FOLDER
+from ..tuner.config import SEPConfig
+from .measured import between, class_scores, not_tested, untested
+from .options import SHOTS
+from .saving import Saved, check_output, save_somewhere, saved_bytes
+from .session import Result, Session, check_images, listed, load_base, warn
+
+
+def train(
+    folder: Path,
+    base_model: str,
+    output: Path,
+    config: SEPConfig,
+    recipe: Recipe,
+    session: Session,
+    *,
+    shots: int = SHOTS,
+    cache: str | None = None,
+    template: Sequence[str] | None = None,
+    save_dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    patience: int | None = None,
+    keep: Literal["best", "last"] = "best",
+    name: str | None = None,
+    license: str | None = None,
+    report: bool = True,
+    command: str | None = None,
+) -> Result:
+    """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card.
+
+    Args:
+        folder: of images; see `read_folder`.
+        base_model: name or folder of the model to adapt.
+        output: folder to save into.
+        config, recipe: the adapter and how to train it.
+        session: how to work.
+        shots: training images a class.
+        cache: as for `fit`.
+        template: texts of the frozen text branch, which are averaged; None: `TEMPLATE`.
+        save_dtype: of the weights in the file.
+        overwrite: replace an adapter, or a training that was not finished, in `output`.
+        resume: go on with the training in `output`; where there is none, begin.
+        max_seconds, patience, keep: as for `fit`; validation images are those of val/.
+        name: of the data in the model card; None: that of `folder`.
+        license: of the adapter in the model card; None: none.
+        report: write a page to look at beside the adapter; see `write_report`.
+        command: that was given, for the settings in the run's folder; None: not known.
+
+    Raises:
+        NotADirectoryError: there is no `folder`, or `output` is a file.
+        FileExistsError: `output` has an adapter or an unfinished training, and it was not said what to do with it.
+        OSError: nothing can be saved in `output`, or its disk has too little room; found out before training.
+        ValueError: images that cannot be trained on.
+    """
+    begun = time.monotonic()
+    check_output(output, overwrite, resume)
+    images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
+    if patience is not None and "val" not in images.tests:
+        raise ValueError(f"--patience needs images to validate on, but {folder} has no val/ with any.")
+    set_seed(recipe.seed)
+    base, processor = load_base(base_model, session)
+    model = session.place(get_peft_model(base, config))
+    classifier = SEPClassifier.from_class_names(
+        model, processor, images.names, template=template or TEMPLATE, recipe=recipe
+    )
+    check_output(output, overwrite, resume, needed=saved_bytes(classifier))
+    if not resume:
+        (output / CHECKPOINT_FILE).unlink(missing_ok=True)  # it may be replaced
+    held_out = images.tests.get("val")
+    name = name or folder.resolve().name
+    notes = {"command": command, "data": str(folder.resolve()), "base_model": base_model, "shots": shots}
+    details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), license=license)
+    save = partial(save_somewhere, classifier, output, save_dtype=save_dtype)
+    try:
+        history = fit(
+            classifier,
+            images.train,
+            recipe,
+            eval_samples=held_out,
+            folder=output,
+            resume=resume,
+            notes=notes,
+            max_seconds=max_seconds,
+            patience=patience,
+            keep=keep,
+            quiet=session.quiet,
+            cache=cache,
+        )
+    except TrainingInterrupted as interruption:
+        return _interrupted(interruption, save, details, images, broken)
+    measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
+    adapted = measure("SEP")
+    with cast(PeftModel, classifier.model).disable_adapter():
+        zero_shot = measure("zero-shot")
+    scores = [
+        Score(
+            name,
+            found.accuracy,
+            zero_shot[part].accuracy,
+            images=found.images,
+            split=part,
+            interval=found.interval,
+            calibration_error=found.calibration_error,
+        )
+        for part, found in adapted.items()
+    ]
+    protocol, by_class = _protocol(recipe, history, held_out, keep), class_scores(images, adapted, zero_shot)
+    details = replace(details, protocol=protocol, scores=scores, class_scores=by_class)
+    part = evaluation.main_part(adapted)
+    if report and part is not None and find_spec("matplotlib") is not None:
+        details = replace(details, confusion=adapted[part].confusion_png)
+    saved = save(details=details)
+    result = _trained(saved, images, scores, broken, history, classifier.classes.calibration)
+    if report:
+        parts = {"title": name, "training": images.train, "history": history, "unreadable": broken}
+        took = f"{sum(history.seconds):.0f} s in epochs, {time.monotonic() - begun:.0f} s in all"
+        facts = {**notes, "recipe": str(recipe), "time": took}
+        path = saved.folder / RUN_FOLDER / REPORT_FILE
+        result = _with_report(result, path, classifier, adapted, zero_shot, facts=facts, **parts)
+    if history.stopped == "time":
+        return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
+    if saved.error is None:
+        (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return result
+
+
+def _with_report(result: Result, path: Path, *measured: Any, **parts: Any) -> Result:
+    """A result with the report that was written, if any: what was trained is worth more than a page about it."""
+    try:
+        write_report(path, *measured, **parts)
+    except Exception as error:
+        warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
+        return replace(result, data=result.data | {"report": None})
+    return replace(result, data=result.data | {"report": str(path)}, lines=[*result.lines, f"report: {path}"])
+
+
+def _interrupted(
+    interruption: TrainingInterrupted,
+    save: Callable[..., Saved],
+    details: CardDetails,
+    images: ImageFolder,
+    broken: dict[Path, str],
+) -> Result:
+    """Save what there is; nothing is measured, because whoever interrupts waits for the end."""
+    code = 143 if interruption.history.stopped == "SIGTERM" else 130
+    if not interruption.history.rows:
+        data = {"adapter": None, "history": interruption.history.to_json()}
+        return Result(data, [f"{interruption}, so there is nothing to save"], code)
+    saved = save(details=replace(details, protocol=f"{details.protocol}; {interruption}"))
+    result = _trained(saved, images, [], broken, interruption.history, None)
+    return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
+
+
+def _protocol(recipe: Recipe, history: History, held_out: Samples | None, keep: Literal["best", "last"]) -> str:
+    """How it was trained, for the model card."""
+    ended = "" if history.stopped is None else f"; stopped by {history.stopped} {history}"
+    if held_out is None or keep == "last":
+        return f"{recipe}{ended}"
+    return f"{recipe}{ended}; the weights of epoch {history.best}, the best on {len(held_out)} images of val"
+
+
+def _trained(
+    saved: Saved,
+    folder: ImageFolder,
+    scores: list[Score],
+    broken: dict[Path, str],
+    history: History,
+    calibration: Calibration | None,
+) -> Result:
+    size = (saved.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    data = {
+        "adapter": str(saved.folder),
+        "error": saved.error,
+        "bytes": size,
+        "classes": folder.names,
+        "training_images": len(folder.train),
+        "calibration": calibration and asdict(calibration),
+        "scores": [asdict(score) for score in scores],
+        "not_tested": not_tested(folder),
+        "unreadable": listed(broken),
+        "history": history.to_json(),
+    }
+    lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
+    lines += [
+        f"{score.split}: {score.accuracy:.1f} %{between(score.interval)} with SEP, {score.zero_shot:.1f} % zero-shot, "
+        f"{score.images} images"
+        for score in scores
+    ]
+    if history.stopped == "patience":
+        lines.append(f"stopped by patience {history}")
+    lines += untested(folder, calibration)
+    if saved.error is not None:
+        warn(f"the adapter is in {saved.folder}, because saving where it was asked for failed: {saved.error}")
+    return Result(data, lines, code=0 if saved.error is None else 1)
+
+
+def _evaluate_parts(
+    classifier: SEPClassifier, folder: ImageFolder, batch_size: int, session: Session, title: str
+) -> dict[str, evaluation.Evaluation]:
+    return {
+        part: evaluation.evaluate(classifier, samples, batch_size, session.progress(f"{title}, {part}"))
+        for part, samples in folder.tests.items()
+    }
+
+
+def _readable(folder: ImageFolder, session: Session) -> tuple[ImageFolder, dict[Path, str]]:
+    """Without images that cannot be read, which are named on standard error."""
+    train, broken = check_images(folder.train, session)
+    if lost := sorted(set(folder.names) - {name for _, name in train}):
+        raise ValueError(f"No training image can be read of {', '.join(lost)}.")
+    tests = {}
+    for part, samples in folder.tests.items():
+        samples, more = check_images(samples, session)
+        broken |= more
+        if samples:
+            tests[part] = samples
+    return ImageFolder(folder.names, train, tests), broken
