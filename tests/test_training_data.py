@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sep_peft.training import EpochSampler, LabelledImages, Recipe
-from sep_peft.training.data import crop_and_flip, epoch_order, input_size, random_box
+from sep_peft.training.augmentation import crop_and_flip, input_size, random_box
+from sep_peft.training.data import epoch_order
 from sep_peft.training.decoded import DecodedImages
 
 

@@ -13,8 +13,8 @@ from ..classifier.card import CardDetails
 from ..classifier.classifier import SEPClassifier
 from ..classifier.files import try_output
 from ..training.checkpoint import history_in
-from ..training.fit import checkpoint_bytes
 from ..training.optimizer import trained_bytes
+from ..training.run_folder import checkpoint_bytes
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any
+
+from .base_recipe import BaseRecipe, is_int, is_number
 
 
 #: Weight of the kept prototypes' logits in predictions, chosen on validation images by `examples/few_shot`.
@@ -35,23 +34,17 @@ COMPACT: dict[str, Any] = {"learning_rate": 1e-2, "text_weight": 2.0, "vision_we
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseRecipe):
     """How to train, and what the classifier does afterwards.
 
     `SEPClassifier`, `fit`, the command line and `examples/few_shot` all read it. The defaults are those that
     `examples/few_shot` tuned for the default `SEPConfig` on validation images.
 
     Args:
-        epochs: passes over the training images, at least 1. Default 30.
-        batch_size: images a step, over all processes. Default 32.
-        learning_rate: highest of AdamW; it rises during `warmup_epochs` and falls along a cosine. Default 5e-3.
-        prototype_learning_rate: the same for the class prototypes, which start where they nearly belong; None:
+        epochs, batch_size, learning_rate, adam_epsilon, weight_decay, warmup_epochs, max_steps, smallest_crop,
+            average_center, average_width, seed: as `BaseRecipe` has them.
+        prototype_learning_rate: that of the class prototypes, which start where they nearly belong; None:
             `learning_rate`, as published. Default 1e-3.
-        adam_epsilon: of AdamW. Default 1e-8.
-        weight_decay: of AdamW. Default 0.
-        warmup_epochs: epochs in which the learning rate rises from 0; 0: it starts at its highest. Default 1.
-        max_steps: stop after so many steps, where `epochs` would take more; None: after `epochs`.
-        smallest_crop: least share of an image's area that augmentation keeps, above 0 and at most 1. Default 0.5.
         views: augmentations of each image, where what training does not change is cached; epoch e shows view
             ``e mod views``, so with as many views as epochs training is what it is without a cache. Default 8.
         text_weight, vision_weight: of the consistency losses. Defaults 4 and 3.
@@ -66,26 +59,13 @@ class Recipe:
         class_sample: class texts that a step draws and encodes, beside those of its images' own classes; the others
             take part by their last embeddings, so that a step's cost does not grow with the number of classes. 0, as
             published: every step encodes all. Default None: 64 where there are more than 256 classes, otherwise all.
-        average_center, average_width: what is trained ends as its average over epochs, with Gaussian weights around the
-            share `average_center` of all epochs, above 0 and at most 1, `average_width` shares wide, as PromptSRC
-            (arXiv 2307.06948) averages prompts; its values are 0.75 and 0.05 for base-to-new. None: it ends as the last
-            step leaves it, as published. Defaults None and 0.05.
-        seed: of batches, augmentation and what is drawn, from 0 to 2^31 - 1. Default 1.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
     """
 
-    epochs: int = 30
-    batch_size: int = 32
-    learning_rate: float = 5e-3
     _: KW_ONLY
     prototype_learning_rate: float | None = 1e-3
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_epochs: int = 1
-    max_steps: int | None = None
-    smallest_crop: float = 0.5
     views: int = 8
     text_weight: float = 4.0
     vision_weight: float = 3.0
@@ -94,41 +74,20 @@ class Recipe:
     zero_shot_margin: float = ZERO_SHOT_MARGIN
     calibration_folds: int = 4
     class_sample: int | None = None
-    average_center: float | None = None
-    average_width: float = 0.05
-    seed: int = 1
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "views"):
-            self._require(name, lambda v: _is_int(v) and v >= 1, "an integer of at least 1")
-        self._require("warmup_epochs", lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
-        self._require("max_steps", lambda v: v is None or (_is_int(v) and v >= 1), "None or an integer of at least 1")
-        self._require("calibration_folds", lambda v: _is_int(v) and v >= 0 and v != 1, "0 or an integer of at least 2")
-        self._require(
-            "class_sample", lambda v: v is None or (_is_int(v) and v >= 0), "None or an integer of at least 0"
-        )
-        self._require("seed", lambda v: _is_int(v) and 0 <= v < 2**31, "an integer from 0 to 2147483647")
-        self._require(
-            "average_center",
-            lambda v: v is None or (_is_number(v) and 0 < v <= 1),
-            "None or a number above 0 and at most 1",
-        )
-        for name in ("learning_rate", "adam_epsilon", "average_width"):
-            self._require(name, lambda v: _is_number(v) and v > 0, "a finite number above 0")
-        self._require(
+        super().__post_init__()
+        self.require("views", lambda v: is_int(v) and v >= 1, "an integer of at least 1")
+        self.require("calibration_folds", lambda v: is_int(v) and v >= 0 and v != 1, "0 or an integer of at least 2")
+        self.require("class_sample", lambda v: v is None or (is_int(v) and v >= 0), "None or an integer of at least 0")
+        self.require(
             "prototype_learning_rate",
-            lambda v: v is None or (_is_number(v) and v >= 0),
+            lambda v: v is None or (is_number(v) and v >= 0),
             "None or a finite number of at least 0",
         )
-        self._require("smallest_crop", lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and at most 1")
         weights = ("text_weight", "vision_weight", "prototype_weight", "prototype_logit_weight")
-        for name in (*weights, "weight_decay", "zero_shot_margin"):
-            self._require(name, lambda v: _is_number(v) and v >= 0, "a finite number of at least 0")
-
-    def _require(self, name: str, allowed: Callable[[object], bool], description: str) -> None:
-        value = getattr(self, name)
-        if not allowed(value):
-            raise ValueError(f"{name} must be {description}, but got {value!r}.")
+        for name in (*weights, "zero_shot_margin"):
+            self.require(name, lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
 
     @classmethod
     def published(cls, **overrides) -> Recipe:
@@ -147,6 +106,12 @@ class Recipe:
             overrides: settings that differ.
         """
         return cls(**(COMPACT | overrides))
+
+    @property
+    def own_learning_rates(self) -> dict[str, float]:
+        """That of the prototypes, where they have one."""
+        own = self.prototype_learning_rate
+        return {} if own is None else {"prototypes": own}
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -176,11 +141,3 @@ class Recipe:
             f"{self.prototype_logit_weight:g}; random crops from {self.smallest_crop:.0%} of the area and flips"
             f"{average}"
         )
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ..method.recipe import Recipe
+from ..method.base_recipe import BaseRecipe
 
 
-def share_of_epoch(epoch: int, epochs: int, recipe: Recipe) -> float:
+def share_of_epoch(epoch: int, epochs: int, recipe: BaseRecipe) -> float:
     """How much the weights of an epoch count in the average of those up to it. ::
 
         w_e / (w_1 + ... + w_e),   w_i = exp(-(i - c E)^2 / (2 (s E)^2))

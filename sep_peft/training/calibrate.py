@@ -123,7 +123,7 @@ def cross_fit(
     Raises:
         ValueError: there are fewer than two images.
     """
-    labels = [label for _, label in plain.samples]
+    labels = plain.labels
     parts = deal(labels, recipe.calibration_folds, recipe.seed)
     if len(parts) < 2:
         raise ValueError(f"Cross-fitting needs at least two images, but there are {len(labels)}.")

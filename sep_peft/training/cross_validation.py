@@ -76,7 +76,7 @@ def cross_validate(
     if FOLD in classifier.model.peft_config:
         raise ValueError(f'An adapter is called "{FOLD}", which is the name of those that are trained for k folds.')
     plain = LabelledImages(samples, classifier.class_names, classifier.processor)
-    parts = deal([label for _, label in plain.samples], folds, recipe.seed)
+    parts = deal(plain.labels, folds, recipe.seed)
     found = []
     for part in tqdm(parts, desc="folds", disable=quiet, file=sys.stderr):
         rest = sorted(set(range(len(samples))) - set(part))

@@ -9,7 +9,6 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from math import exp, log
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..classifier.images import read_image
 from ..classifier.processors import processor_part
 from ..classifier.trunk_cache import TrunkCache
-from ..method.recipe import Recipe
+from ..method.base_recipe import BaseRecipe
+from .augmentation import crop_and_flip, input_size
 from .decoded import DecodedImages
 
 
@@ -54,21 +54,68 @@ class EpochDataset(torch.utils.data.Dataset, ABC):
         self._epoch.fill_(epoch)
 
 
-class LabelledImages(EpochDataset):
-    """Images with labels, as `SEPClassifier` and Trainer take them.
+class AugmentedImages(EpochDataset):
+    """Images as a model takes them.
 
-    With a recipe they are augmented as the field does it: a random part, resized to the model's input and mirrored half
-    of the time. What is drawn depends on the recipe's seed, the epoch and the index alone, so workers, many processes
-    and a resumed run see the same images. Files are decoded once, as far as `DecodedImages` has room. An entry is a
-    dict of what the image processor gives for one image, such as `pixel_values` (channels, height, width), and its
-    label as `labels`.
+    With a recipe they are augmented as the field does it: a random part, resized to the model's input and, where the
+    recipe says so, mirrored half of the time. What is drawn depends on the recipe's seed, the epoch and the index
+    alone, so workers, many processes and a resumed run see the same images. Files are decoded once, as far as
+    `DecodedImages` has room.
+
+    Args:
+        images: N images.
+        processor: an image processor of transformers, or a processor that has one.
+        recipe: gives `smallest_crop`, `mirrors` and `seed`; None: images as they are.
+        read: what `images` have in the place of an image -> an RGB `PIL.Image`; by default paths, URLs and images.
+
+    Raises:
+        ValueError: there is no image processor.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Any],
+        processor,
+        recipe: BaseRecipe | None = None,
+        *,
+        read: Callable[[Any], Image.Image] = read_image,
+    ):
+        super().__init__()
+        self.images = list(images)
+        self.recipe = recipe
+        self._read = DecodedImages(read)
+        self._processor = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
+        self._size = input_size(self._processor)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def file_names(self) -> list[str]:
+        """Of the images that are files, without their folders; "" for the others."""
+        return [os.path.basename(image) if isinstance(image, (str, os.PathLike)) else "" for image in self.images]
+
+    def image_at(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
+        """What the image processor gives for an image as it is in an epoch, such as `pixel_values` (channels, height,
+        width)."""
+        image, options = self._read(index, self.images[index]), {}
+        if self.recipe is not None:
+            source = random.Random(f"{self.recipe.seed}/{epoch}/{index}")
+            image = crop_and_flip(image, self.recipe.smallest_crop, self._size, source, self.recipe.mirrors)
+            if self._size is not None:  # rescaling and normalizing are left to do
+                steps = ("do_resize", "do_center_crop")
+                options = {step: False for step in steps if getattr(self._processor, step, None)}
+        return {name: value[0] for name, value in self._processor(image, return_tensors="pt", **options).items()}
+
+
+class LabelledImages(AugmentedImages):
+    """Images with labels, as `SEPClassifier` and Trainer take them; augmented as `AugmentedImages` are.
+
+    An entry is a dict of what the image processor gives for one image and its label as `labels`.
 
     Args:
         samples: N images and names of their classes.
         names: all class names, in the order of the labels.
-        processor: an image processor of transformers, or a processor that has one.
-        recipe: gives `smallest_crop` and `seed`; None: images as they are.
-        read: what `samples` have in the place of an image -> an RGB `PIL.Image`; by default paths, URLs and images.
+        processor, recipe, read: as for `AugmentedImages`.
 
     Raises:
         ValueError: a sample has a class that is not in `names`, or there is no image processor.
@@ -83,22 +130,15 @@ class LabelledImages(EpochDataset):
         samples: Sequence[tuple[Any, str]],
         names: Sequence[str],
         processor,
-        recipe: Recipe | None = None,
+        recipe: BaseRecipe | None = None,
         *,
         read: Callable[[Any], Image.Image] = read_image,
     ):
-        super().__init__()
         labels = {name: label for label, name in enumerate(names)}
         if unknown := sorted({repr(name) for _, name in samples if name not in labels}):
             raise ValueError(f"The samples have classes that are not among the names: {', '.join(unknown)}.")
-        self.samples = [(image, labels[name]) for image, name in samples]
-        self.recipe = recipe
-        self._read = DecodedImages(read)
-        self._processor = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
-        self._size = input_size(self._processor)
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        super().__init__([image for image, _ in samples], processor, recipe, read=read)
+        self.labels = [labels[name] for _, name in samples]
 
     def plain(self) -> LabelledImages:
         """The same images as they are, not augmented."""
@@ -109,10 +149,7 @@ class LabelledImages(EpochDataset):
     @property
     def fingerprint(self) -> str:
         """A digest of the labels, and of the file names where the images are files, in their order."""
-        named = [
-            [os.path.basename(image) if isinstance(image, (str, os.PathLike)) else "", label]
-            for image, label in self.samples
-        ]
+        named = [list(pair) for pair in zip(self.file_names(), self.labels, strict=True)]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
@@ -120,16 +157,7 @@ class LabelledImages(EpochDataset):
 
     def at(self, index: int, epoch: int) -> dict[str, torch.Tensor | int]:
         """An entry as it is in an epoch, whichever is shown."""
-        image, label = self.samples[index]
-        image, options = self._read(index, image), {}
-        if self.recipe is not None:
-            source = random.Random(f"{self.recipe.seed}/{epoch}/{index}")
-            image = crop_and_flip(image, self.recipe.smallest_crop, self._size, source)
-            if self._size is not None:  # rescaling and normalizing are left to do
-                steps = ("do_resize", "do_center_crop")
-                options = {step: False for step in steps if getattr(self._processor, step, None)}
-        inputs = self._processor(image, return_tensors="pt", **options)
-        return {**{name: value[0] for name, value in inputs.items()}, "labels": label}
+        return {**self.image_at(index, epoch), "labels": self.labels[index]}
 
 
 class CachedImages(EpochDataset):
@@ -242,54 +270,3 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         assert train_dataloader is not None, "Trainer hands its data loader to callbacks"
         train_dataloader.dataset.set_epoch(int(state.epoch))
-
-
-# augmentation
-
-
-def crop_and_flip(
-    image: Image.Image, smallest: float, size: tuple[int, int] | None, source: random.Random
-) -> Image.Image:
-    """The field's augmentation: a random part of the image, resized and mirrored half of the time.
-
-    Args:
-        image: as it was read.
-        smallest: least share of its area that is kept.
-        size: (height, width) to resize to; None: a square as high as the image's shorter side.
-        source: of what is drawn.
-    """
-    height, width = size or (min(image.size),) * 2
-    box = random_box(image.size, smallest, source)
-    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if source.random() < 0.5 else image
-
-
-def random_box(size: tuple[int, int], smallest: float, source: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a part with at least `smallest` of the area and an aspect between 3/4 and 4/3.
-
-    Args:
-        size: (width, height) of the image.
-        smallest: least share of its area.
-        source: of what is drawn.
-    """
-    width, height = size
-    for _ in range(10):
-        area, ratio = width * height * source.uniform(smallest, 1), exp(source.uniform(log(3 / 4), log(4 / 3)))
-        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left, top = source.randint(0, width - w), source.randint(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)  # an extreme aspect: the middle
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
-
-
-def input_size(image_processor: ImageProcessingMixin) -> tuple[int, int] | None:
-    """(height, width) of what the processor gives; None where it depends on the image."""
-    crops = getattr(image_processor, "do_center_crop", False)
-    size = getattr(image_processor, "crop_size" if crops else "size", None)
-    if size is None or not (crops or getattr(image_processor, "do_resize", False)):
-        return None
-    if "height" in size and "width" in size:
-        return size["height"], size["width"]
-    return (size["shortest_edge"],) * 2 if crops and "shortest_edge" in size else None

@@ -11,14 +11,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
-from ..method.recipe import Recipe
+from ..method.base_recipe import BaseRecipe
 from .data import EpochDataset, epoch_order
 from .optimizer import count_steps, make_optimizer, make_schedule, trainable
 from .progress import Progress
+from .steps import Share, Step, labelled_step
 
 
-#: A batch of this process, how many images of it count, and the images of all processes.
-Batch = tuple[dict[str, torch.Tensor], int, int]
+#: A batch of this process, and how much of the whole it is.
+Batch = tuple[dict[str, torch.Tensor], Share]
 
 
 @runtime_checkable
@@ -34,17 +35,23 @@ class Epochs:
     """What is trained, by what, and on which images; goes through them an epoch at a time.
 
     Args:
-        classifier, images, recipe, accelerator, workers: as for `train`.
+        classifier, images, recipe, accelerator, workers, step: as for `train`.
 
     Attributes:
         waited: seconds in which steps have waited for images.
     """
 
     def __init__(
-        self, classifier: nn.Module, images: EpochDataset, recipe: Recipe, accelerator: Accelerator, workers: int
+        self,
+        classifier: nn.Module,
+        images: EpochDataset,
+        recipe: BaseRecipe,
+        accelerator: Accelerator,
+        workers: int,
+        step: Step = labelled_step,
     ):
         self.classifier, self.images, self.recipe = classifier, images, recipe
-        self.accelerator, self.workers = accelerator, workers
+        self.accelerator, self.workers, self.step = accelerator, workers, step
         self.waited = 0.0
         self.device = next(classifier.parameters()).device
         if accelerator.device_placement or accelerator.num_processes > 1:
@@ -98,8 +105,7 @@ class Epochs:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",  # so that copying a batch does not hold up the step before
         )
-        for batch, (own, whole) in zip(loader, sizes[:steps], strict=True):
-            yield batch, own, whole
+        yield from zip(loader, sizes[:steps], strict=True)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Adds the time until each batch is there to `waited`."""
@@ -116,33 +122,29 @@ class Epochs:
         return broadcast_object_list([reason])[0]
 
     def epoch(self, epoch: int, progress: Progress) -> dict[str, Any]:
-        """One pass over the images; each process weighs its mean loss by its share of the batch, so that the gradient
-        is that of the whole batch. Returns the epoch's row of the history."""
+        """One pass over the images. Returns the epoch's row of the history."""
         set_seed(self.recipe.seed + epoch)  # dropout, where there is any
         self.images.set_epoch(epoch)
         sums, seen, own_seen = torch.zeros(2, device=self.device), 0, 0  # of the loss and of right answers
         steps = min(self.per_epoch, self.steps - epoch * self.per_epoch)
-        for batch, own, whole in self._timed(self._batches(steps)):
+        for batch, share in self._timed(self._batches(steps)):
             batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            output, labels = self.model(**batch), batch["labels"]
-            # DistributedDataParallel takes the mean over the processes
-            self.accelerator.backward(output.loss * (own / whole * self.accelerator.num_processes))
+            loss, right = self.step(self.model, batch, share, self.accelerator)
             self.prepared.step()
             self.prepared.zero_grad()
             self.schedule.step()
-            right = (output.logits.detach()[:own].argmax(dim=1) == labels[:own]).sum()
-            sums += torch.stack([output.loss.detach() * own, right])
-            seen, own_seen = seen + whole, own_seen + own
+            sums += torch.stack([loss * share.own, right])
+            seen, own_seen = seen + share.whole, own_seen + share.own
             progress.step(sums[0], own_seen)
         whole_sums: Any = self.accelerator.reduce(sums, "sum")
         loss, right = (whole_sums / seen).tolist()
         return {"epoch": epoch + 1, "loss": loss, "accuracy": 100 * right, "lr": self.schedule.get_last_lr()[0]}
 
 
-def share_out(
-    order: list[int], batch_size: int, process: int, processes: int
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Indices of a process for each batch of an epoch, and (images of its own, of the whole batch).
+def share_out(order: list[int], batch_size: int, process: int, processes: int) -> tuple[list[list[int]], list[Share]]:
+    """Indices of a process for each batch of an epoch, and how much of it these are.
+
+    Process p of P has every P-th image of a batch, from its p-th on.
 
     A process without an image in the last batch gets one that counts 0, because all processes must take part.
     """
@@ -151,5 +153,5 @@ def share_out(
         batch = order[start : start + batch_size]
         own = batch[process::processes]
         shares.append(own or batch[:1])
-        sizes.append((len(own), len(batch)))
+        sizes.append(Share(len(own), len(batch)))
     return shares, sizes

@@ -17,16 +17,16 @@ from accelerate import Accelerator
 from ..classifier.classifier import SEPClassifier
 from ..classifier.trunk_cache import check_cacheable
 from ..method.recipe import Recipe
-from ..tuner.disk import try_folder
 from .calibrate import calibrate, cross_fit, values_of
-from .checkpoint import CHECKPOINT_FILE, history_in
+from .checkpoint import CHECKPOINT_FILE
 from .data import CachedImages, EpochDataset, LabelledImages
 from .evaluation import check_samples
 from .folders import Samples
 from .history import History, TrainingInterrupted
 from .limits import Limits
 from .loop import Callback, train
-from .optimizer import trainable, trained_bytes
+from .optimizer import trainable
+from .run_folder import check_run_folder
 from .run_log import RunLog
 from .shipping import Validation, ship
 
@@ -119,7 +119,7 @@ def fit(
     names, processor = classifier.class_names, classifier.processor
     plain = LabelledImages(samples, names, processor)
     held_out = None if eval_samples is None else LabelledImages(eval_samples, names, processor)
-    _check_folder(folder, resume, classifier)
+    check_run_folder(folder, resume, classifier)
     checkpoint = None if folder is None else Path(folder, CHECKPOINT_FILE)
     if checkpoint is not None and not resume:
         checkpoint.unlink(missing_ok=True)  # of a training that was finished
@@ -183,30 +183,6 @@ def _cross_fit(
         warnings.warn(
             f"Scores are not calibrated, because a training without some images failed: {error}", stacklevel=3
         )
-
-
-def _check_folder(folder: str | os.PathLike | None, resume: bool, classifier: SEPClassifier) -> None:
-    """
-    Raises:
-        ValueError: there is no folder to resume from.
-        FileExistsError, OSError: as `fit`.
-    """
-    if folder is None:
-        if resume:
-            raise ValueError("resume=True needs folder, where the training that is gone on with has its checkpoint.")
-        return
-    try_folder(folder, needed=checkpoint_bytes(classifier))
-    if not resume and (history := history_in(folder, unfinished=True)) is not None:
-        raise FileExistsError(
-            f"{os.fspath(folder)} has a training that ended {history}. Pass resume=True to go on with it, or remove "
-            f"{CHECKPOINT_FILE} there to begin anew."
-        )
-
-
-def checkpoint_bytes(classifier: SEPClassifier) -> int:
-    """Room that a training's checkpoint needs: weights, those of the best epoch, an average and two moments of AdamW,
-    twice because a file is written before it replaces the other."""
-    return 10 * trained_bytes(classifier)
 
 
 def _noted(classifier: SEPClassifier, recipe: Recipe, parts: Mapping[str, Samples]) -> dict[str, Any]:

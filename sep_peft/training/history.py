@@ -8,6 +8,10 @@ from numbers import Real
 from typing import Any
 
 
+#: What may be measured on images to validate on after an epoch, in percent -> how people call it.
+MEASURES = {"val_accuracy": "val", "val_recall": "val recall"}
+
+
 @dataclass
 class History:
     """The epochs of a training; like a list of their rows to read.
@@ -16,8 +20,8 @@ class History:
         epochs: that the recipe takes.
         rows: for each epoch that ended a dict: its number from 1 as "epoch", mean "loss", "accuracy" on the augmented
             training images in percent, the learning rate after it as "lr"; and where images to validate on were given
-            "val_accuracy" in percent.
-        zero_shot: the base model's accuracy on the images to validate on, in percent; None: not measured.
+            "val_accuracy" in percent, or "val_recall" of images with captions; see `MEASURES`.
+        zero_shot: the same of the base model; None: not measured.
         stopped: why the training ended before its last epoch: "time", "patience", "Ctrl-C", "SIGTERM", or what a
             callback said to `stop`; None: it did not.
         seconds: that each epoch took, validation included. They do not count when histories are compared.
@@ -40,19 +44,25 @@ class History:
 
     @property
     def best(self) -> int | None:
-        """Number from 1 of the epoch with the highest "val_accuracy", the last of equals, whose learning rate was the
+        """Number from 1 of the epoch with the highest of `MEASURES`, the last of equals, whose learning rate was the
         lowest; None without images to validate on."""
-        found = self._accuracies()
+        found = self._measured()
         return len(found) - found[::-1].index(max(found)) if found else None
 
     @property
     def without_progress(self) -> int:
-        """Epochs at the end in which "val_accuracy" did not rise above all before; 0 without images to validate on."""
-        found = self._accuracies()
+        """Epochs at the end in which the measure did not rise above all before; 0 without images to validate on."""
+        found = self._measured()
         return len(found) - 1 - found.index(max(found)) if found else 0
 
-    def _accuracies(self) -> list[float]:
-        return [row["val_accuracy"] for row in self.rows if "val_accuracy" in row]
+    @property
+    def measure(self) -> str | None:
+        """Which of `MEASURES` the last epoch has; None without images to validate on."""
+        return next((name for name in MEASURES if self.rows and name in self.rows[-1]), None)
+
+    def _measured(self) -> list[float]:
+        name = self.measure
+        return [] if name is None else [row[name] for row in self.rows if name in row]
 
     def stop(self, reason: str) -> None:
         """End the training after this epoch; for callbacks.

@@ -16,8 +16,8 @@ class Limits:
     Args:
         seconds: no epoch begins that would not end within them, by the mean of the epochs before; the first one always
             does. None: as long as it takes.
-        patience: epochs that may pass without a better "val_accuracy"; None: any number.
-        keep: "best": the weights of the epoch with the highest "val_accuracy", where there is one; or "last".
+        patience: epochs that may pass without a better measure, one of `MEASURES`; None: any number.
+        keep: "best": the weights of the epoch with the highest measure, where there is one; or "last".
 
     Raises:
         ValueError: a value is not allowed.

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..method.recipe import Recipe
+from ..method.base_recipe import BaseRecipe
 from .averaging import averaged, share_of_epoch
 from .checkpoint import Checkpoint, TrainingState
 from .data import EpochDataset
@@ -23,6 +23,7 @@ from .history import History, TrainingInterrupted
 from .limits import Limits
 from .progress import Progress
 from .signals import Signals
+from .steps import Step, labelled_step
 
 
 #: Called with the history after every epoch.
@@ -33,18 +34,18 @@ class Validation(Protocol):
     """What measures a classifier while it trains; every process asks it."""
 
     def zero_shot(self) -> float | None:
-        """Accuracy of the base model in percent, before training; None: not known."""
+        """What the base model has, in percent, before training; None: not known."""
         ...
 
     def measure(self) -> Mapping[str, float]:
-        """What is noted of an epoch, "val_accuracy" in percent among it."""
+        """What is noted of an epoch, one of `MEASURES` in percent among it."""
         ...
 
 
 def train(
     classifier: nn.Module,
     images: EpochDataset,
-    recipe: Recipe,
+    recipe: BaseRecipe,
     *,
     accelerator: Accelerator | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -54,6 +55,7 @@ def train(
     limits: Limits | None = None,
     workers: int = 0,
     quiet: bool = False,
+    step: Step = labelled_step,
 ) -> History:
     """Train what requires gradients, in place; `fit` does all around it.
 
@@ -62,7 +64,8 @@ def train(
     seed; torch's, NumPy's and Python's generators are set to it in every epoch.
 
     Args:
-        classifier: takes an entry's tensors and gives `loss`, a mean over the batch, and `logits` (B, C).
+        classifier: what is trained; by default takes an entry's tensors and gives `loss`, a mean over the batch, and
+            `logits` (B, C).
         images: to train on.
         recipe: how to train.
         accelerator: for mixed precision and many processes; None: one without options, which leaves the classifier on
@@ -75,6 +78,7 @@ def train(
         limits: when to end before the recipe does, and with which weights; None: `Limits()`.
         workers: processes that read images.
         quiet: without progress.
+        step: computes the gradients of a batch; by default `classifier` gives the loss of an entry with `labels`.
 
     Returns:
         the history. The classifier has the weights of the last epoch, or with `validation` those of the best one; where
@@ -87,7 +91,7 @@ def train(
             finite; the classifier is as the epoch before left it.
     """
     accelerator, limits = accelerator or Accelerator(device_placement=False), limits or Limits()
-    run = Epochs(classifier, images, recipe, accelerator, workers)
+    run = Epochs(classifier, images, recipe, accelerator, workers, step)
     made_for = asdict(recipe) | {"images": len(images), "samples": images.fingerprint} | dict(settings or {})
     file = None if checkpoint is None else Checkpoint(checkpoint, made_for, run.optimizer, run.parts)
     state = TrainingState(History(-(-run.steps // run.per_epoch)), run.snapshot())

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
-from ..method.recipe import Recipe
+from ..method.base_recipe import BaseRecipe
 
 
-def make_optimizer(model: nn.Module | Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module | Mapping[str, nn.Parameter], recipe: BaseRecipe) -> torch.optim.AdamW:
     """AdamW of a recipe; the class prototypes are a group of their own, where they have a learning rate of their own.
 
     Args:
@@ -24,12 +24,12 @@ def make_optimizer(model: nn.Module | Mapping[str, nn.Parameter], recipe: Recipe
     groups: list[dict[str, Any]] = [{"params": [p for name, p in parameters.items() if name != "prototypes"]}]
     if "prototypes" in parameters:
         groups.append({"params": [parameters["prototypes"]]})
-        if recipe.prototype_learning_rate is not None:
-            groups[1]["lr"] = recipe.prototype_learning_rate
+        if (own := recipe.own_learning_rates.get("prototypes")) is not None:
+            groups[1]["lr"] = own
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, weight_decay=recipe.weight_decay)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: BaseRecipe, steps_per_epoch: int) -> LRScheduler:
     """Learning rates of a recipe: they rise from 0 during `warmup_epochs` and fall to 0 along a cosine.
 
     Args:
@@ -41,7 +41,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_ep
     return get_cosine_schedule_with_warmup(optimizer, recipe.warmup_epochs * steps_per_epoch, steps)
 
 
-def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+def count_steps(recipe: BaseRecipe, steps_per_epoch: int) -> int:
     """Steps that a recipe takes."""
     steps = recipe.epochs * steps_per_epoch
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)

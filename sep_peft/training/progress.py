@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
-from .history import History
+from .history import MEASURES, History
 
 
 class Progress:
@@ -52,7 +52,7 @@ def epoch_line(history: History) -> str:
 
 def measured(history: History) -> str:
     """What validation found last, beside zero-shot, after a space; empty where nothing was measured."""
-    if not history.rows or "val_accuracy" not in history[-1]:
+    if (name := history.measure) is None:
         return ""
     beside = "" if history.zero_shot is None else f" (zero-shot {history.zero_shot:.1f})"
-    return f" val {history[-1]['val_accuracy']:.1f} %{beside}"
+    return f" {MEASURES[name]} {history[-1][name]:.1f} %{beside}"
