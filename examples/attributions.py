@@ -14,18 +14,20 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoProcessor, CLIPModel
+from transformers import AttentionInterface, AutoProcessor, CLIPModel
 
 from sep_peft import Explanation, SEPClassifier
 from sep_peft.classifier.attribution import log_odds
 from sep_peft.classifier.images import read_image
 from sep_peft.classifier.patches import PatchGrid
+from sep_peft.classifier.prediction import image_logits
 from sep_peft.training.folders import read_test
 
 
@@ -34,6 +36,39 @@ ASSETS = Path(__file__).parent / "assets"
 WAY = torch.linspace(0, 1, 9)
 #: Random masks of RISE: as many runs of the model as occlusion needs for 8 x 8 patches.
 MASKS = 64
+
+
+class AttentionMaps:
+    """Attention as the image tower computes it by this name, whose maps are kept while somebody asks for them.
+
+    A map is (B, heads, L, L), rows are what looks; it is part of the graph, so that it has a gradient.
+    """
+
+    name = "with_maps"
+
+    def __init__(self):
+        self._kept: list[torch.Tensor] | None = None
+        AttentionInterface.register(self.name, self._attend)
+
+    @contextmanager
+    def kept(self) -> Iterator[list[torch.Tensor]]:
+        """The maps of all layers and both branches, in the order in which they are computed."""
+        self._kept = maps = []
+        try:
+            yield maps
+        finally:
+            self._kept = None
+
+    def _attend(self, module, query, key, value, attention_mask, scaling: float, **kwargs):
+        """Of query, key and value (B, heads, L, D), as an attention function of transformers."""
+        weights = query @ key.transpose(2, 3) * scaling
+        weights = (weights if attention_mask is None else weights + attention_mask).softmax(dim=-1)
+        if self._kept is not None:
+            self._kept.append(weights)
+        return (weights @ value).transpose(1, 2), weights
+
+
+MAPS = AttentionMaps()
 
 
 class Scorer:
@@ -100,6 +135,28 @@ def rise(scorer: Scorer) -> torch.Tensor:
     return odds @ shown / shown.sum(dim=0) - odds @ (1 - shown) / (1 - shown).sum(dim=0)
 
 
+def attention(scorer: Scorer) -> torch.Tensor:
+    """How much of a patch arrives at CLS through attention that speaks for the class, in both branches.
+
+    Maps are multiplied layer by layer, each weighted by the gradient of the log odds and without what speaks against:
+    Chefer, Gur and Wolf, "Generic Attention-Model Explainability" (ICCV 2021, arXiv 2103.15679). Prompts are tokens
+    like others; that they are made from tokens of the layer before is left out.
+    """
+    tower, inputs = scorer.classifier.vision_tower, {"pixel_values": scorer.pixel_values.clone().requires_grad_()}
+    weights = scorer.classifier.encoder.weights(training=False)
+    with torch.enable_grad(), MAPS.kept() as maps:
+        odds = log_odds(image_logits(tower, inputs, weights, through_frozen=True), scorer.label)
+        gradients = torch.autograd.grad(odds.sum(), maps)
+    arrives: dict[int, torch.Tensor] = {}  # number of tokens, which the branch with prompts has more of -> (L, L)
+    for weights, gradient in zip(maps, gradients, strict=True):
+        count = weights.shape[-1]
+        speaks_for = (gradient * weights)[0].clamp_min(0).mean(dim=0).detach()  # (L, L)
+        before = arrives.get(count, torch.eye(count))
+        arrives[count] = before + speaks_for @ before
+    patches = slice(1, 1 + scorer.grid.count)  # after CLS; prompts come last
+    return torch.stack([each[0, patches] for each in arrives.values()]).sum(dim=0)
+
+
 def integrated_gradients(scorer: Scorer) -> torch.Tensor:
     """What `SEPClassifier.explain` gives: Sundararajan et al. (ICML 2017)."""
     return scorer.explanation.effects.flatten()
@@ -111,6 +168,7 @@ ATTRIBUTIONS: dict[str, Callable[[Scorer], torch.Tensor]] = {
     "selected by SEP": selected,
     "occlusion": occlusion,
     f"RISE, {MASKS} masks": rise,
+    "attention and gradients": attention,
     "integrated gradients": integrated_gradients,
 }
 
@@ -118,19 +176,20 @@ ATTRIBUTIONS: dict[str, Callable[[Scorer], torch.Tensor]] = {
 def main() -> None:
     args = parse_arguments()
     processor = AutoProcessor.from_pretrained(args.model)
-    model = CLIPModel.from_pretrained(args.model)
+    model = CLIPModel.from_pretrained(args.model, attn_implementation={"vision_config": MAPS.name})
     classifier = SEPClassifier.from_pretrained(args.adapter, model=model, processor=processor).eval()
     samples = [path for path, name in read_test(args.data) if name in classifier.class_names]
     random.Random(args.seed).shuffle(samples)
     torch.manual_seed(args.seed)
-    results = {name: [] for name in ATTRIBUTIONS}
+    chosen = {name: ATTRIBUTIONS[name] for name in args.only or ATTRIBUTIONS}
+    results = {name: [] for name in chosen}
     for path in tqdm(samples[: args.images]):
         start = time.perf_counter()
         explanation = classifier.explain(path)
         explained_in = time.perf_counter() - start
         pixel_values = processor(images=read_image(path), return_tensors="pt")["pixel_values"]
         scorer = Scorer(classifier, pixel_values, explanation)
-        for name, attribute in ATTRIBUTIONS.items():
+        for name, attribute in chosen.items():
             start = time.perf_counter()
             attribution = attribute(scorer)
             seconds = explained_in if attribute is integrated_gradients else time.perf_counter() - start
@@ -149,6 +208,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=str(ASSETS / "caltech101"), help="images to test on, one folder per class")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--only", nargs="+", choices=ATTRIBUTIONS, metavar="NAME", help="these attributions; default: all"
+    )
     parser.add_argument("--output", type=Path, help="JSON with the numbers of every image")
     return parser.parse_args()
 

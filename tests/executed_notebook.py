@@ -46,13 +46,36 @@ def drawings(notebook) -> list[Image.Image]:
     return [Image.open(BytesIO(base64.b64decode(data["image/png"]))) for data in outputs if "image/png" in data]
 
 
+def bars(notebook, source: str) -> list[tuple[float, float]]:
+    """How far each bar of a cell has come, and how far it goes, in the order in which they are seen."""
+    widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
+    (cell,) = (cell for cell in notebook.cells if cell.source == source)
+    found = []
+    for output in cell.outputs:
+        view = output.get("data", {}).get("application/vnd.jupyter.widget-view+json")
+        for child in [] if view is None else widgets[view["model_id"]]["state"]["children"]:
+            widget = widgets[child.removeprefix("IPY_MODEL_")]
+            if widget["model_name"] == "FloatProgressModel":
+                found.append((widget["state"]["value"], widget["state"]["max"]))
+    return found
+
+
 def text(notebook) -> str:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
-def test_as_it_is(tmp_path):
-    notebook = execute(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("notebook")
+
+
+@pytest.fixture(scope="module")
+def notebook(folder):
+    return execute(folder)
+
+
+def test_as_it_is(notebook, folder):
     assert len(drawings(notebook)) == 4  # confusion, wrong, reliability, explanation
     assert all(min(drawing.size) > 200 for drawing in drawings(notebook))
     said = text(notebook)
@@ -60,8 +83,16 @@ def test_as_it_is(tmp_path):
     accuracy = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if " %  (" in line}
     assert accuracy["trained"] > accuracy["zero-shot"]
     assert said.count("SEPClassifier(\n  classes: 20 ('barrel', 'beaver', 'butterfly', ...)") == 2
-    assert len(saved(tmp_path).class_names) == 20
-    assert "<title>my-task</title>" in (tmp_path / "report.html").read_text()
+    assert len(saved(folder).class_names) == 20
+    assert "<title>my-task</title>" in (folder / "report.html").read_text()
+
+
+def test_its_progress_is_a_bar_of_notebooks(notebook):
+    """Over 8 epochs of three steps, and over the four parts of calibrating; a line an epoch stands beside it."""
+    pytest.importorskip("ipywidgets", reason="bars of notebooks need the package ipywidgets")
+    assert bars(notebook, "history = fit(classifier, images.train)") == [(24, 24), (4, 4)]
+    lines = [line for line in text(notebook).splitlines() if line.startswith("epoch ")]
+    assert [line.split(" loss ")[0] for line in lines] == [f"epoch {epoch}/8" for epoch in range(1, 9)]
 
 
 def test_a_folder_of_ones_own(tmp_path):

@@ -63,8 +63,9 @@ def fit(
             every epoch as it would be saved, beside zero-shot before the first, and to calibrate scores; None: none.
         callbacks: each is called with the `History` after every epoch; `history.stop(reason)` ends the training.
         folder: for a file that the training can go on from, `CHECKPOINT_FILE`, and in ``run/`` below it the settings
-            and a log of the epochs, see `RunLog`; all written whole after every epoch. Made where it is missing. None:
-            no files.
+            and a log of the epochs, see `RunLog`; all written whole after every epoch. Made where it is missing. The
+            adapter and its card are written by `SEPClassifier.save_pretrained`, and the report, which needs images to
+            test on, by `write_report`. None: no files.
         resume: go on with the training in `folder`, bit for bit as if it had not been interrupted, given a classifier
             that was made as the first one was; where there is none, begin.
         notes: what else `folder` is to say of the training in its settings, as JSON knows it; None: nothing.
