@@ -78,9 +78,9 @@ def test_on_held_out_images(make, images):
     )
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, max_steps=2)])
-def test_the_frozen_pass_runs_once_for_all_parts(recipe, make, images, monkeypatch):
-    """For the prototypes, for the images as they are, and for the epoch that two steps or a third of two epochs see."""
+@pytest.mark.parametrize(("recipe", "epochs"), [(RECIPE, 2), (replace(RECIPE, max_steps=2), 1)])
+def test_the_frozen_pass_runs_once_for_all_parts(recipe, epochs, make, images, monkeypatch):
+    """For the prototypes, for the images as they are, and for the epochs that a third of six steps or of two see."""
     classifier, seen, whole = make(recipe), [], SEPTower.embed_frozen
     monkeypatch.setattr(
         SEPTower, "embed_frozen", lambda tower, **inputs: (seen.append(inputs), whole(tower, **inputs))[1]
@@ -92,11 +92,14 @@ def test_the_frozen_pass_runs_once_for_all_parts(recipe, make, images, monkeypat
     seen.clear()
     monkeypatch.setattr(SEPTower, "embed", lambda *args, **inputs: pytest.fail("both passes ran"))
     room.cross_fit(classifier.finish_training(), plain, augmented, recipe, start, quiet=True)
-    assert sum(len(inputs["pixel_values"]) for inputs in seen if "pixel_values" in inputs) == 2 * len(images[0])
+    assert sum(len(inputs["pixel_values"]) for inputs in seen if "pixel_values" in inputs) == (1 + epochs) * 9
 
 
 def test_by_cross_fitting(make, images):
-    """As by hand: each part is told by a classifier that was trained on the other alone, for a third as long."""
+    """As by hand: each part is told by a classifier that was trained on the other alone, for two steps of six.
+
+    The larger part has two steps an epoch and the smaller one has one, where all images have three.
+    """
     training, found, labels = images[0], [], []
     classifier = make()
     fit(classifier, training, quiet=True)
@@ -107,7 +110,7 @@ def test_by_cross_fitting(make, images):
         plain = LabelledImages(training, NAMES, other.processor)
         other.reset_prototypes(DataLoader(Subset(plain, rest), 4))
         augmented = LabelledImages(training, NAMES, other.processor, RECIPE)
-        train(other, room.ImagePart(augmented, rest), replace(RECIPE, epochs=1), quiet=True)
+        train(other, room.ImagePart(augmented, rest), replace(RECIPE, max_steps=2), quiet=True)
         logits, own = logits_of(other.finish_training(), [training[index] for index in part])
         found.append(logits)
         labels.append(own)

@@ -109,7 +109,7 @@ def cross_fit(
     """What models that are trained without an image make of it, for every training image.
 
     The images are dealt into `recipe.calibration_folds` parts, each class as evenly as can be. For each part the
-    classifier starts from `start`, is trained on the others for a third of the recipe's length, and is shown the part.
+    classifier starts from `start`, is trained on the others for a third of the steps, and is shown the part.
     Afterwards it is as it was. In one process the frozen pass runs once for all parts.
 
     Args:
@@ -127,13 +127,12 @@ def cross_fit(
     parts = deal(labels, recipe.calibration_folds, recipe.seed)
     if len(parts) < 2:
         raise ValueError(f"Cross-fitting needs at least two images, but there are {len(labels)}.")
-    shorter, found = _shortened(recipe), []
+    fewest = math.ceil((len(labels) - max(map(len, parts))) / recipe.batch_size)  # steps of an epoch
+    shorter, found = _shortened(recipe, len(labels), fewest), []
     several = accelerator is not None and accelerator.num_processes > 1
     known = FrozenImages(classifier, plain, 1, recipe.batch_size, workers)
     if isinstance(images, LabelledImages) and not several:  # each of several processes would embed all images
-        fewest = math.ceil((len(labels) - max(map(len, parts))) / recipe.batch_size)  # steps of an epoch
-        epochs = math.ceil(count_steps(shorter, fewest) / fewest)
-        images = FrozenImages(classifier, images, epochs, recipe.batch_size, workers)
+        images = FrozenImages(classifier, images, shorter.epochs, recipe.batch_size, workers)
     with as_it_was(classifier):
         for part in tqdm(parts, desc="calibrating", disable=quiet, file=sys.stderr):
             others = sorted(set(range(len(labels))) - set(part))
@@ -166,10 +165,16 @@ def deal(labels: Sequence[int], count: int, seed: int) -> list[list[int]]:
     return [sorted(order[part::count]) for part in range(count)]
 
 
-def _shortened(recipe: Recipe) -> Recipe:
-    """A third of a recipe's length."""
-    steps = None if recipe.max_steps is None else math.ceil(recipe.max_steps / 3)
-    return replace(recipe, epochs=math.ceil(recipe.epochs / 3), max_steps=steps)
+def _shortened(recipe: Recipe, count: int, fewest: int) -> Recipe:
+    """A recipe that takes a third of the steps: of few images, an epoch of a part has fewer steps than one of all.
+
+    Args:
+        recipe: to shorten.
+        count: images that it is for.
+        fewest: steps of an epoch of the smallest part that is trained on.
+    """
+    steps = math.ceil(count_steps(recipe, math.ceil(count / recipe.batch_size)) / 3)
+    return replace(recipe, epochs=math.ceil(steps / fewest), max_steps=steps)
 
 
 @torch.no_grad()
