@@ -1,4 +1,4 @@
-"""Heads that stand on any adapter: GDA, a linear probe and Tip-Adapter-F, against their equations and in use."""
+"""Heads that stand on any adapter: GDA, linear probes and Tip-Adapter-F, against their equations and in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from small_clip import make_clip, make_images
 from sep_peft import ImageScorer, SEPClassifier, TaskClasses
 from sep_peft.classifier.answers import Answers
 from sep_peft.classifier.prediction import Task, predict_batch
-from sep_peft.method.fit_heads import class_means, fit_head, gda, probe, tip_adapter_keys
+from sep_peft.method.fit_heads import best_residual, class_means, fit_head, gda, probe, residual, tip_adapter_keys
 from sep_peft.method.heads import NAMES, ClassHead, HeadLogits, cache_logits
 
 
@@ -96,6 +96,29 @@ def test_probe_is_the_least_of_its_objective():
     assert objective(10 * (means + TEXTS)) > least + 0.1  # where it starts
 
 
+def test_residual_is_the_least_of_its_objective_and_its_penalty_suits_other_images():
+    """Beside texts that are right there is little to add, beside texts that are wrong much."""
+    embeds, labels = clusters(30, 2, spread=0.5)
+    right = 10.0 * F.one_hot(labels, 3)
+    wrong = right[:, [1, 2, 0]]
+    weight = residual(embeds, labels, wrong, penalty=0.01)
+
+    def objective(w):
+        return F.cross_entropy(wrong + embeds @ w.T, labels) + 0.01 * (w / 10).square().sum()
+
+    for seed in range(20):
+        step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        assert objective(weight + 0.1 * step) > objective(weight)
+    little, much = (best_residual(embeds, labels, logits).norm() for logits in (right, wrong))
+    assert little < 0.1 * much
+    others, other_labels = clusters(300, 3, spread=0.5)
+    losses = [
+        F.cross_entropy(10.0 * F.one_hot(other_labels, 3)[:, [1, 2, 0]] + others @ w.T, other_labels)
+        for w in (residual(embeds, labels, wrong, 1e-4), best_residual(embeds, labels, wrong))
+    ]
+    assert losses[1] <= losses[0]
+
+
 def test_cache_is_its_formula_and_training_it_helps():
     embeds, labels = clusters(15, 2, spread=0.6)
     others, other_labels = clusters(6, 3)
@@ -124,7 +147,7 @@ def test_the_weight_follows_how_good_zero_shot_is(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_image_a_class(kind):
     embeds, labels = clusters(3, 2)
-    head = fit_head(kind, embeds, labels, TEXTS, 10 * embeds @ TEXTS.T)
+    head = fit_head(kind, embeds, labels, TEXTS, 10 * embeds @ TEXTS.T, text_logits=torch.zeros(3, 3))
     logits = run_head(head, embeds, 3)
     assert logits.isfinite().all() and (logits.argmax(dim=1) == labels).all()
 
@@ -132,16 +155,19 @@ def test_one_image_a_class(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_that_are_all_alike_give_finite_numbers(kind):
     embeds, labels = TEXTS[[0, 0, 0, 0, 0, 0]], torch.arange(6) % 3
-    head = fit_head(kind, embeds, labels, TEXTS, 10 * embeds @ TEXTS.T)
+    logits = 10 * embeds @ TEXTS.T
+    head = fit_head(kind, embeds, labels, TEXTS, logits, text_logits=logits)
     assert all(value.isfinite().all() for value in head.tensors.values())
 
 
 def test_mistakes_in_fitting():
     embeds, labels = clusters(6, 2)
-    with raises("The kind of a head must be one of gda, probe, tip-adapter-f, but got 'GDA'."):
+    with raises("The kind of a head must be one of gda, probe, residual, tip-adapter-f, but got 'GDA'."):
         fit_head("GDA", embeds, labels, TEXTS, embeds @ TEXTS.T)
     with raises("A head needs an image of every class, but has none of classes [1]."):
         fit_head("gda", embeds[labels != 1], labels[labels != 1], TEXTS, embeds[labels != 1] @ TEXTS.T)
+    with raises("A residual head needs text_logits, beside which it is trained."):
+        fit_head("residual", embeds, labels, TEXTS, embeds @ TEXTS.T)
 
 
 # heads as data
@@ -152,7 +178,7 @@ GOOD = {"weight": torch.ones(3, 12), "bias": torch.zeros(3)}
 @pytest.mark.parametrize(
     ("kind", "tensors", "weight", "message"),
     [
-        ("mine", GOOD, 1.0, "The kind of a head must be one of gda, probe, tip-adapter-f, but got 'mine'."),
+        ("mine", GOOD, 1.0, "The kind of a head must be one of gda, probe, residual, tip-adapter-f, but got 'mine'."),
         ("gda", {"weight": torch.ones(3, 12)}, 1.0, "A gda head has weight and bias, but got ['weight']."),
         ("gda", GOOD | {"bias": torch.ones(2)}, 1.0, "weight and bias of a gda head must have shapes (count, embedding "
          "size) and (count,), but got (3, 12) and (2,)."),
@@ -208,7 +234,8 @@ def test_logits_are_those_of_the_texts_and_of_the_head(kind):
     t, t0 = plain.image_embeds(TRAIN)
     weights = plain.encoder.weights(training=False)
     zero_shot = plain.model.logit_scale.exp() * t0 @ weights.frozen_text_embeds.T
-    head = fit_head(kind, (t + t0) / 2, TRAIN_LABELS, weights.text_embeds, zero_shot)
+    texts = plain(TRAIN).logits
+    head = fit_head(kind, (t + t0) / 2, TRAIN_LABELS, weights.text_embeds, zero_shot, text_logits=texts)
     assert classifier.classes.head.logit_weight == pytest.approx(head.logit_weight)
     added = run_head(head, (v + v0) / 2, 4)
     assert added.abs().max() > 0.1
@@ -311,7 +338,7 @@ def test_a_head_needs_no_prototypes_in_the_loss_and_leaves_the_mode_alone():
     ("options", "message"),
     [
         ({"kind": "GDA", "batches": BATCHES},
-         "kind must be one of prototypes, gda, probe, tip-adapter-f, but got 'GDA'."),
+         "kind must be one of prototypes, gda, probe, residual, tip-adapter-f, but got 'GDA'."),
         ({"kind": "gda"}, "batches of the training images are needed for kind='gda'."),
         ({"kind": "gda", "batches": []},
          "batches of the training images are needed for kind='gda', but there are none."),

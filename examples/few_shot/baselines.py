@@ -112,7 +112,9 @@ class PlainClassifier(nn.Module):
         found = [(*self.both_embeds(batch["pixel_values"].to(device)), batch["labels"].to(device)) for batch in batches]
         image, frozen, labels = (torch.cat(column) for column in zip(*found, strict=True))
         zero_shot = self.scaled(frozen @ self.frozen_text_embeds().T)
-        head = fit_head(kind, head_features(image, frozen), labels, self.text_embeds(), zero_shot)
+        head = fit_head(
+            kind, head_features(image, frozen), labels, self.text_embeds(), zero_shot, None, self.logits(image)
+        )
         self.head = self.class_names, HeadLogits(kind, head.tensors, head.logit_weight, len(self.class_names))
         return head.logit_weight
 

@@ -90,7 +90,8 @@ def features(part: dict) -> torch.Tensor:
 def head_of(found: dict, kind: str) -> ClassHead:
     """The head that a run's training images teach."""
     train = found["train"]
-    return fit_head(kind, features(train), train["labels"], train["texts"], frozen_logits(found, train))
+    logits = frozen_logits(found, train), None, texts_logits(found, train)
+    return fit_head(kind, features(train), train["labels"], train["texts"], *logits)
 
 
 def with_head(found: dict, part: dict, head: ClassHead) -> torch.Tensor:

@@ -12,7 +12,10 @@
 from `Recipe.compact()` or `Recipe.published()`; its seed is the run's. Scores are not calibrated. LoRA's classifier has
 no consistency losses, so their weights are 0 there. With `"cached": true` what is below SEP's `start_layer` is computed
 once, for the recipe's `views` of each image. `"head": "gda"`, "probe" or "tip-adapter-f" fits that head on the training
-images after training, in the place of prototypes, on "sep", "lora" and "zero-shot", the frozen model. A variant of
+images after training, in the place of prototypes, on "sep", "lora" and "zero-shot", the frozen model; with
+`"first_stage": 0.6` the adapter is trained for that share of the recipe's epochs, and the head takes the rest (2SFS,
+arXiv 2503.11609). `"coupled": true` projects the image prompts from the text prompts (MaPLe, arXiv 2210.03117). A
+variant of
 another method names its file, beside it or in `methods`: with `"like": "sep"` everything that is not said, also within
 `config` and `recipe`, is as in `sep.json`.
 """
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import AdaptedClassifier, LinearProbe, PlainClassifier, TipAdapter
+from coupling import couple
 from peft import LoraConfig, get_peft_model
 from selection import select_at_random
 from torch import nn
@@ -58,9 +62,13 @@ class Method:
     cached: bool = False
     selection: str = "representative"
     head: str | None = None
+    first_stage: float | None = None
+    coupled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything that a run's result depends on; options that are left out are none of it."""
+        unset = {"first_stage": None, "coupled": False}
+        return {name: value for name, value in asdict(self).items() if name not in unset or value != unset[name]}
 
     @property
     def trains(self) -> bool:
@@ -124,6 +132,13 @@ def check_method(path: Path, method: Method) -> None:
         raise ValueError(
             f"{path}: head is for learners that compare images with texts, but this is {method.learner!r}."
         )
+    if method.first_stage is not None and not (0 < method.first_stage < 1 and method.head and method.trains):
+        raise ValueError(
+            f"{path}: first_stage must be above 0 and below 1, of a method that trains and has a head, but is "
+            f"{method.first_stage!r}."
+        )
+    if method.coupled and (method.learner != "sep" or method.config.get("fusion") != "independent"):
+        raise ValueError(f'{path}: coupled is for learner "sep" with "fusion": "independent".')
     if method.cached and method.learner != "sep":
         raise ValueError(f'{path}: cached is for learner "sep", but this is {method.learner!r}.')
 
@@ -161,6 +176,8 @@ def build_classifier(
         model = get_peft_model(model, SEPConfig(**method.config))
         if method.selection == "random":
             select_at_random(model)
+        if method.coupled:
+            couple(model)
         return SEPClassifier.from_class_names(model, processor, classes, template, recipe=method.recipe)
     if method.learner == "lora":
         model = get_peft_model(model, LoraConfig(**method.config))

@@ -6,11 +6,13 @@ anything is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from coupling import uncouple
 from methods import Method
 from protocols import Plan
 from run_folder import CHECKPOINT
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from sep_peft import SEPClassifier
 from sep_peft.training import CachedImages, LabelledImages, train
+from sep_peft.training.loop import Callback
 
 
 def fit(
@@ -31,16 +34,20 @@ def fit(
     seed: int,
     workers: int,
     cache: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Train the classifier in place, or go on where a checkpoint in `folder` stands.
 
     Args:
         cache: folder for the trunk of images, where the method is cached; None: in memory.
+        callbacks: called with the history after every epoch.
 
     Returns:
         a dict per epoch: loss, accuracy on the training images, learning rate.
     """
     recipe, names = replace(method.recipe, seed=seed), plan.data.classes
+    if method.first_stage is not None:
+        recipe = replace(recipe, epochs=max(1, round(method.first_stage * recipe.epochs)))
     if isinstance(classifier, SEPClassifier):
         classifier.recipe = recipe
     samples = training_samples(plan)
@@ -50,7 +57,11 @@ def fit(
     if method.cached:
         images = CachedImages(images, classifier.model, recipe.views, cache)
     checkpoint = folder / CHECKPOINT
-    return train(classifier, images, recipe, accelerator=accelerator, checkpoint=checkpoint, workers=workers).rows
+    options = {"accelerator": accelerator, "workers": workers, "callbacks": callbacks}
+    history = train(classifier, images, recipe, checkpoint=checkpoint, **options)
+    if method.coupled:
+        uncouple(classifier.model)
+    return history.rows
 
 
 def keep_head(classifier: nn.Module, kind: str, plan: Plan, processor, workers: int) -> dict[str, float]:

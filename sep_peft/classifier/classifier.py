@@ -19,6 +19,7 @@ from ..method.heads import NAMES, check_logit_weight
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
 from ..method.recipe import Recipe
+from ..method.regularizers import regularizers
 from ..tuner.config import SEPConfig
 from ..tuner.current import walked_adapter
 from ..tuner.model import find_towers
@@ -40,7 +41,7 @@ from .files import load_base, load_classes, path_first, push_files, save_files, 
 from .fitting import fitted_classes
 from .images import as_images, read_image
 from .inputs import check_images, check_labels, check_trunk
-from .logits import ClassWeights, class_logits
+from .logits import ClassWeights, class_logits, zero_shot_logits
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
 from .strength import with_frozen_weight
@@ -359,14 +360,14 @@ class SEPClassifier(TrainerMixin):
         count as trained: no margin of zero-shot holds SEP back on them.
 
         Other heads read the mean of v and v0 of the training images as they are, without augmentation: "gda" (class
-        means and one covariance), "probe" (a linear one that the texts take part in) and "tip-adapter-f" (a cache of
-        them); see `sep_peft.method.fit_heads`. They stand on any adapter, need no prototypes in the loss, and take the
-        place of what was kept.
+        means and one covariance), "probe" (a linear one that the texts take part in), "residual" (a linear one that
+        starts at the texts) and "tip-adapter-f" (a cache of them); see `sep_peft.method.fit_heads`. They stand on any
+        adapter, need no prototypes in the loss, and take the place of what was kept.
 
         Args:
             logit_weight: weight of the head's logits, above 0; None: for prototypes the recipe's
                 `prototype_logit_weight`, 5, for other heads what `fit_head` chooses.
-            kind: "prototypes", "gda", "probe" or "tip-adapter-f".
+            kind: "prototypes", "gda", "probe", "residual" or "tip-adapter-f".
             batches: dicts with `pixel_values`, what else the image tower takes, and `labels` (B,), of the training
                 images; for all kinds but prototypes.
 
@@ -537,6 +538,9 @@ class SEPClassifier(TrainerMixin):
             return SEPClassifierOutput(_share(F.cross_entropy(logits, labels), labels, num_items_in_batch), logits)
         embeds = image, frozen_image, weights.text_embeds, weights.frozen_text_embeds
         parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
+        if others := self.recipe.regularizer_weights:
+            zero_shot = zero_shot_logits(self.vision_tower, frozen_image, weights.frozen_text_embeds)
+            parts = SEPLoss(parts.total + regularizers(logits, zero_shot, *embeds, **others), *parts[1:])
         return SEPClassifierOutput(_share(parts.total, labels, num_items_in_batch), logits, parts)
 
     def _weights(self, labels: torch.Tensor | None) -> ClassWeights:

@@ -14,7 +14,7 @@ from ..tuner.tower import SEPTower
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
 from .inputs import check_labels
-from .logits import head_features, zero_shot_logits
+from .logits import ClassWeights, class_logits, head_features, zero_shot_logits
 from .prediction import image_embeds
 
 
@@ -40,12 +40,13 @@ def fitted_classes(
     Raises:
         ValueError: there are no batches, a label is no class, or a class has no image.
     """
-    embeds, frozen, labels = [], [], []
+    embeds, own, frozen, labels = [], [], [], []
     for batch in batches:
         check_labels(batch["labels"], len(encoder.classes))
         inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         both = image_embeds(tower, inputs)
         embeds.append(head_features(*both))
+        own.append(both[0])
         frozen.append(both[1])
         labels.append(batch["labels"].to(device, torch.long))
     if not embeds:
@@ -58,6 +59,8 @@ def fitted_classes(
         return replace(encoder.classes, prototypes=unit(means).cpu())
     weights = encoder.weights(training=False)
     zero_shot = zero_shot_logits(tower, torch.cat(frozen), weights.frozen_text_embeds)
-    head = fit_head(kind, features, told, weights.text_embeds, zero_shot, logit_weight)
+    texts = ClassWeights(weights.text_embeds, weights.frozen_text_embeds)
+    text_logits = class_logits(tower, torch.cat(own), torch.cat(frozen), texts)
+    head = fit_head(kind, features, told, weights.text_embeds, zero_shot, logit_weight, text_logits)
     head = replace(head, tensors={name: value.cpu() for name, value in head.tensors.items()})
     return replace(encoder.classes, prototypes=None, prototype_logit_weight=0.0, head=head)

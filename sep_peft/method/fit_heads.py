@@ -4,6 +4,8 @@ Sources:
 
 - GDA: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", arXiv 2402.04087.
 - probe: Huang et al., "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP", arXiv 2404.02285.
+- residual: Yu et al., "Task Residual for Tuning Vision-Language Models", arXiv 2211.10277; the second stage of Farina
+  et al., "Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages" (2SFS), arXiv 2503.11609.
 - Tip-Adapter-F: Zhang et al., "Tip-Adapter", arXiv 2111.03930.
 
 Shapes: N training images, C classes, E width of the joint space.
@@ -39,6 +41,7 @@ def fit_head(
     text_embeds: torch.Tensor,
     zero_shot_logits: torch.Tensor,
     logit_weight: float | None = None,
+    text_logits: torch.Tensor | None = None,
 ) -> ClassHead:
     """Fit a head on the embeddings of training images.
 
@@ -49,12 +52,14 @@ def fit_head(
         text_embeds: t, (C, E), of unit length; a probe starts between them and the class means.
         zero_shot_logits: (N, C), of the frozen model. They were not trained on these images, so the head's strength can
             be weighed against them; Tip-Adapter-F trains beside them.
-        logit_weight: of the head's logits; None: 1 for Tip-Adapter-F, and for the others that of `WEIGHTS` with which
-            the sum of both logits has the least cross entropy on images that the head was not fitted on, in `FOLDS`
-            turns; where a class has a single image, that with which both spread alike.
+        logit_weight: of the head's logits; None: 1 for Tip-Adapter-F and a residual, and for the others that of
+            `WEIGHTS` with which the sum of both logits has the least cross entropy on images that the head was not
+            fitted on, in `FOLDS` turns; where a class has a single image, that with which both spread alike.
+        text_logits: (N, C), of the class texts by the adapter, beside which a residual is trained; other heads do not
+            read them.
 
     Raises:
-        ValueError: an unknown kind, or a class without an image.
+        ValueError: an unknown kind, a class without an image, or a residual without `text_logits`.
     """
     check_kind(kind)
     if empty := sorted(set(range(len(text_embeds))) - set(labels.tolist())):
@@ -64,6 +69,11 @@ def fit_head(
         logit_weight = 1.0 if logit_weight is None else logit_weight
         keys = tip_adapter_keys(embeds, labels, zero_shot_logits, logit_weight)
         return ClassHead(kind, {"keys": keys, "labels": labels}, logit_weight)
+    if kind == "residual":
+        if text_logits is None:
+            raise ValueError("A residual head needs text_logits, beside which it is trained.")
+        weight = best_residual(embeds, labels, wide(text_logits))
+        return ClassHead(kind, {"weight": weight, "bias": torch.zeros_like(weight[:, 0])}, logit_weight or 1.0)
     fit: Fit = gda
     if kind == "probe":
         fit = partial(probe, penalty=_best_penalty(embeds, labels, text_embeds))
@@ -129,6 +139,49 @@ def probe(
     with torch.enable_grad():
         optimizer.step(closure)
     return weight().detach(), torch.zeros_like(means[:, 0])
+
+
+def best_residual(embeds: torch.Tensor, labels: torch.Tensor, text_logits: torch.Tensor) -> torch.Tensor:
+    """`residual` with that of `PENALTIES` with which images that it was not fitted on have the least cross entropy."""
+    parts = _folds(labels)
+
+    def loss(penalty: float) -> float:
+        logits = text_logits.clone()
+        for part in parts.unique():
+            held = parts == part
+            if not held.all():
+                weight = residual(embeds[~held], labels[~held], text_logits[~held], penalty)
+                logits[held] += embeds[held] @ weight.T
+        return F.cross_entropy(logits, labels).item()
+
+    return residual(embeds, labels, text_logits, min(PENALTIES, key=loss))
+
+
+def residual(embeds: torch.Tensor, labels: torch.Tensor, text_logits: torch.Tensor, penalty: float) -> torch.Tensor:
+    """What is added to the class texts, so that they are the start of a linear classifier: weight W (C, E). ::
+
+        W = 10 w,   min CE(logits + x W^T, y) + penalty |w|^2
+
+    over w, which starts at 0, by L-BFGS.
+
+    Args:
+        embeds, labels: (N, E), (N,).
+        text_logits: (N, C).
+        penalty: of the residual.
+    """
+    delta = embeds.new_zeros(text_logits.shape[1], embeds.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([delta], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = text_logits + 10.0 * embeds @ delta.T
+        loss = F.cross_entropy(logits, labels) + penalty * delta.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return 10.0 * delta.detach()
 
 
 def tip_adapter_keys(

@@ -22,7 +22,12 @@ MAX_LOGIT_WEIGHT = 1000
 
 
 #: Kind -> names of its tensors.
-NAMES = {"gda": ("weight", "bias"), "probe": ("weight", "bias"), "tip-adapter-f": ("keys", "labels")}
+NAMES = {
+    "gda": ("weight", "bias"),
+    "probe": ("weight", "bias"),
+    "residual": ("weight", "bias"),
+    "tip-adapter-f": ("keys", "labels"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class ClassHead:
     """What a head of C classes has learned.
 
     Args:
-        kind: "gda", "probe" or "tip-adapter-f".
-        tensors: of "gda" and "probe" `weight` (C, E) and `bias` (C,), of "tip-adapter-f" `keys` (N, E) and `labels`
+        kind: "gda", "probe", "residual" or "tip-adapter-f".
+        tensors: of the first three `weight` (C, E) and `bias` (C,), of "tip-adapter-f" `keys` (N, E) and `labels`
             (N,), class indices.
         logit_weight: that its logits are multiplied by, above 0 and at most `MAX_LOGIT_WEIGHT`.
 

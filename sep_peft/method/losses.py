@@ -19,7 +19,10 @@ PROTOTYPE_SCALE = 10.0
 
 
 class SEPLoss(NamedTuple):
-    """The loss and its parts, all scalars; each part is weighted already, so `total` is their sum."""
+    """The loss and its parts, all scalars; each part is weighted already, so `total` is their sum.
+
+    A recipe's `regularizers` are in `total` alone.
+    """
 
     total: torch.Tensor
     classification: torch.Tensor

@@ -12,6 +12,8 @@ from .base_recipe import BaseRecipe, is_int, is_number
 PROTOTYPE_LOGIT_WEIGHT = 5.0
 #: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
 ZERO_SHOT_MARGIN = 1.5
+#: Weights of losses that are no part of SEP; see `sep_peft.method.regularizers`.
+REGULARIZER_WEIGHTS = ("agreement_weight", "text_distance_weight", "vision_distance_weight", "geometry_weight")
 #: Classes from which on a step draws some of their texts, and how many; see `Recipe.class_sample`.
 MANY_CLASSES, CLASS_SAMPLE = 256, 64
 #: What the paper's released code uses, whatever the defaults of `Recipe` are.
@@ -49,6 +51,11 @@ class Recipe(BaseRecipe):
             ``e mod views``, so with as many views as epochs training is what it is without a cache. Default 8.
         text_weight, vision_weight: of the consistency losses. Defaults 4 and 3.
         prototype_weight: of the prototype terms of the loss; 0: there are no prototypes. Default 0.5.
+        agreement_weight: of the divergence between the scores of the texts and those of zero-shot, in the loss.
+        text_distance_weight, vision_distance_weight: of the absolute differences from the frozen embeddings; with 25
+            and 10, and an agreement of 1, those of PromptSRC (arXiv 2307.06948).
+        geometry_weight: of the differences between the cosines of pairs, with the adapter and without. Default of all
+            four 0, as published; see `sep_peft.method.regularizers`.
         prototype_logit_weight: of the trained prototypes in predictions; 0, as published: they serve the loss alone.
             Default 5.
         zero_shot_margin: for classes that were not trained zero-shot decides each image unless SEP is more than so
@@ -70,6 +77,10 @@ class Recipe(BaseRecipe):
     text_weight: float = 4.0
     vision_weight: float = 3.0
     prototype_weight: float = 0.5
+    agreement_weight: float = 0.0
+    text_distance_weight: float = 0.0
+    vision_distance_weight: float = 0.0
+    geometry_weight: float = 0.0
     prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
     zero_shot_margin: float = ZERO_SHOT_MARGIN
     calibration_folds: int = 4
@@ -86,7 +97,7 @@ class Recipe(BaseRecipe):
             "None or a finite number of at least 0",
         )
         weights = ("text_weight", "vision_weight", "prototype_weight", "prototype_logit_weight")
-        for name in (*weights, "zero_shot_margin"):
+        for name in (*weights, *REGULARIZER_WEIGHTS, "zero_shot_margin"):
             self.require(name, lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
 
     @classmethod
@@ -119,6 +130,11 @@ class Recipe(BaseRecipe):
         names = ("text_weight", "vision_weight", "prototype_weight")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def regularizer_weights(self) -> dict[str, float]:
+        """The weights that `regularizers` takes, by its names for them; only those above 0."""
+        return {name: weight for name in REGULARIZER_WEIGHTS if (weight := getattr(self, name))}
+
     def drawn_classes(self, num_classes: int) -> int:
         """Class texts that a step draws of `num_classes`, as `class_sample` says; `num_classes` where it takes all."""
         size = self.class_sample
@@ -132,12 +148,13 @@ class Recipe(BaseRecipe):
         prototypes = "" if own is None else f" ({own:g} for the prototypes)"
         warmup = "one epoch" if self.warmup_epochs == 1 else f"{self.warmup_epochs} epochs"
         decay = f", weight decay {self.weight_decay:g}" if self.weight_decay else ""
+        others = "".join(f", {name.replace('_', ' ')} {weight:g}" for name, weight in self.regularizer_weights.items())
         center = self.average_center
         average = "" if center is None else f"; averaged over epochs around {center:.0%} of them"
         return (
             f"{length} of batches of {self.batch_size}, AdamW with learning rate {self.learning_rate:g}{prototypes}, "
             f"eps {self.adam_epsilon:g}{decay}, warm-up for {warmup}, cosine; consistency weights "
-            f"{self.text_weight:g} and {self.vision_weight:g}; prototypes predict with weight "
+            f"{self.text_weight:g} and {self.vision_weight:g}{others}; prototypes predict with weight "
             f"{self.prototype_logit_weight:g}; random crops from {self.smallest_crop:.0%} of the area and flips"
             f"{average}"
         )

@@ -137,7 +137,7 @@ def cross_fit(
         for part in tqdm(parts, desc="calibrating", disable=quiet, file=sys.stderr):
             others = sorted(set(range(len(labels))) - set(part))
             classifier.prototypes = None  # those of the parameters that were there at the start
-            _set_values(classifier, start)
+            set_values(classifier, start)
             if shorter.prototype_weight:
                 classifier.reset_prototypes([known.known(others)])
             options = {"accelerator": accelerator, "workers": workers}
@@ -178,7 +178,8 @@ def _shortened(recipe: Recipe, count: int, fewest: int) -> Recipe:
 
 
 @torch.no_grad()
-def _set_values(classifier: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+def set_values(classifier: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters the values that `values_of` took."""
     parameters = dict(classifier.named_parameters())
     for name, value in values.items():
         parameters[name].copy_(value)
@@ -192,8 +193,9 @@ def as_it_was(classifier: SEPClassifier) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_values(classifier, values)
+        set_values(classifier, values)
         classifier.prototypes, classifier.encoder, classifier.trained = prototypes, encoder, trained
+        classifier.agreement.state(encoder.classes)
         classifier.eval()
 
 

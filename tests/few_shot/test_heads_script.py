@@ -26,12 +26,12 @@ def test_every_way_to_predict():
     found = {"scale": 20.0, "train": part(12, 1, 3), "base": part(30, 2, 3), "new": part(20, 3, 2)}
     found["prototypes"] = found["base"]["texts"]
     right = heads.predictions(found)
-    base = ("zero-shot", "texts", "prototypes", "gda", "probe", "tip-adapter-f")
+    base = ("zero-shot", "texts", "prototypes", "gda", "probe", "residual", "tip-adapter-f")
     new = ("zero-shot", "texts", "margin 1", "margin 1.5")
     assert list(right) == [*(f"base {name}" for name in base), *(f"new {name}" for name in new)]
     shares = {name: value.float().mean().item() for name, value in right.items()}
     assert shares["base zero-shot"] < 0.1 and min(shares["base texts"], shares["base prototypes"]) > 0.9
-    assert min(shares["base gda"], shares["base probe"]) > 0.7
+    assert min(shares["base gda"], shares["base probe"], shares["base residual"]) > 0.7
     assert len(right["base gda"]) == 30 and len(right["new texts"]) == 20
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from baselines import LinearProbe, TipAdapter
 from bundled import shallow_clip
+from coupling import couple, uncouple
 from methods import build_classifier, read_method
 from transformers import AutoProcessor
 
@@ -16,6 +17,7 @@ from sep_peft import SEPConfig
 from sep_peft.method.fit_heads import fit_head
 from sep_peft.training import Recipe
 from sep_peft.training.optimizer import trainable
+from sep_peft.tuner.model import find_towers
 
 
 NAMES = ("butterfly", "lamp", "pizza")
@@ -138,11 +140,12 @@ def test_a_variant_of_nothing(write, tmp_path, scripts):
     ("entries", "message"),
     [
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
-         "cached, config, description, head, learner, recipe, selection."),
+         "cached, config, coupled, description, first_stage, head, learner, recipe, selection."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
-         "average_center, average_width, batch_size, class_sample, epochs, learning_rate, like, max_steps, "
-         "prototype_learning_rate, prototype_logit_weight, prototype_weight, smallest_crop, text_weight, views, "
-         "vision_weight, warmup_epochs, weight_decay, zero_shot_margin."),
+         "agreement_weight, average_center, average_width, batch_size, class_sample, epochs, geometry_weight, "
+         "learning_rate, like, max_steps, prototype_learning_rate, prototype_logit_weight, prototype_weight, "
+         "smallest_crop, text_distance_weight, text_weight, views, vision_distance_weight, vision_weight, "
+         "warmup_epochs, weight_decay, zero_shot_margin."),
         ({"learner": "sep", "recipe": {"like": "mine"}}, "{file}: a recipe may be \"like\" default, compact, "
          "published, but this is like 'mine'."),
         ({"learner": "sep", "recipe": {"epochs": 0}}, "{file}: epochs must be an integer of at least 1, but got 0."),
@@ -153,9 +156,15 @@ def test_a_variant_of_nothing(write, tmp_path, scripts):
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
         ({"learner": "tip-adapter", "recipe": {}}, '{file}: recipe is for learners "sep" and "lora", but this is '
          "'tip-adapter'."),
-        ({"learner": "sep", "head": "svm"}, "{file}: head must be one of gda, probe, tip-adapter-f, but is 'svm'."),
+        ({"learner": "sep", "head": "svm"}, "{file}: head must be one of gda, probe, residual, tip-adapter-f, "
+         "but is 'svm'."),
         ({"learner": "tip-adapter", "head": "gda"}, "{file}: head is for learners that compare images with texts, but "
          "this is 'tip-adapter'."),
+        ({"learner": "sep", "first_stage": 0.5}, "{file}: first_stage must be above 0 and below 1, of a method that "
+         "trains and has a head, but is 0.5."),
+        ({"learner": "sep", "first_stage": 1.0, "head": "gda"}, "{file}: first_stage must be above 0 and below 1, of a "
+         "method that trains and has a head, but is 1.0."),
+        ({"learner": "sep", "coupled": True}, '{file}: coupled is for learner "sep" with "fusion": "independent".'),
         ({"learner": "lora", "cached": True}, '{file}: cached is for learner "sep", but this is \'lora\'.'),
         ({"learner": "sep", "recipe": {"prototype_weight": 0.0, "prototype_learning_rate": 0.0}},
          "{file}: prototype_learning_rate is for methods whose loss has prototypes."),
@@ -167,6 +176,41 @@ def test_mistakes_in_a_method(write, entries, message):
     with pytest.raises(ValueError) as error:
         read_method(file)
     assert str(error.value) == message.format(file=file)
+
+
+def test_coupled_prompts_are_projected_and_stay_as_they_are(scripts, build):
+    """MaPLe: the image tower has no prompts of its own until training ends, and then the projected ones."""
+    classifier = build(read_method(scripts / "methods" / "maple.json"))
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before, parameters = classifier.eval()(pixels).logits, trainable(classifier)
+    assert sum(name.endswith("linear.weight") for name in parameters) == 6
+    assert not any("vision" in name and not name.endswith(("weight", "bias")) for name in parameters)
+    text = find_towers(classifier.model)["text"].sep_prompts["default"]
+    with torch.no_grad():
+        text.add_(1.0)
+    projected = classifier(pixels).logits
+    assert not torch.allclose(projected, before, atol=1e-3)
+    uncouple(classifier.model)
+    assert torch.equal(classifier(pixels).logits, projected)
+    assert not any("linear" in name for name in trainable(classifier))
+    with torch.no_grad():
+        text.sub_(1.0)
+    vision = find_towers(classifier.model)["vision"].sep_prompts["default"]
+    assert vision.requires_grad and vision.shape == (2, 192)
+
+
+def test_prompts_that_cannot_be_coupled(scripts, build):
+    method = read_method(scripts / "methods" / "maple.json")
+    with pytest.raises(ValueError) as error:
+        build(replace(method, config=method.config | {"num_vision_prompts": 3}))
+    assert str(error.value) == (
+        "Coupled prompts need as many of the text tower as of the image tower, but there are [2, 2, 2, 2, 2, 2] and "
+        "[3, 3, 3, 3, 3, 3] of them, layer by layer."
+    )
+    fused = build(replace(method, coupled=False, config={}))
+    with pytest.raises(ValueError) as error:
+        couple(fused.model)
+    assert str(error.value) == 'Coupled prompts need a config with fusion="independent", but these prompts are fused.'
 
 
 def test_random_selection_changes_sep_and_can_be_repeated(scripts, build):

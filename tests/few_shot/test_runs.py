@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 
+import drift
 import heads
 import pytest
 import run as run_script
@@ -171,6 +172,34 @@ def test_shifted_images_of_a_run_that_is_finished(entries, command, run_here, tm
     results = json.loads(file.read_text())["results"]
     assert results["source"] == before | {"ece": pytest.approx(before["ece"], abs=0.1)}
     assert results["noise"]["total"] == before["total"] and results["noise"]["ece"] != before["ece"]
+
+
+def test_two_stages_share_the_epochs(command, run_here, tmp_path):
+    """The adapter takes its share of them, and the head that follows starts at the texts."""
+    run_here(command(tmp_path, head="residual", first_stage=0.6))
+    found = results(tmp_path)
+    assert [row["epoch"] for row in found["log"]] == [1, 2]
+    settings = json.loads(next(tmp_path.rglob("settings.json")).read_text())["method"]
+    assert (settings["first_stage"], settings["recipe"]["epochs"]) == (0.6, 3) and "coupled" not in settings
+
+
+def test_drift(small, describe, tmp_path, monkeypatch, capsys):
+    """Training moves the prompted embeddings, never the frozen ones, and otherwise without a part of the loss."""
+    data = describe("four", reader="folder", root="caltech101", classes=NAMES)
+    options = ["--data-root", small, "--dataset", data, "--model", small / "clip", "--shots", "2", "--epochs", "2"]
+    options += ["--without", "none", "classification", "--batch-size", "4", "--images", "2", "--cpu"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in ("drift.py", *options, "--output", tmp_path / "out")])
+    try:
+        drift.main()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    whole, less = json.loads((tmp_path / "out/drift.json").read_text())
+    assert len(whole["epochs"]) == len(less["epochs"]) == 3
+    assert "four, sep without classification, seed 1" in capsys.readouterr().out
+    assert whole["epochs"][0] == less["epochs"][0] and whole["epochs"][2] != less["epochs"][2]
+    assert whole["epochs"][0]["held_out frozen"] == whole["epochs"][2]["held_out frozen"]
+    assert whole["epochs"][2]["cosine"] < whole["epochs"][0]["cosine"] < 1
+    assert all(0 < layer["prompts"] < 0.9 and layer["cosine"] < 1 for layer in whole["layers"])
 
 
 def test_two_processes_equal_one(command, run_here, tmp_path):
