@@ -9,6 +9,7 @@ macOS, on the CPU.
     python examples/benchmark.py --fast              # a tiny model, seconds: only to see that everything runs
     python examples/benchmark.py --extended          # also torch.compile and bfloat16; compiling takes minutes
     python examples/benchmark.py --only resident     # a hundred adapters in one model
+    python examples/benchmark.py --only mixed        # a batch whose samples use sixteen adapters
     python examples/benchmark.py --check             # every goal, in five minutes at most; fails where one is not met
 
 On Linux, glibc gives freed memory back to the system during every training step and takes it again page by page. Plain
@@ -95,6 +96,7 @@ SEP_FULL_SAMPLED_STEP = "SEP step, full loss, many classes, sampled"
 AS_IT_IS = "glibc as it is"
 LOADING = "quickstart: share of time that a step waits for images"
 RESIDENT = "resident adapters / their files"
+MIXED, MIXED_SMALL = "SEP image encoding, mixed batch", "SEP image encoding, mixed batch, quickstart's model"
 ADD_FIRST, ADD_LAST = "SEP adapter: add the first", "SEP adapter: add the last"
 LOAD_LAST = "SEP task: load beside all"
 
@@ -115,6 +117,7 @@ class Settings:
         more_classes: classes of the task with more classes, for time.
         many_classes: classes of the task with many classes, all encoded or a sample of them.
         resident: adapters that are in one model at once.
+        mixed_samples, mixed_adapters: samples of a mixed batch, and adapters that they use.
         rounds: repetitions of every timing.
         goals: name of a row -> the most that it should be.
         goals_alone: leave out what no goal is about.
@@ -131,6 +134,8 @@ class Settings:
     more_classes: int
     many_classes: int
     resident: int
+    mixed_samples: int
+    mixed_adapters: int
     rounds: int
     goals: dict
     goals_alone: bool = False
@@ -155,6 +160,8 @@ VIT_B_16 = Settings(
     more_classes=500,
     many_classes=1000,
     resident=100,
+    mixed_samples=32,
+    mixed_adapters=16,
     rounds=7,
     goals={
         f"{PROMPTED} / {PLAIN}": 1.10,
@@ -175,6 +182,8 @@ VIT_B_16 = Settings(
         "compact SEP adapter: load": 100.0,
         "compact SEP adapter: switch": 1.0,
         RESIDENT: 1.1,
+        f"{MIXED} / one adapter": 1.3,
+        f"{MIXED_SMALL} / one adapter": 1.3,
         f"{ADD_LAST} / {ADD_FIRST}": 2.0,
         LOAD_LAST: 200.0,
         f"{SEP}: compiled / eager": 1.0,
@@ -200,6 +209,8 @@ TINY = Settings(
     more_classes=20,
     many_classes=300,
     resident=3,
+    mixed_samples=4,
+    mixed_adapters=2,
     rounds=2,
     # what does not grow with the model outweighs everything else here: goals to see how a check tells of them
     goals={
@@ -670,6 +681,35 @@ def measure_resident(settings: Settings) -> list[Row]:
     ]
 
 
+def measure_mixed(settings: Settings) -> Iterator[Row]:
+    """A batch whose samples use many adapters over the same batch with one, of models of both sizes."""
+    models = {MIXED_SMALL: lambda: CLIPModel.from_pretrained(ASSETS / "clip-small")}
+    if not settings.goals_alone:  # which have less time than this takes
+        models[MIXED] = partial(make_clip, settings)
+    for name, make_model in models.items():
+        yield from measure_mixed_batch(name, make_model(), settings)
+
+
+def measure_mixed_batch(name: str, clip: CLIPModel, settings: Settings) -> list[Row]:
+    model = get_peft_model(clip, SEPConfig(), "adapter_0")
+    adapters = [f"adapter_{index}" for index in range(settings.mixed_adapters)]
+    for adapter in adapters[1:]:
+        model.add_adapter(adapter, SEPConfig())
+    model.eval()
+    size, count = clip.config.vision_config.image_size, settings.mixed_samples
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(settings.seed))
+
+    def workload(names: list[str]) -> Workload:
+        return torch.no_grad()(partial(model.get_image_features, images, adapter_names=names))
+
+    one = f"{name}, one adapter"
+    # as they come: those of one adapter do not stand side by side
+    mixed = workload([adapters[index % len(adapters)] for index in range(count)])
+    times = time_by_turns({one: workload([adapters[0]] * count), name: mixed}, settings, "mixed batch")
+    ratios = [a / b for a, b in zip(times[name], times[one], strict=True)]
+    return [Row(name, "s", times[name]), Row(f"{name} / one adapter", "× time", ratios)]
+
+
 def measure_loading(settings: Settings) -> list[Row]:
     """How much of the time of `fit` on the quickstart's model and images goes by without an image to train on."""
     images = read_folder(ASSETS / "caltech101", shots=16, seed=1)
@@ -793,6 +833,7 @@ GROUPS = {
     "adapters": measure_adapters,
     "resident": measure_resident,
     "loading": measure_loading,
+    "mixed": measure_mixed,
     "inference": measure_inference,
     "training": measure_training,
     EXTENDED: measure_extended,
@@ -842,8 +883,9 @@ def main() -> int:
     settings = TINY if arguments.fast else VIT_B_16
     rounds = arguments.rounds or (CHECK_ROUNDS if arguments.check else settings.rounds)
     settings = replace(settings, threads=arguments.threads, rounds=rounds, goals_alone=arguments.check)
-    if arguments.check and not (arguments.extended or arguments.fast):  # compiling alone takes more than five minutes
-        settings = replace(settings, goals={n: g for n, g in settings.goals.items() if not n.endswith(" / eager")})
+    if arguments.check and not (arguments.extended or arguments.fast):  # these alone take more than five minutes
+        long = (" / eager", f"{MIXED} / one adapter")
+        settings = replace(settings, goals={n: g for n, g in settings.goals.items() if not n.endswith(long)})
     torch.set_num_threads(settings.threads)
     usual = GROUPS.keys() - {EXTENDED, *(["allocator"] if arguments.check else [])}
     chosen = set(arguments.only or usual) | ({EXTENDED} if arguments.extended else set())

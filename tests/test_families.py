@@ -155,10 +155,10 @@ def test_copies_of_all_tokens_change_nothing(name, tower, attention):
     if tower == "vision" and (name in ROTATED or case.messages):
         pytest.skip("rotated patches, or a message that is not among the tokens that are copied")
     inputs = one_input(case, tower)
-    frozen_pass = passes.FrozenPass(start)
+    frozen_pass = passes.FrozenPass({start})
     with current_pass.set(frozen_pass):
         layer._call_base(**layer._bind((), inputs), return_dict=True)
-    tokens = frozen_pass.trunk[0]
+    tokens = frozen_pass.trunk(start).hidden[0]
     if inputs.get(layer.spec.mask_input) is not None:
         tokens = tokens[inputs[layer.spec.mask_input][0].bool()]
     layer.sep_prompts["default"] = torch.nn.Parameter(tokens.clone())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from ..method.heads import HeadLogits
+from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.model import find_towers
 from .logits import ClassWeights
-from .prediction import image_embeds, image_logits
+from .prediction import image_embeds, image_embeds_by, image_logits
 
 
 if TYPE_CHECKING:
@@ -39,6 +41,22 @@ class ImageEmbedder(nn.Module):
                 "SEPConfig())."
             )
         self.model = model
+
+    def by_adapters(self, pixel_values: torch.Tensor, adapters: Sequence[str]) -> list[torch.Tensor]:
+        """Embeddings of several adapters of the model in one go, which share the frozen branch.
+
+        Args:
+            pixel_values: (B, channels, height, width).
+            adapters: their names, or "__base__" for the model without one.
+
+        Returns:
+            for each adapter what `forward` gives while it is active, (B, E).
+
+        Raises:
+            ValueError: there is no such adapter, or one has `modules_to_save`.
+        """
+        check_adapter_names(adapters, cast(Any, self.model).peft_config)
+        return image_embeds_by(find_towers(self.model)["vision"], {"pixel_values": pixel_values}, adapters)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, E) in fp32 or wider."""

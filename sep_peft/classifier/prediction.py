@@ -53,7 +53,23 @@ def image_embeds(tower: SEPTower, inputs: Mapping[str, Any], **options) -> tuple
     else:
         prompted = tower.embed_prompted(**inputs)
     prompted, frozen = wide(prompted), wide(frozen)
-    return mix_embeddings(prompted, frozen, tower.frozen_weight), unit(frozen)
+    return mix_embeddings(prompted, frozen, tower.frozen_weight_beside(frozen)), unit(frozen)
+
+
+def image_embeds_by(tower: SEPTower, inputs: Mapping[str, Any], adapters: Sequence[str]) -> list[torch.Tensor]:
+    """SEP's image embeddings of several adapters, (B, E) for each, of unit length, in fp32 or wider.
+
+    Args:
+        tower: of the images.
+        inputs: what the tower takes; its frozen branch is computed once.
+        adapters: names of adapters, or "__base__".
+    """
+    found, frozen = tower.embed_by(adapters, **inputs)
+    embeds = []
+    for adapter, prompted in zip(adapters, found, strict=True):
+        with chosen_adapters.set(adapter):
+            embeds.append(mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight))
+    return embeds
 
 
 def image_logits(tower: SEPTower, inputs: Mapping[str, torch.Tensor], weights: ClassWeights, **options) -> torch.Tensor:
@@ -64,7 +80,7 @@ def image_logits(tower: SEPTower, inputs: Mapping[str, torch.Tensor], weights: C
 def predict_batch(
     tower: SEPTower, inputs: Mapping[str, torch.Tensor], tasks: Sequence[Task], answers: Answers | None = None
 ) -> list[list[dict]]:
-    """Classify a batch, in evaluation; samples of one adapter are embedded together.
+    """Classify a batch, in evaluation; all samples are embedded together.
 
     Args:
         tower: of the images.
@@ -80,19 +96,19 @@ def predict_batch(
     """
     answers = answers or Answers()
     predictions: list = [None] * len(tasks)
-    for adapter in dict.fromkeys(task.adapter for task in tasks):
-        of_adapter = [index for index, task in enumerate(tasks) if task.adapter == adapter]
-        with chosen_adapters.set(adapter):
-            embeds = image_embeds(tower, _select(inputs, of_adapter, len(tasks)))
-            if (seen := seen_embeds.get()) is not None:
-                seen.append(embeds[1].cpu())
-            for encoder in dict.fromkeys(tasks[index].encoder for index in of_adapter):
-                own = [place for place, index in enumerate(of_adapter) if tasks[index].encoder is encoder]
-                selected = _select(dict(zip(("embeds", "frozen_embeds"), embeds, strict=True)), own, len(of_adapter))
-                logits = class_logits(tower, **selected, weights=encoder.weights(training=False))
-                rankings = answers.of(logits, encoder.classes, encoder.calibration)
-                for place, ranking in zip(own, rankings, strict=True):
-                    predictions[of_adapter[place]] = ranking
+    adapters = tuple(task.adapter for task in tasks)
+    with chosen_adapters.set(adapters if len(set(adapters)) > 1 else adapters[0]):
+        embeds = image_embeds(tower, inputs)
+    if (seen := seen_embeds.get()) is not None:
+        seen.append(embeds[1].cpu())
+    for task in dict.fromkeys(tasks):
+        own = [index for index, other in enumerate(tasks) if other == task]
+        with chosen_adapters.set(task.adapter):
+            weights = task.encoder.weights(training=False)
+        logits = class_logits(tower, embeds[0][own], embeds[1][own], weights)
+        rankings = answers.of(logits, task.classes, task.encoder.calibration)
+        for index, ranking in zip(own, rankings, strict=True):
+            predictions[index] = ranking
     return predictions
 
 
@@ -111,15 +127,3 @@ def check_answers(answers: Answers, tasks: Sequence[Task]) -> None:
     count = min((len(task.classes) for task in tasks), default=0)
     if top_k is not None and tasks and not 1 <= top_k <= count:
         raise ValueError(f"top_k must be between 1 and {count}, the number of classes, but got {top_k}.")
-
-
-def _select(inputs: Mapping[str, Any], samples: list[int], count: int) -> dict[str, Any]:
-    """These of `count` samples of every tensor; anything else belongs to all samples."""
-    if len(samples) == count:
-        return dict(inputs)
-
-    def select(value):
-        has_samples = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
-        return value[torch.tensor(samples, device=value.device)] if has_samples else value
-
-    return {name: select(value) for name, value in inputs.items()}

@@ -65,7 +65,7 @@ class FusionAttention(nn.Module):
     def forward(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """query (B, n, D) and tokens (B, K, D) -> (B, n, D)."""
         maps = {f"{name}_map": getattr(self, name) for name in ("query", "key", "value", "output")}
-        if self.on_rank_channels and all(map(has_weights, maps.values())):
+        if self.on_rank_channels and all(has_weights(each.up) for each in maps.values()):
             return low_rank_attention(query, tokens, **maps, num_heads=self.num_heads)
         q, k, v = (self._split_heads(x) for x in (self.query(query), self.key(tokens), self.value(tokens)))
         attended = F.scaled_dot_product_attention(q, k, v)

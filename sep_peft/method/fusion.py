@@ -6,7 +6,8 @@ https://github.com/htyao89/SEP. This file knows neither PEFT nor transformers.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +18,40 @@ from .quick_gelu import quick_gelu
 
 #: Initial value of the two learned scales.
 INITIAL_SCALE = 0.75
+
+
+class FusionParts(Protocol):
+    """What `fuse` is made of: the layers of `TokenFusion`, with one scale for all inputs or (B, 1, 1) of them."""
+
+    @property
+    def norm1(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def norm2(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def fc1(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def fc2(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def scale1(self) -> torch.Tensor: ...
+
+    @property
+    def scale2(self) -> torch.Tensor: ...
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor: ...
+
+
+def fuse(parts: FusionParts, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The equations of `TokenFusion`: prompts (B, n, D) and tokens (B, n, D) -> prompts (B, n, D)."""
+    prompts, tokens = prompts.to(parts.scale1.dtype), tokens.to(parts.scale1.dtype)
+    query, keys = parts.norm1(prompts), parts.norm1(tokens)
+    attended = parts.attend(query, keys)
+    mixed = torch.lerp(attended.to(tokens.dtype), tokens, parts.scale1)
+    hidden = parts.fc2(quick_gelu(parts.fc1(parts.norm2(mixed))))
+    return torch.lerp(hidden.to(mixed.dtype), mixed, parts.scale2)
 
 
 class TokenFusion(nn.Module):
@@ -78,12 +113,7 @@ class TokenFusion(nn.Module):
 
         Both are cast to the dtype of this module's weights, the result stays in it.
         """
-        prompts, tokens = prompts.to(self.scale1.dtype), tokens.to(self.scale1.dtype)
-        query, keys = self.norm1(prompts), self.norm1(tokens)
-        attended = self.attend(query, keys)
-        mixed = torch.lerp(attended.to(tokens.dtype), tokens, self.scale1)
-        hidden = self.fc2(quick_gelu(self.fc1(self.norm2(mixed))))
-        return torch.lerp(hidden.to(mixed.dtype), mixed, self.scale2)
+        return fuse(self, prompts, tokens)
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """What the prompts read of the tokens of their input: query (B, n, D) and keys (B, K, D) -> (B, n, D)."""

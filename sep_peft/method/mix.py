@@ -21,10 +21,10 @@ def unit(embeddings: torch.Tensor) -> torch.Tensor:
     return F.normalize(wide(embeddings), dim=-1).to(embeddings.dtype)
 
 
-def mix_embeddings(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float) -> torch.Tensor:
+def mix_embeddings(prompted: torch.Tensor, frozen: torch.Tensor, frozen_weight: float | torch.Tensor) -> torch.Tensor:
     """SEP's embedding: ``unit(w * unit(frozen) + (1 - w) * unit(prompted))``, (B, E).
 
-    ``frozen_weight=0.5`` is the published equal sum, 0 the prompted tower alone.
+    ``frozen_weight=0.5`` is the published equal sum, 0 the prompted tower alone; (B, 1) holds one for each input.
     """
     return unit(frozen_weight * unit(frozen) + (1 - frozen_weight) * unit(prompted))
 

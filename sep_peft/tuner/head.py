@@ -104,7 +104,7 @@ class Head:
 
     # the mix
 
-    def mix(self, prompted: Any, frozen: Any, inputs: Mapping[str, Any], frozen_weight: float) -> None:
+    def mix(self, prompted: Any, frozen: Any, inputs: Mapping[str, Any], frozen_weight: float | torch.Tensor) -> None:
         """Put into the prompted output what the model pools SEP's embedding from.
 
         With c the frozen share, ``c * frozen + (1 - c) * prompted`` takes the place of what is pooled, or of all tokens
@@ -116,7 +116,7 @@ class Head:
             prompted: output of the prompted pass, changed in place.
             frozen: output of the frozen pass.
             inputs: of the tower.
-            frozen_weight: share of the frozen embedding.
+            frozen_weight: share of the frozen embedding; a number, or (B, 1).
         """
         spec = self.spec
         if spec.reader is not None:

@@ -1,9 +1,9 @@
-"""Batches whose samples use different adapters: who wants which, how they are split, and how they are joined again."""
+"""Batches whose samples use different adapters: who wants which, who goes together, and how all are joined again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,61 +58,102 @@ def check_a_name_for_each(names: Sequence[str], inputs: Mapping[str, Any], main_
             )
 
 
+class Group(NamedTuple):
+    """Samples of a mixed batch that go through a tower together.
+
+    Attributes:
+        adapters: one for each of these samples; empty where none puts prompts into the tower.
+        samples: their places in the batch.
+        count: B, samples of the whole batch.
+    """
+
+    adapters: tuple[str, ...]
+    samples: list[int]
+    count: int
+
+    def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What belongs to these samples of a tensor with as many entries for each of B, side by side."""
+        if len(self.samples) == self.count:
+            return tensor
+        index = torch.tensor(self.samples, device=tensor.device)
+        if len(tensor) == self.count:
+            return tensor[index]
+        return tensor.unflatten(0, (self.count, -1))[index].flatten(0, 1)  # (B * k, ...) -> (samples * k, ...)
+
+    def of_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """These samples of every tensor that has B of them; anything else belongs to all of them."""
+        return {
+            name: self.of_tensor(value)
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == self.count
+            else value
+            for name, value in inputs.items()
+        }
+
+    def of_output(self, output: Any) -> Any:
+        """These samples of a tensor, or of all tensors in tuples or dicts."""
+        if len(self.samples) == self.count:
+            return output
+        if isinstance(output, torch.Tensor):
+            return self.of_tensor(output)
+        if isinstance(output, Mapping):
+            return type(output)(**{key: self.of_output(value) for key, value in output.items()})
+        if isinstance(output, tuple):
+            items = [self.of_output(value) for value in output]
+            return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
+        return output
+
+
+def groups_of(
+    names: Sequence[str], inputs: Mapping[str, Any], form_of: Callable[[], tuple[str | None, Hashable]]
+) -> list[Group]:
+    """The samples of a batch in groups whose adapters are of one form.
+
+    Args:
+        names: a name for each sample, or for each of several side by side, such as the frames of a video.
+        inputs: of a tower; the length of the first tensor is the batch.
+        form_of: the adapter that puts prompts into the tower under the chosen name, and its form; None for neither.
+    """
+    count = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+    if count % len(names):
+        raise ValueError(f"There are {len(names)} adapter names for a batch of {count} samples.")
+    forms = {}
+    for name in dict.fromkeys(names):
+        with chosen_adapters.set(name):
+            forms[name] = form_of()
+    members: dict[Hashable, list[tuple[str | None, int]]] = {}
+    for sample in range(count):
+        adapter, form = forms[names[sample * len(names) // count]]
+        members.setdefault(form, []).append((adapter, sample))
+    return [
+        Group(tuple(adapter for adapter, _ in group if adapter is not None), [sample for _, sample in group], count)
+        for group in members.values()
+    ]
+
+
 def weights_of_samples(names: Sequence[str], weight_of: Callable[[], float], embeddings: torch.Tensor) -> torch.Tensor:
     """A weight of each sample's adapter, as a tensor beside embeddings.
 
     Args:
         names: an adapter for each sample.
         weight_of: the weight under the chosen adapter.
-        embeddings: (B, Q, E), with one or more of B for each name, side by side.
+        embeddings: (B, ...), with one or more of B for each name, side by side.
 
     Returns:
-        (B, 1, 1).
+        (B, 1, ...), with as many dimensions as the embeddings.
     """
-    weights = []
-    for name in names:
+    weights = {}
+    for name in dict.fromkeys(names):
         with chosen_adapters.set(name):
-            weights.append(weight_of())
-    repeated = torch.tensor(weights, device=embeddings.device).repeat_interleave(len(embeddings) // len(names))  # (B,)
-    return repeated[:, None, None]  # (B,) -> (B, 1, 1)
+            weights[name] = weight_of()
+    of_names = torch.tensor([weights[name] for name in names], device=embeddings.device)
+    repeated = of_names.repeat_interleave(len(embeddings) // len(names))  # (B,)
+    return repeated.view(-1, *[1] * (embeddings.ndim - 1))  # (B,) -> (B, 1, ...)
 
 
-def run_samples(names: Sequence[str], inputs: Mapping[str, Any], call: Callable):
-    """Call something once for each adapter of a batch, with the samples that want it, and join what it returns.
-
-    Args:
-        names: a name for each sample, or for each of several side by side, such as the frames of a video.
-        inputs: keyword arguments of `call`; the first tensor's length is the batch, and tensors as long are split.
-        call: returns tensors with an entry for each sample, or tuples or dicts of such.
-    """
-    return join(*run_groups(names, inputs, call))
-
-
-def run_groups(names: Sequence[str], inputs: Mapping[str, Any], call: Callable) -> tuple[list, list[int]]:
-    """What `call` returns for each adapter, and the place of every sample in the concatenation of these."""
-    count = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
-    if count % len(names):
-        raise ValueError(f"There are {len(names)} adapter names for a batch of {count} samples.")
-    samples_of: dict[str, list[int]] = {}
-    for sample in range(count):
-        samples_of.setdefault(names[sample * len(names) // count], []).append(sample)
-    parts = []
-    for name, samples in samples_of.items():
-        with chosen_adapters.set(name):
-            parts.append(call(**(inputs if len(samples_of) == 1 else _select(inputs, samples, count))))
-    order = [sample for samples in samples_of.values() for sample in samples]
-    place = {sample: index for index, sample in enumerate(order)}
-    return parts, [place[sample] for sample in range(count)]
-
-
-def _select(inputs: Mapping[str, Any], samples: list[int], count: int) -> dict:
-    """These samples of every tensor that has `count` of them; anything else belongs to all of them."""
-
-    def select(value):
-        has_samples = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
-        return value[torch.tensor(samples, device=value.device)] if has_samples else value
-
-    return {name: select(value) for name, value in inputs.items()}
+def join_groups(parts: list, groups: Sequence[Group]) -> Any:
+    """Outputs for each group as that of the whole batch; see `join`."""
+    order = [sample for group in groups for sample in group.samples]
+    return join(parts, sorted(range(len(order)), key=order.__getitem__))
 
 
 def join(parts: list, order: list[int]) -> Any:

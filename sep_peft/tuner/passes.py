@@ -6,6 +6,7 @@ plain words.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from ..method.independent import LearnedPrompts
 from ..method.select import Selection, gather_tokens
 from ..method.sequence import beside_prompts, extend_mask, insert_prompts, replace_prompts, split_prompts
 from ..method.sources import noise_tokens, segment_means
+from ..method.stacked import Fusion, PromptMaker, PromptsOfInputs
 from .config import CHOSEN_TOKENS
 
 
@@ -40,33 +42,49 @@ class PlainPass:
         return layer.base_layer(hidden, *args, **kwargs)
 
 
+class Trunk(NamedTuple):
+    """What a prompted pass shares with the frozen pass: everything below its first layer.
+
+    Attributes:
+        hidden: (B, L, D), hidden states before the first prompted layer.
+        num_outputs: of layers that return tuples; None where they return hidden states alone.
+    """
+
+    hidden: torch.Tensor
+    num_outputs: int | None
+
+    def stand_in(self, hidden: torch.Tensor):
+        """What a layer returns that the prompted pass leaves out: nothing of it is read, but its form has to fit."""
+        return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
+
+
 class FrozenPass:
-    """The tower as it is; remembers the hidden states before `start_layer`, which the prompted pass shares.
+    """The tower as it is; remembers the hidden states before some layers, which prompted passes share.
 
     Args:
-        start_layer: index of the first prompted layer.
+        start_layers: indices of the first prompted layers of these passes.
         read_token: index of the one token that is read after the last layer, for all inputs or (B,); None where all
             are.
     """
 
     position_shift = 0
 
-    def __init__(self, start_layer: int, read_token: torch.Tensor | int | None = None):
-        self.start_layer = start_layer
+    def __init__(self, start_layers: Collection[int] = (), read_token: torch.Tensor | int | None = None):
+        self.start_layers = start_layers
         self.read_token = read_token
-        self.trunk: Any = None  # (B, L, D)
+        self.hidden: dict[int, torch.Tensor] = {}  # layer index -> (B, L, D)
         self.num_outputs: int | None = None  # of layers that return tuples
 
+    def trunk(self, start_layer: int) -> Trunk:
+        """What a prompted pass shares that begins before one of `start_layers`."""
+        return Trunk(self.hidden[start_layer], self.num_outputs)
+
     def run_layer(self, layer: EncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
-        if layer.index == self.start_layer:
-            self.trunk = hidden
+        if layer.index in self.start_layers:
+            self.hidden[layer.index] = hidden
         output = layer.base_layer(hidden, *args, **kwargs)
         self.num_outputs = len(output) if isinstance(output, tuple) else None
         return output
-
-    def stand_in(self, hidden: torch.Tensor):
-        """What a layer returns that the prompted pass leaves out: nothing of it is read, but its form has to fit."""
-        return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
 
 
 class TrunkFeatures(NamedTuple):
@@ -82,11 +100,9 @@ class TrunkFeatures(NamedTuple):
     frozen: torch.Tensor
     num_outputs: int | None
 
-    def as_pass(self, start_layer: int) -> FrozenPass:
-        """Stands in for the frozen pass that computed them."""
-        known = FrozenPass(start_layer)
-        known.trunk, known.num_outputs = self.hidden, self.num_outputs
-        return known
+    @property
+    def trunk(self) -> Trunk:
+        return Trunk(self.hidden, self.num_outputs)
 
 
 @dataclass
@@ -97,13 +113,13 @@ class PromptedPass:
 
     Attributes:
         spec: of the tower.
-        prompts: (n, D), as they enter the first prompted layer.
-        fusions: layer index -> the module that makes the prompts anew before it.
+        prompts: (n, D), as they enter the first prompted layer, or (B, n, D) where each input has its own.
+        fusions: layer index -> what makes the prompts anew before it, for all inputs or for each by itself.
         start_layer: index of the first prompted layer.
         last_layers: index of the last layer of the tower, or of each of its stages.
         span: first and last position of each text, both (B,); None for images.
         visible: (B, L), False for tokens of an image that are padding; None where all are real.
-        frozen: the frozen pass, where it has computed everything below `start_layer` already.
+        trunk: of the frozen pass, where it has computed everything below `start_layer` already.
         position_shift: how far positions after `spec.insert_at` move up.
         fusion_tokens: what fusions read; see `SEPConfig`.
         selection: chooses the tokens that fusions read, where they read chosen ones.
@@ -116,12 +132,12 @@ class PromptedPass:
 
     spec: TowerSpec
     prompts: torch.Tensor
-    fusions: dict[int, TokenFusion | LearnedPrompts]
+    fusions: Mapping[int, Fusion | PromptMaker]
     start_layer: int
     last_layers: tuple[int, ...]
     span: tuple[torch.Tensor, torch.Tensor] | None = None
     visible: torch.Tensor | None = None
-    frozen: FrozenPass | None = None
+    trunk: Trunk | None = None
     position_shift: int = 0
     fusion_tokens: str = "selected"
     selection: Selection = field(default_factory=Selection)
@@ -131,18 +147,21 @@ class PromptedPass:
     prompted_shape: tuple[int, int] | None = field(default=None, init=False)
     _carried: torch.Tensor | None = field(default=None, init=False)
 
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.prompts.shape[-2]
+
     def run_layer(self, layer: EncoderLayer, hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
         if layer.index < self.start_layer:
-            if self.frozen is not None:  # the result is never read: the trunk replaces it at start_layer
-                return self.frozen.stand_in(hidden)
+            if self.trunk is not None:  # the result is never read: the trunk replaces it at start_layer
+                return self.trunk.stand_in(hidden)
             with torch.no_grad():
                 return layer.base_layer(hidden, *args, **kwargs)
         hidden, prompt_index = self._with_prompts(layer.index, hidden)
         kwargs = layer.bind(args, kwargs)
         if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = extend_mask(
-                kwargs["attention_mask"], self.prompts.shape[0], prompt_index, self.spec.causal
-            )
+            kwargs["attention_mask"] = extend_mask(kwargs["attention_mask"], self.count, prompt_index, self.spec.causal)
         if self.rotary is not None:
             kwargs["rotary_pos_emb"] = self.rotary(hidden)
             kwargs["position_ids"] = self._rotary_positions(kwargs["position_ids"])
@@ -150,7 +169,7 @@ class PromptedPass:
         if layer.index not in self.last_layers:
             return output
         states = output[0] if isinstance(output, tuple) else output
-        tokens, self._carried = split_prompts(states, self.prompts.shape[0], prompt_index)
+        tokens, self._carried = split_prompts(states, self.count, prompt_index)
         tokens = tokens.contiguous()  # as families expect what their layers return
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
@@ -160,7 +179,7 @@ class PromptedPass:
         The tokens after them move up where the prompts join the text, and stay where layers below have read them.
         """
         at = self._prompt_index(position_ids.shape[1])
-        own = torch.arange(at, at + self.prompts.shape[0], device=position_ids.device).expand(len(position_ids), -1)
+        own = torch.arange(at, at + self.count, device=position_ids.device).expand(len(position_ids), -1)
         return torch.cat([position_ids[:, :at], own, position_ids[:, at:] + self.position_shift], dim=1)
 
     def has_prompts_before(self, index: int) -> bool:
@@ -169,11 +188,11 @@ class PromptedPass:
 
     def _with_prompts(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Hidden states with this layer's prompts, (B, L + n, D), and the index at which the prompts stand."""
-        count = self.prompts.shape[0]
+        count = self.count
         if index == self.start_layer:
-            tokens = hidden if self.frozen is None else self.frozen.trunk
+            tokens = hidden if self.trunk is None else self.trunk.hidden
             prompt_index = self._prompt_index(tokens.shape[1])
-            prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) -> (B, n, D)
+            prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) or (B, n, D) -> (B, n, D)
             hidden = insert_prompts(tokens, prompts, prompt_index)
             self.prompted_shape = (hidden.shape[0], hidden.shape[1])
             return hidden, prompt_index
@@ -192,8 +211,8 @@ class PromptedPass:
 
     def _new_prompts(self, index: int, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
         """Hidden states with prompts (B, L + n, D) before this layer -> new prompts (B, n, D)."""
-        fusion, count = self.fusions[index], self.prompts.shape[0]
-        if isinstance(fusion, LearnedPrompts):
+        fusion, count = self.fusions[index], self.count
+        if isinstance(fusion, (LearnedPrompts, PromptsOfInputs)):
             return fusion(hidden.shape[0])
         if self.fusion_tokens in CHOSEN_TOKENS:
             return self._fuse_chosen(index, fusion, hidden, prompt_index)
@@ -217,23 +236,23 @@ class PromptedPass:
         first, last = self.span
         return torch.minimum(first + prompt_index, last), last
 
-    def _fuse_chosen(self, index: int, fusion: TokenFusion, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
+    def _fuse_chosen(self, index: int, fusion: Fusion, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
         """New prompts (B, n, D) from tokens that `selection` chooses of hidden states (B, L + n, D)."""
-        count = self.prompts.shape[0]
+        count = self.count
         positions = self._select(hidden.detach(), prompt_index)  # (B, K)
         own = torch.arange(prompt_index, prompt_index + count, device=hidden.device)  # (n,)
         own = own.expand(hidden.shape[0], -1)  # (n,) -> (B, n)
         taken = torch.cat([beside_prompts(positions, count, prompt_index), own], dim=1)  # (B, K + n)
         # one gather for both, because the backward pass of each fills a tensor of the size of `hidden`
         chosen, prompts = gather_tokens(hidden, taken).split([positions.shape[1], count], dim=1)
-        if self.trace is not None:
+        if self.trace is not None and isinstance(fusion, TokenFusion):
             tokens = hidden.shape[1] - count
             self.trace[index] = FusionTrace(positions, fusion.attention_weights(prompts, chosen), tokens)
         return fusion(prompts, chosen)
 
     def _select(self, hidden: torch.Tensor, prompt_index: int) -> torch.Tensor:
         """Positions (B, K), counted without prompts, of the tokens that represent each input (B, L + n, D)."""
-        count = self.prompts.shape[0]
+        count = self.count
         if self.span is None:
             tokens, _ = split_prompts(hidden, count, prompt_index)
             return self.selection.of_images(tokens, count, self.visible)

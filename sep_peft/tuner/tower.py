@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
@@ -26,16 +26,17 @@ from ..method.independent import PROMPT_STD, LearnedPrompts
 from ..method.select import Selection
 from ..method.sequence import beside_prompts
 from ..method.sources import ScatteredSelection
+from ..method.stacked import Fusion, PromptMaker, of_inputs
 from ..tracing import is_traced
 from . import outputs
 from .config import SEPConfig
 from .current import chosen_adapters, current_pass
 from .head import Head
 from .layer_fusions import SHARED, AdapterFusions, LayerFusions, fusion_keys, new_fusion
-from .mixed_batch import join, run_groups, run_samples, weights_of_samples
+from .mixed_batch import Group, groups_of, join_groups, weights_of_samples
 from .modes import evaluating
 from .offload import compute_device, loaded, put_forward, read_parameter, reset_forward
-from .passes import FrozenPass, FusionTrace, PlainPass, PromptedPass, TrunkFeatures
+from .passes import FrozenPass, FusionTrace, PlainPass, PromptedPass, Trunk, TrunkFeatures
 from .settings import TowerSettings
 from .texts import TextRules
 from .wrappers import SEPLayer, SEPPositionEmbedding, layer_lists
@@ -252,17 +253,68 @@ class SEPTower(SEPLayer):
         return prompted if return_dict else prompted.to_tuple()
 
     def _forward_mixed(self, names: tuple[str, ...], inputs: dict):
-        """`forward` for a batch whose samples use different adapters."""
-        return_dict = self._pop_return_dict(inputs)
-        parts, order = run_groups(names, inputs, partial(self.forward, return_dict=True))
+        """`forward` for a batch whose samples use different adapters: one frozen pass, and a prompted one a group."""
+        return_dict, groups = self._pop_return_dict(inputs), self._groups(names, inputs)
+        # samples without prompts are those of the frozen pass, except where gradients go through them
+        plain = any(not group.adapters for group in groups) and not torch.is_grad_enabled()
+        frozen, frozen_pass = None, None
+        if plain or any(self._frozen_weights(group) != 0.0 for group in groups):
+            frozen, frozen_pass = self._run_frozen(inputs, self._starts(groups))
+        parts = [self._group_output(group, inputs, frozen, frozen_pass) for group in groups]
         self.head.align(parts)
-        output = join(parts, order)
+        output = join_groups(parts, groups)
         return output if return_dict else output.to_tuple()
 
-    def _by_samples(self, call: Callable, inputs: dict) -> Any:
-        """Call something that takes what the tower takes; in a mixed batch once for each adapter."""
-        names = chosen_adapters.get()
-        return run_samples(names, inputs, call) if isinstance(names, tuple) else call(**inputs)
+    def _group_output(self, group: Group, inputs: dict, frozen: Any, frozen_pass: FrozenPass | None) -> Any:
+        """`forward` for one group of a batch, of which the frozen pass has run where somebody needs it."""
+        own = group.of_inputs(inputs)
+        if not group.adapters:
+            if frozen is not None and not torch.is_grad_enabled():
+                return group.of_output(frozen)
+            with current_pass.set(PlainPass()):
+                return self._call_base(**own, return_dict=True)
+        trunk = self._group_trunk(group, frozen_pass)
+        prompted, known = self._run_prompted(group.adapters, own, trunk), group.of_output(frozen)
+        if trunk is not None:
+            start = self.sep_settings[group.adapters[0]].start_layer
+            outputs.prepend_shared(prompted, known, self.spec, start, self._last_layers())
+        if (weights := self._frozen_weights(group)) != 0.0:
+            if isinstance(weights, list):
+                weights = torch.tensor(weights, device=prompted.last_hidden_state.device)[:, None]  # (B,) -> (B, 1)
+            self.head.mix(prompted, known, own, weights)
+        return prompted
+
+    def _frozen_weights(self, group: Group) -> float | list[float]:
+        """Share of the frozen embedding in the mix of a group's samples: one for all, or one for each."""
+        weights = [self.sep_settings[adapter].frozen_weight for adapter in group.adapters]
+        return weights if len(set(weights)) > 1 else (weights or [0.0])[0]
+
+    def _groups(self, names: Sequence[str], inputs: Mapping[str, Any]) -> list[Group]:
+        """The samples of a mixed batch that go through the tower together."""
+        return groups_of(names, inputs, self._form)
+
+    def _form(self) -> tuple[str | None, Hashable]:
+        """The adapter that this call uses here, and what others must have in common with it to share its pass.
+
+        Inputs of coupled adapters share theirs with inputs of the same adapter alone.
+        """
+        adapter = self.prompting_adapter()
+        if adapter is None:
+            return None, None
+        settings = self.sep_settings[adapter]
+        own = adapter if settings.batch_coupled else None
+        return adapter, (replace(settings, frozen_weight=0.0), self.sep_prompts[adapter].dtype, own)
+
+    def _starts(self, groups: Sequence[Group]) -> set[int]:
+        """Layers of which the frozen pass computes what is below for prompted passes of these groups."""
+        return {self.sep_settings[group.adapters[0]].start_layer for group in groups if group.adapters} - {0}
+
+    def _group_trunk(self, group: Group, frozen_pass: FrozenPass | None) -> Trunk | None:
+        start = self.sep_settings[group.adapters[0]].start_layer
+        if frozen_pass is None or start == 0:
+            return None
+        trunk = frozen_pass.trunk(start)
+        return Trunk(group.of_tensor(trunk.hidden), trunk.num_outputs)
 
     def _pop_return_dict(self, inputs: dict) -> bool:
         """Take `return_dict` out of the tower's inputs; None is what the tower's configuration says."""
@@ -289,9 +341,11 @@ class SEPTower(SEPLayer):
             through_frozen: let gradients with respect to the inputs go through the frozen branch, and through the
                 layers below `start_layer`, as well. Training does not need them: nothing there is trained.
         """
-        return self._by_samples(partial(self._embed_both, trace, through_frozen), self._bind(args, kwargs))
-
-    def _embed_both(self, trace: dict[int, FusionTrace] | None, through_frozen: bool, /, **inputs) -> Branches:
+        inputs, names = self._bind(args, kwargs), chosen_adapters.get()
+        if isinstance(names, tuple):
+            if trace is not None:
+                raise ValueError("A trace is that of one adapter, but a mixed batch has several. Choose one adapter.")
+            return self._embed_mixed(names, inputs, through_frozen)
         adapter, head = self.prompting_adapter(), self.head
         if adapter is None:
             frozen_embeds = self._embed_frozen(inputs, through_frozen)
@@ -299,12 +353,50 @@ class SEPTower(SEPLayer):
         prompted, frozen = self._run(adapter, inputs, trace, embedding_only=True, through_frozen=through_frozen)
         return Branches(head.embed(prompted, inputs), head.embed(frozen, inputs))
 
+    def _embed_mixed(self, names: tuple[str, ...], inputs: dict, through_frozen: bool) -> Branches:
+        """`embed` for a batch whose samples use different adapters: one frozen pass, and a prompted one a group."""
+        groups = self._groups(names, inputs)
+        frozen, frozen_pass = self._run_frozen(
+            inputs, self._starts(groups), self._read_token(inputs), through_frozen=through_frozen
+        )
+        frozen_embeds = self.head.embed(frozen, inputs)
+        parts = [
+            self._embed_group(group, inputs, frozen_pass) if group.adapters else group.of_tensor(frozen_embeds)
+            for group in groups
+        ]
+        return Branches(join_groups(parts, groups), frozen_embeds)
+
+    def _embed_group(self, group: Group, inputs: dict, frozen_pass: FrozenPass | None) -> torch.Tensor:
+        """The prompted branch of one group of a mixed batch."""
+        own = group.of_inputs(inputs)
+        trunk = self._group_trunk(group, frozen_pass)
+        output = self._run_prompted(group.adapters, own, trunk, read_token=self._read_token(own))
+        return self.head.embed(output, own)
+
+    def embed_by(self, adapters: Sequence[str], *args, **kwargs) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Both branches of several adapters for the same inputs; the frozen one is computed once for all of them.
+
+        Takes what the tower takes after the adapters' names. Projected, not normalized.
+
+        Returns:
+            the prompted embeddings (B, E) of each adapter, and the frozen ones (B, E), which all share.
+        """
+        inputs = self._bind(args, kwargs)
+        count = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+        groups = [group for name in adapters for group in self._groups([name] * count, inputs)]
+        frozen, frozen_pass = self._run_frozen(inputs, self._starts(groups), self._read_token(inputs))
+        frozen_embeds = self.head.embed(frozen, inputs)
+        prompted = [
+            self._embed_group(group, inputs, frozen_pass) if group.adapters else frozen_embeds for group in groups
+        ]
+        return prompted, frozen_embeds
+
     def embed_frozen(self, *args, **kwargs) -> torch.Tensor:
         """The frozen branch alone, (B, E), projected and not normalized; without gradients."""
         return self._embed_frozen(self._bind(args, kwargs))
 
     def _embed_frozen(self, inputs: dict, through_frozen: bool = False) -> torch.Tensor:
-        with _gradients(through_frozen), current_pass.set(FrozenPass(0, self._read_token(inputs))):
+        with _gradients(through_frozen), current_pass.set(FrozenPass(read_token=self._read_token(inputs))):
             output = self._call_base(**inputs, return_dict=True)
             return self.head.embed(output, inputs)
 
@@ -312,16 +404,25 @@ class SEPTower(SEPLayer):
         """The prompted branch alone, (B, E), projected and not normalized.
 
         Args:
-            trunk: of these inputs; layers below `start_layer` are then not run.
+            trunk: of these inputs, for one adapter; layers below `start_layer` are then not run.
         """
-        return self._by_samples(partial(self._embed_prompted, trunk), self._bind(args, kwargs))
-
-    def _embed_prompted(self, trunk: TrunkFeatures | None, /, **inputs) -> torch.Tensor:
+        inputs, names = self._bind(args, kwargs), chosen_adapters.get()
+        if isinstance(names, tuple):
+            if trunk is not None:
+                raise ValueError("A trunk is that of one adapter, but a mixed batch has several. Choose one adapter.")
+            groups = self._groups(names, inputs)
+            parts = [
+                self._embed_group(group, inputs, None)
+                if group.adapters
+                else self._embed_frozen(group.of_inputs(inputs))
+                for group in groups
+            ]
+            return join_groups(parts, groups)
         adapter = self.prompting_adapter()
         if adapter is None:
-            return self.embed_frozen(**inputs)
-        known = None if trunk is None else trunk.as_pass(self.sep_settings[adapter].start_layer)
-        output = self._run_prompted(adapter, inputs, known, None, self._read_token(inputs))
+            return self._embed_frozen(inputs)
+        known = None if trunk is None else trunk.trunk
+        output = self._run_prompted((adapter,), inputs, known, read_token=self._read_token(inputs))
         return self.head.embed(output, inputs)
 
     @torch.no_grad()
@@ -335,12 +436,12 @@ class SEPTower(SEPLayer):
         """
         settings = self.check_trunk()
         inputs = self._bind(args, kwargs)
-        known = FrozenPass(settings.start_layer, self._read_token(inputs))
-        with current_pass.set(known), evaluating(self.base_layer):
-            output = self._call_base(**inputs, return_dict=True)
+        with evaluating(self.base_layer):
+            output, frozen_pass = self._run_frozen(inputs, {settings.start_layer}, self._read_token(inputs))
+        hidden, num_outputs = frozen_pass.trunk(settings.start_layer)
         if not is_traced():
-            self._layer_outputs = (known.num_outputs,)
-        return TrunkFeatures(known.trunk, self.head.embed(output, inputs), known.num_outputs)
+            self._layer_outputs = (num_outputs,)
+        return TrunkFeatures(hidden, self.head.embed(output, inputs), num_outputs)
 
     def check_trunk(self) -> TowerSettings:
         """Make sure that there is something below the first prompts; returns the settings of the active adapter.
@@ -371,13 +472,14 @@ class SEPTower(SEPLayer):
 
     def mix_read(self, prompted: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """What a reader has made of both branches, each (B, Q, D) -> its mix (B, Q, D), for the projection to map."""
+        return self.head.mix_read(prompted, frozen, self.frozen_weight_beside(prompted))
+
+    def frozen_weight_beside(self, embeddings: torch.Tensor) -> float | torch.Tensor:
+        """Share of the frozen embedding beside embeddings (B, ...): a number, or in a mixed batch (B, 1, ...)."""
         names = chosen_adapters.get()
-        weight: float | torch.Tensor = (
-            self.frozen_weight
-            if not isinstance(names, tuple)
-            else weights_of_samples(names, lambda: self.frozen_weight, prompted)
-        )
-        return self.head.mix_read(prompted, frozen, weight)
+        if not isinstance(names, tuple):
+            return self.frozen_weight
+        return weights_of_samples(names, lambda: self.frozen_weight, embeddings)
 
     @property
     def frozen_weight(self) -> float:
@@ -422,14 +524,25 @@ class SEPTower(SEPLayer):
         read_token = self._read_token(inputs) if embedding_only else None
         frozen, shared = None, None
         if settings.frozen_weight > 0 or embedding_only:
-            frozen_pass = FrozenPass(settings.start_layer, read_token)
-            with _gradients(through_frozen), current_pass.set(frozen_pass):
-                frozen = self._call_base(**inputs, return_dict=True)
-            shared = frozen_pass if settings.start_layer else None
-        prompted = self._run_prompted(adapter, inputs, shared, trace, read_token)
+            starts = {settings.start_layer} - {0}
+            frozen, frozen_pass = self._run_frozen(inputs, starts, read_token, through_frozen)
+            shared = frozen_pass.trunk(settings.start_layer) if starts else None
+        prompted = self._run_prompted((adapter,), inputs, shared, trace, read_token)
         if shared is not None:
             outputs.prepend_shared(prompted, frozen, self.spec, settings.start_layer, self._last_layers())
         return prompted, frozen
+
+    def _run_frozen(
+        self,
+        inputs: dict,
+        start_layers: Collection[int],
+        read_token: torch.Tensor | int | None = None,
+        through_frozen: bool = False,
+    ) -> tuple[Any, FrozenPass]:
+        """Output of the frozen pass, and the pass, which remembers what is below `start_layers`."""
+        frozen_pass = FrozenPass(start_layers, read_token)
+        with _gradients(through_frozen), current_pass.set(frozen_pass):
+            return self._call_base(**inputs, return_dict=True), frozen_pass
 
     def _read_token(self, inputs: dict) -> torch.Tensor | int | None:
         """Index of the one token that the model reads, for all inputs or (B,); None where the tower computes all."""
@@ -443,26 +556,27 @@ class SEPTower(SEPLayer):
 
     def _run_prompted(
         self,
-        adapter: str,
+        adapters: Sequence[str],
         inputs: dict,
-        frozen: FrozenPass | None,
-        trace: dict | None,
+        trunk: Trunk | None,
+        trace: dict | None = None,
         read_token: torch.Tensor | int | None = None,
     ):
-        settings = self.sep_settings[adapter]
+        """Output of the prompted pass, by one adapter or by one of the same form for each input."""
+        settings = self.sep_settings[adapters[0]]
         count, start = settings.num_prompts, settings.start_layer
         is_text, mask = self.spec.inputs == "input_ids", inputs.get(self.spec.mask_input)
         if is_text:
             self.texts.check_room(inputs, settings)
         prompted_pass = PromptedPass(
             spec=self.spec,
-            prompts=self._entering_prompts(adapter),
-            fusions=self._fusions(adapter),
+            prompts=self._prompts_of(adapters),
+            fusions=self._fusions_of(adapters),
             start_layer=start,
             last_layers=self._last_layers(),
             span=self.texts.span(inputs) if is_text else None,
             visible=None if is_text or mask is None else mask.bool(),
-            frozen=frozen,
+            trunk=trunk,
             position_shift=settings.position_shift(self.spec),
             fusion_tokens=settings.fusion_tokens,
             selection=self._selection_of(settings),
@@ -481,6 +595,20 @@ class SEPTower(SEPLayer):
         if settings.batch_coupled:
             return CoupledSelection()
         return ScatteredSelection() if settings.fusion_tokens == "random" else self.selection or Selection()
+
+    def _prompts_of(self, adapters: Sequence[str]) -> torch.Tensor:
+        """The learned prompts as they enter: (n, D) of one adapter, or (B, n, D) of one for each input."""
+        entering = {adapter: self._entering_prompts(adapter) for adapter in dict.fromkeys(adapters)}
+        if len(entering) == 1:
+            return entering[adapters[0]]
+        return torch.stack([entering[adapter] for adapter in adapters])
+
+    def _fusions_of(self, adapters: Sequence[str]) -> Mapping[int, Fusion | PromptMaker]:
+        """What makes prompts anew before each layer, by one adapter or by one for each input."""
+        known = {adapter: self._fusions(adapter) for adapter in dict.fromkeys(adapters)}
+        if len(known) == 1:
+            return known[adapters[0]]
+        return {index: of_inputs([known[adapter][index] for adapter in adapters]) for index in known[adapters[0]]}
 
     def _entering_prompts(self, adapter: str) -> torch.Tensor:
         """The learned prompts (n, D) as they enter the first prompted layer."""
