@@ -138,10 +138,14 @@ def check_texts(texts: Iterable[Any]) -> None:
             raise ValueError("A text is blank. Write what an image shows.")
 
 
-def check_batch_size(batch_size: Any) -> None:
+def check_batch_size(batch_size: Any, name: str = "batch_size") -> None:
     """
+    Args:
+        batch_size: how many at a time.
+        name: of the option.
+
     Raises:
         ValueError: it is no whole number of at least 1.
     """
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
+        raise ValueError(f"{name} must be a whole number of at least 1, but got {batch_size!r}.")

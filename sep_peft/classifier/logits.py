@@ -70,7 +70,7 @@ def class_logits(
         weights: of the classes that the images are compared with.
     """
     cosines = embeds @ weights.text_embeds.T
-    logits = _scaled(tower, cosines if weights.own is None else weights.own.put(cosines, embeds))
+    logits = scaled_cosines(tower, cosines if weights.own is None else weights.own.put(cosines, embeds))
     if weights.prototypes is not None:  # the loss compares W with v and with v0
         logits = logits + head_features(embeds, frozen_embeds) @ weights.prototypes.to(embeds.dtype).T
     if weights.head is not None:
@@ -88,7 +88,7 @@ def head_features(embeds: torch.Tensor, frozen_embeds: torch.Tensor) -> torch.Te
 
 def zero_shot_logits(tower: SEPTower, frozen_embeds: torch.Tensor, frozen_text_embeds: torch.Tensor) -> torch.Tensor:
     """Logits (B, C) of the frozen model: frozen image embeddings (B, E) and text embeddings (C, E) of unit length."""
-    return _scaled(tower, frozen_embeds @ frozen_text_embeds.T)
+    return scaled_cosines(tower, frozen_embeds @ frozen_text_embeds.T)
 
 
 def more_confident(logits: torch.Tensor, zero_shot: torch.Tensor, margin: float) -> torch.Tensor:
@@ -99,7 +99,7 @@ def more_confident(logits: torch.Tensor, zero_shot: torch.Tensor, margin: float)
     return torch.maximum(logits.log_softmax(dim=-1), zero_shot.log_softmax(dim=-1) + math.log(margin))
 
 
-def _scaled(tower: SEPTower, cosines: torch.Tensor) -> torch.Tensor:
+def scaled_cosines(tower: SEPTower, cosines: torch.Tensor) -> torch.Tensor:
     """Cosines (B, C) as the model scales them."""
     architecture, model = tower.architecture, tower.owner
     if architecture.logit_scale is None:

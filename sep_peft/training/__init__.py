@@ -21,17 +21,22 @@ So has transformers' Trainer with ``train_dataset=images``, ``optimizers=(optimi
 and ``seed=recipe.seed``; in several processes it needs ``callbacks=[EpochCallback()]`` to tell the images the epoch.
 """
 
+from ..method.pairs_recipe import PairsRecipe
 from ..method.recipe import Recipe
 from .calibrate import calibrate
 from .cross_validation import cross_validate
 from .data import CachedImages, EpochCallback, EpochDataset, EpochSampler, LabelledImages
 from .evaluation import Evaluation, evaluate
 from .fit import fit
+from .fit_pairs import fit_pairs
 from .history import History, TrainingInterrupted
 from .limits import Limits
 from .loop import train
 from .optimizer import make_optimizer, make_schedule
+from .pair_files import read_pairs
+from .pairs import Pair
 from .report import write_report
+from .retrieval import PairEvaluation, evaluate_pairs
 
 
 __all__ = [
@@ -43,14 +48,20 @@ __all__ = [
     "History",
     "LabelledImages",
     "Limits",
+    "Pair",
+    "PairEvaluation",
+    "PairsRecipe",
     "Recipe",
     "TrainingInterrupted",
     "calibrate",
     "cross_validate",
     "evaluate",
+    "evaluate_pairs",
     "fit",
+    "fit_pairs",
     "make_optimizer",
     "make_schedule",
+    "read_pairs",
     "train",
     "write_report",
 ]
