@@ -27,6 +27,7 @@ from .classes import TaskClasses
 from .coupled import coupled_texts
 from .following import Following
 from .logits import ClassWeights, OwnTexts
+from .on_the_way import at_hand
 from .text_chunks import TextChunks
 from .value_sample import ValueSample, versions
 
@@ -83,6 +84,7 @@ class ClassEncoder(Following):
         self.tower.texts.check_room(tokenized[0], self.tower.active_settings)
         for inputs in tokenized:
             self.tower.texts.check_length(inputs)
+        tokenized = [self.tower.texts.without_mask(inputs) for inputs in tokenized]
         if classes.prototypes is not None:
             if (size := self.tower.head.embed_size) is not None:
                 _check_width(classes.prototypes, size)
@@ -117,7 +119,8 @@ class ClassEncoder(Following):
                 Otherwise they are taken from the cache, until a weight or the active adapter changes, and kept
                 prototypes, the margin of zero-shot and the calibration take part. The modules' mode does not matter.
         """
-        settings, frozen_embeds, calibration = self.tower.active_settings, self.frozen_embeds(), self.calibration
+        settings, calibration = self.tower.active_settings, self.calibration
+        frozen_embeds = self.frozen_embeds(waits=not training)
         if settings is None:
             embeds = frozen_embeds
         elif training:
@@ -168,8 +171,13 @@ class ClassEncoder(Following):
     # Compilers run what looks into a cache as it is: their graphs could not tell when an entry gets old.
 
     @untraced
-    def frozen_embeds(self) -> torch.Tensor:
-        """Frozen text embeddings (C, E), of unit length, averaged over templates and descriptions, without dropout."""
+    def frozen_embeds(self, *, waits: bool = True) -> torch.Tensor:
+        """Frozen text embeddings (C, E), of unit length, averaged over templates and descriptions, without dropout.
+
+        Args:
+            waits: for an accelerator, to see whether its weights were changed in ways that torch does not count; a
+                training step goes on, and the next one sees it.
+        """
         tower = self.tower
 
         def encode():
@@ -180,7 +188,7 @@ class ClassEncoder(Following):
                 return self._with_descriptions(embeds)
             return unit(torch.stack(embeds).mean(dim=0))
 
-        return self._cached("frozen", (), encode, tower.base_layer.parameters())
+        return self._cached("frozen", (), encode, tower.base_layer.parameters(), waits=waits)
 
     def _with_descriptions(self, of_templates: list[torch.Tensor]) -> torch.Tensor:
         """(C, E) of unit length: the mean over all texts of each class, of which (C, E) are those of each template."""
@@ -215,7 +223,7 @@ class ClassEncoder(Following):
             return None
         key = (tower.prompting_adapter(), settings.start_layer)
         trunks = partial(self.names.map, tower.trunk)
-        return self._cached("trunk", key, trunks, tower.base_layer.parameters())
+        return self._cached("trunk", key, trunks, tower.base_layer.parameters(), waits=False)
 
     def _mixed(
         self,
@@ -253,25 +261,25 @@ class ClassEncoder(Following):
             size: classes to draw, from 1 to C.
             seed: of what is drawn.
         """
-        settings, frozen_embeds = self.tower.active_settings, self.frozen_embeds()
+        settings, frozen_embeds = self.tower.active_settings, self.frozen_embeds(waits=False)
         assert settings is not None and not settings.batch_coupled, "which need all class texts"
-        drawn, chosen, own, kept = self._draw(settings, labels, size, seed, frozen_embeds)
-        names = self._names_of(chosen)
+        drawn, kept = self._draw(settings, size, seed, frozen_embeds)
+        own = labels.long()
+        names, chosen, places = self._names_of(drawn, own)
         trunks = names.map(self.tower.trunk) if self._has_trunks(settings) else None
-        fresh = self._mixed(settings, names, trunks, frozen_embeds[chosen])
-        drawn_embeds = fresh[torch.searchsorted(chosen, drawn)]
+        fresh = self._mixed(settings, names, trunks, frozen_embeds[chosen])[places]
+        drawn_embeds, own_embeds = fresh.split([len(drawn), len(own)])
         values = drawn_embeds.detach()
         counted = values + (len(self.classes) / len(drawn)) * (drawn_embeds - values)
         embeds = kept.index_copy(0, drawn, counted)
         self._keep(drawn, values)
-        return ClassWeights(embeds, frozen_embeds, own=OwnTexts(own, fresh[torch.searchsorted(chosen, own)]))
+        return ClassWeights(embeds, frozen_embeds, own=OwnTexts(own, own_embeds))
 
     @untraced
     def _draw(
-        self, settings: TowerSettings, labels: torch.Tensor, size: int, seed: int, frozen_embeds: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Classes that are drawn, these with the images' own, both ascending, the images' own (B,), and the kept
-        embeddings (C, E)."""
+        self, settings: TowerSettings, size: int, seed: int, frozen_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes that are drawn, (S,), ascending, and the kept embeddings (C, E)."""
         tower, adapter = self.tower, self.tower.prompting_adapter()
         assert adapter is not None, "there are settings, so there is an adapter"
         watched = (
@@ -281,18 +289,26 @@ class ClassEncoder(Following):
         )
         compute = partial(self._cached_mixed, settings, frozen_embeds)
         kept = self.sample.embeds((adapter, settings.frozen_weight, self._autocast()), watched, compute, frozen_embeds)
-        drawn = self.sample.draw(size, seed)
-        own = labels.long()
-        chosen = sorted({*drawn, *own.tolist()})
-        device = frozen_embeds.device
-        return torch.tensor(drawn, device=device), torch.tensor(chosen, device=device), own, kept
+        drawn = torch.tensor(self.sample.draw(size, seed))
+        return drawn.to(frozen_embeds.device, non_blocking=True), kept
 
     @untraced
-    def _names_of(self, classes: torch.Tensor) -> TextChunks:
-        """The texts of some classes (S,), in their order."""
+    def _names_of(self, drawn: torch.Tensor, own: torch.Tensor) -> tuple[TextChunks, torch.Tensor, torch.Tensor]:
+        """Texts of the classes that are drawn (S,) and of the images' own (B,).
+
+        Each of them is there once where labels can be read. On an accelerator they are as many as there are indices,
+        and as long as the longest of all classes, so that nobody waits for a label or a length.
+
+        Returns:
+            the texts, their classes (T,), and where among them those of `drawn` and `own` are, (S + B,).
+        """
+        wanted = torch.cat([drawn, own])  # (S + B,)
+        known = at_hand(wanted)
+        every = torch.arange(len(wanted), device=wanted.device)
+        classes, places = wanted.unique(return_inverse=True) if known else (wanted, every)
         names = [name for name in self.following if name.startswith(TEXT_PREFIX)]
         inputs = {name.removeprefix(TEXT_PREFIX): self.following[name][classes] for name in names}
-        return TextChunks(self.tower, inputs, self.chunk_size)
+        return TextChunks(self.tower, inputs, self.chunk_size, by_length=known), classes, places
 
     @untraced
     def _keep(self, classes: torch.Tensor, embeds: torch.Tensor) -> None:
@@ -302,7 +318,14 @@ class ClassEncoder(Following):
         """Whether what the layers below `start_layer` make of class names can be kept."""
         return not (settings.start_layer == 0 or settings.batch_coupled or self.tower.spec.in_stages)
 
-    def _cached(self, name: str, key: tuple, compute: Callable[[], Any], *parameters: Iterable[nn.Parameter]) -> Any:
+    def _cached(
+        self,
+        name: str,
+        key: tuple,
+        compute: Callable[[], Any],
+        *parameters: Iterable[nn.Parameter],
+        waits: bool = True,
+    ) -> Any:
         """What `compute` gives, in evaluation and without gradients, of the present values of `parameters`.
 
         Threads that find no entry compute each its own, all of the same values; an entry appears when it is whole.
@@ -313,6 +336,7 @@ class ClassEncoder(Following):
             key: what the value depends on beside parameters, the projection and autocast, which belongs to the thread.
             compute: makes the value.
             parameters: that it depends on.
+            waits: as for `ValueSample.has_changed`.
         """
         if is_traced():
             with torch.no_grad():
@@ -320,7 +344,7 @@ class ClassEncoder(Following):
         watched = list(chain(*parameters, self.tower.projection_parameters()))
         key = (*key, self._autocast(), *versions(watched))
         entry = self._cache.get(name)
-        if entry is None or entry[0] != key or entry[1].has_changed():
+        if entry is None or entry[0] != key or entry[1].has_changed(waits=waits):
             # an inference tensor could not take part in a later training step
             with torch.inference_mode(False), torch.no_grad(), evaluating(self._model[0]):
                 entry = (key, ValueSample(watched), compute())

@@ -52,9 +52,9 @@ class ClassSample(Following):
         self._watched = list(parameters)
         self._versions, self._values = versions(self._watched), ValueSample(self._watched)
 
-    def _has_changed(self) -> bool:
-        """Whether one of the watched parameters has other values than when it was looked at last."""
-        return self._versions != versions(self._watched) or self._values.has_changed()
+    def _has_changed(self, *, waits: bool = True) -> bool:
+        """Whether one of the watched parameters has other values than when it was looked at last; see `ValueSample`."""
+        return self._versions != versions(self._watched) or self._values.has_changed(waits=waits)
 
     def draw(self, size: int, seed: int) -> list[int]:
         """The classes of the present step, at most `size` of them, in ascending order.
@@ -96,7 +96,7 @@ class ClassSample(Following):
                 )
             self.following[EMBEDS] = self.following[EMBEDS].to(like.device)
             self._watch(parameters)
-        elif not known or self._has_changed():
+        elif not known or self._has_changed(waits=False):
             # the first part of another adapter's first round; after a change from outside the next part
             self._steps = self._steps + 1 if known else 0
             self.following[EMBEDS] = compute().clone()

@@ -853,8 +853,9 @@ def _share(loss: torch.Tensor, labels: torch.Tensor, whole: torch.Tensor | int |
     """The share that a mean over `labels` (B,) has in the mean over the images of a whole step."""
     if whole is None:
         return loss
-    # Trainer hands the count to replicas of DataParallel as (1, 1) -> ()
-    return loss * (len(labels) / torch.as_tensor(whole, device=loss.device).reshape(()))
+    if isinstance(whole, torch.Tensor):  # Trainer hands the count to replicas of DataParallel as (1, 1) -> ()
+        whole = whole.to(loss.device, non_blocking=True).reshape(())
+    return loss * (len(labels) / whole)
 
 
 def _recipe_of(class_inputs: TextInputs | TaskClasses) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 from ..tracing import is_traced
 from ..tuner.messages import shown
 from ..tuner.tower import SEPTower
+from .on_the_way import at_hand
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,7 +45,7 @@ def check_images(pixel_values: Any, tower: SEPTower, frozen_embeds: Any = None) 
         raise ValueError(f"pixel_values must have the shape {shape}, but got {tuple(pixel_values.shape)}.")
     if not pixel_values.numel():
         raise ValueError(f"pixel_values hold no image: their shape is {tuple(pixel_values.shape)}.")
-    if _is_readable(pixel_values) and not pixel_values.isfinite().all():
+    if at_hand(pixel_values) and not pixel_values.isfinite().all():
         raise ValueError("pixel_values hold NaN or infinity. Look at what the image processor was given.")
     if frozen_embeds is not None and len(frozen_embeds) != len(pixel_values):
         raise ValueError(
@@ -96,7 +97,7 @@ def check_labels(labels: Any, count: int, images: int | None = None, *, waits: b
         return  # a branch on data would break the graph; cross entropy checks the range as well
     if images is not None and len(labels) != images:
         raise ValueError(f"Labels must be one for each image, but there are {len(labels)} for {images} images.")
-    if not (waits or _is_readable(labels)):
+    if not (waits or at_hand(labels)):
         return
     wrong = labels[(labels < 0) | (labels >= count)]
     if len(wrong):
@@ -104,8 +105,3 @@ def check_labels(labels: Any, count: int, images: int | None = None, *, waits: b
             f"Labels must be between 0 and {count - 1} for {count} classes, but got "
             f"{shown(sorted(set(wrong.tolist())))}."
         )
-
-
-def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether values are at hand without waiting for a device."""
-    return tensor.device.type == "cpu"

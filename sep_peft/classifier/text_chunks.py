@@ -22,17 +22,27 @@ class TextChunks(Following):
         tower: that reads them.
         inputs: tokenized texts, tensors (C, L).
         size: texts a chunk.
+        by_length: sort them. Without it they stay in their order and at their length, and no value of theirs is read.
     """
 
-    def __init__(self, tower: SEPTower, inputs: TextInputs, size: int):
+    def __init__(self, tower: SEPTower, inputs: TextInputs, size: int, *, by_length: bool = True):
         super().__init__()
+        self._names: list[dict[str, str]] = []  # for each chunk, input -> name of the tensor
+        if not by_length:
+            self.following["places"] = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device)
+            parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
+            for part in parts:
+                self._append(dict(zip(inputs, part, strict=True)))
+            return
         ends, order = tower.texts.span(inputs)[1].sort(stable=True)  # both (C,)
         self.following["places"] = order.argsort()
-        self._names: list[dict[str, str]] = []  # for each chunk, input -> name of the tensor
-        for number, chosen in enumerate(order.split(chunk_sizes(ends.tolist(), size))):
-            chunk = tower.texts.trim({key: value[chosen] for key, value in inputs.items()})
-            self._names.append({key: f"{key}_{number}" for key in chunk})
-            self.following |= {f"{key}_{number}": value for key, value in chunk.items()}
+        for chosen in order.split(chunk_sizes(ends.tolist(), size)):
+            self._append(tower.texts.trim({key: value[chosen] for key, value in inputs.items()}))
+
+    def _append(self, chunk: TextInputs) -> None:
+        number = len(self._names)
+        self._names.append({key: f"{key}_{number}" for key in chunk})
+        self.following |= {f"{key}_{number}": value for key, value in chunk.items()}
 
     @property
     def places(self) -> torch.Tensor:

@@ -7,9 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .on_the_way import OnTheWay, at_hand, can_come_later
+
 
 #: Values that are looked at of each parameter, from first to last in even steps.
 SAMPLE_SIZE = 64
+
+#: Views of parameters of one kind, and their values as they were.
+_Pair = tuple[list[torch.Tensor], torch.Tensor]
 
 
 def versions(parameters: Iterable[nn.Parameter]) -> tuple:
@@ -40,12 +45,39 @@ class ValueSample:
                 kinds.setdefault((values.device, values.dtype), []).append(values[::step])
         self._views = list(kinds.values())
         self._then = [torch.cat(views) for views in self._views]
+        self._looks: list[OnTheWay] = []
 
-    def has_changed(self) -> bool:
-        """Whether one of the values is another now."""
+    def has_changed(self, *, waits: bool = True) -> bool:
+        """Whether one of the values is another now.
+
+        Args:
+            waits: for an accelerator to do all that it was told. Without it such values are compared on the way, and a
+                change is told by a later call.
+        """
+        pairs = list(zip(self._views, self._then, strict=True))
+        if not waits:
+            pairs, others = _split(pairs)
+            if self._changed_before(others):
+                return True
         # not a number is equal to nothing, and is looked up anew each time
-        pairs = zip(self._views, self._then, strict=True)
         return not all(torch.equal(torch.cat(views), then) for views, then in pairs)
+
+    def _changed_before(self, pairs: list[_Pair]) -> bool:
+        """What the last look has found, where that has arrived; then the next one is sent."""
+        found = [look.get() for look in self._looks]
+        if any(value is None for value in found):
+            return False
+        self._looks = [OnTheWay(torch.cat(views).ne(then).any()) for views, then in pairs]
+        return any(bool(value) for value in found)
+
+
+def _split(pairs: list[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
+    """Those whose values are at hand or must be waited for, and those that can come later."""
+    later = [not at_hand(then) and can_come_later(then.device) for _, then in pairs]
+    return (
+        [pair for pair, late in zip(pairs, later, strict=True) if not late],
+        [pair for pair, late in zip(pairs, later, strict=True) if late],
+    )
 
 
 def _has_plain_values(parameter: nn.Parameter) -> bool:

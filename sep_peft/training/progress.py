@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
+from ..classifier.on_the_way import OnTheWay
 from .history import MEASURES, History
 
 
@@ -21,6 +22,7 @@ class Progress:
     def __init__(self, history: History, steps: int, done: int, quiet: bool):
         self._history, self._quiet = history, quiet
         self._bar = tqdm(total=steps, initial=done, leave=False, disable=quiet)
+        self._next: OnTheWay | None = None  # the mean loss of a step that an accelerator may not have done yet
 
     def step(self, loss: torch.Tensor, seen: int) -> None:
         """Another step.
@@ -29,10 +31,14 @@ class Progress:
             loss: (), summed over the images of this epoch so far.
             seen: these images.
         """
-        if not self._quiet:
-            shown = f"epoch {len(self._history) + 1}/{self._history.epochs} loss {loss.item() / max(seen, 1):.2f}"
+        if self._quiet:
+            return
+        self._next = self._next or OnTheWay(loss.detach() / max(seen, 1))
+        if (mean := self._next.get()) is not None:
+            shown = f"epoch {len(self._history) + 1}/{self._history.epochs} loss {mean.item():.2f}"
             self._bar.set_description(shown + measured(self._history), refresh=False)
-            self._bar.update()
+            self._next = None
+        self._bar.update()
 
     def epoch(self) -> None:
         """An epoch has ended, the last one of the history."""

@@ -53,6 +53,20 @@ class TextRules:
         length = int(self.span(inputs)[1].max()) + 1
         return {key: value[:, :length] for key, value in inputs.items()}
 
+    def without_mask(self, inputs: Mapping[str, torch.Tensor]) -> TextInputs:
+        """Texts (C, L) without their mask, where EOS says the same and causal attention hides what comes after it.
+
+        So it is where the model reads the EOS alone and all texts begin at the first place. To take a mask, models look
+        whether it masks anything, for which an accelerator is waited for, and no kernel of flash attention takes one.
+        """
+        spec, eos = self.spec, self.eos(inputs)
+        if eos is None or not spec.causal or spec.mlp_norm is None or spec.max_length_padding:
+            return dict(inputs)
+        first, last = self.span(inputs)
+        visible = inputs.get("attention_mask")
+        needless = not first.any() and torch.equal(last, eos) and (visible is None or visible.ndim == 2)
+        return {key: value for key, value in inputs.items() if key != "attention_mask" or not needless}
+
     def check_room(self, inputs: Mapping[str, torch.Tensor], settings: TowerSettings | None) -> None:
         """Make sure that texts (..., L) have room in the tower's positions beside the prompts.
 

@@ -1,0 +1,42 @@
+"""`OnTheWay`: a value that an accelerator still computes, taken to the host without anybody waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class OnTheWay:
+    """A copy of a tensor on the host, which is there when the accelerator comes to it.
+
+    Args:
+        tensor: on any device; of one on the CPU there is no copy.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._value = tensor.to("cpu", non_blocking=True)
+        self._event = None if at_hand(tensor) else _event(tensor.device)
+
+    def get(self) -> torch.Tensor | None:
+        """The value; None while it is on the way."""
+        return self._value if self._event is None or self._event.query() else None
+
+
+def at_hand(tensor: torch.Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _event(device: torch.device) -> Any:
+    """Tells when the device has done all that it was told until here."""
+    module = torch.get_device_module(device)
+    event = module.Event()
+    event.record(module.current_stream(device))
+    return event
+
+
+def can_come_later(device: torch.device) -> bool:
+    """Whether a value of this accelerator can be on the way: its module of torch has streams and events."""
+    module = getattr(torch, device.type, None)
+    return hasattr(module, "Event") and hasattr(module, "current_stream")
