@@ -1,4 +1,4 @@
-"""The small CLIP and the images that lie in examples/assets; their fixtures are in conftest."""
+"""The small CLIP and the images that lie in examples/assets; their fixtures are in shared_fixtures."""
 
 from __future__ import annotations
 

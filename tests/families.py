@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 import transformers as hf
+from copies import made_once
 from transformers.models.clvp.modeling_clvp import ClvpEncoder
 
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 60
 Inputs = dict[str, torch.Tensor]
-
-#: What `Case.build` made: (identity of `config`, class, attention) -> `config` itself, which keeps that identity from
-#: being given to another object; the model; and the state of the random numbers after it.
-_BUILT: dict[tuple, tuple[Callable, torch.nn.Module, torch.Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -82,32 +78,24 @@ class Case:
         return tuple(tower for tower in there if there[tower])
 
     def build(self, attention: str | None = None) -> torch.nn.Module:
-        """The model with seeded weights, norms and biases away from zero and one.
-
-        It is made once and copied from then on; random numbers go on as after making it.
-        """
-        attention = attention or self.attentions[-1]
-        key = id(self.config), self.model, attention
-        if key not in _BUILT:
-            _BUILT[key] = self.config, self._make(attention), torch.get_rng_state()
-        _, model, state = _BUILT[key]
-        torch.set_rng_state(state)
-        return copy.deepcopy(model)
-
-    def _make(self, attention: str) -> torch.nn.Module:
-        torch.manual_seed(0)
-        config = self.config()
-        model = self.model._from_config(config, attn_implementation=attention).eval()
-        generator = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-        return model
+        """The model with seeded weights, norms and biases away from zero and one."""
+        return _build(self.config, self.model, attention or self.attentions[-1])
 
     def inputs(self) -> dict:
         """Inputs of the whole model, for three texts and images."""
         if self.whole is not None:
             return self.whole()
         return (self.text([5, 4, 7]) if self.text else {}) | (self.image(3) if self.image else {})
+
+
+@made_once
+def _build(config: Callable, model: type, attention: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    made = model._from_config(config(), attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in made.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return made
 
 
 def words(bos: int | None, eos: int | None, pad: int) -> Callable[..., Inputs]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from copies import made_once
 from families import CASES, Case
 from peft import PeftModel, get_peft_model
 from small_clip import perturb
@@ -25,25 +24,27 @@ PROMPTS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
 _ADAPTED: dict[tuple, tuple[Case, PeftModel]] = {}
-_UNUSED: dict[tuple, tuple[Case, PeftModel]] = {}
 
 
 def adapt(case: Case, attention: str | None = None, perturbed: bool = True, **options) -> PeftModel:
-    """A model of its own for who asks; the usual one of a case is made once and copied."""
+    """A model of its own for who asks."""
+    attention = attention or case.attentions[-1]
     if options or not perturbed:
         return _adapt(case, attention, perturbed, **options)
-    key = id(case), attention or case.attentions[-1]
-    if key not in _UNUSED:  # not those of `adapt_once`: a forward leaves hooks of transformers, which no pickle takes
-        _UNUSED[key] = case, _adapt(case, attention)
-    return copy.deepcopy(_UNUSED[key][1])
+    return _adapt_usual(case, attention)
 
 
 def adapt_once(case: Case, attention: str | None = None, **options) -> PeftModel:
     """A model of a case, the same object for all who ask for these options; nobody may change it."""
     key = id(case), attention or case.attentions[-1], *sorted(options.items())
     if key not in _ADAPTED:
-        _ADAPTED[key] = case, _adapt(case, attention, **options)  # the case too, so that no other gets its identity
+        _ADAPTED[key] = case, adapt(case, attention, **options)  # the case too, so that no other gets its identity
     return _ADAPTED[key][1]
+
+
+@made_once
+def _adapt_usual(case: Case, attention: str) -> PeftModel:
+    return _adapt(case, attention)
 
 
 def _adapt(case: Case, attention: str | None, perturbed: bool = True, **options) -> PeftModel:

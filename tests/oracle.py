@@ -20,7 +20,7 @@ def layer_norm(x, norm):
 
 
 def linear(x, weight, bias=None):
-    y = torch.stack([torch.stack([(row * w).sum() for w in weight]) for row in x])
+    y = torch.stack([(weight * row).sum(dim=1) for row in x])
     return y if bias is None else y + bias
 
 
@@ -33,7 +33,7 @@ def attend(q, k, v, heads, causal=False):
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
             last = t + 1 if causal else len(k)
-            scores = torch.stack([(q[t, part] * k[s, part]).sum() / math.sqrt(size) for s in range(last)])
+            scores = (q[t, part] * k[:last, part]).sum(dim=1) / math.sqrt(size)
             weights = torch.exp(scores - scores.max())
             weights = weights / weights.sum()
             parts.append(sum(weights[s] * v[s, part] for s in range(last)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from copies import made_once
 from peft import PeftModel, get_peft_model
 from small_clip import make_clip, make_images, make_texts, perturb
 
@@ -32,7 +33,15 @@ def make_model(
     **config,
 ) -> PeftModel:
     """Of `clip`, by default the tiny CLIP."""
-    clip = make_clip() if clip is None else clip
+    return _make_new(adapter, seed, dtype, **config) if clip is None else _adapt(clip, adapter, seed, dtype, **config)
+
+
+@made_once
+def _make_new(*settings, **config) -> PeftModel:
+    return _adapt(make_clip(), *settings, **config)
+
+
+def _adapt(clip: torch.nn.Module, adapter: str, seed: int, dtype: torch.dtype, **config) -> PeftModel:
     if clip.dtype != dtype:  # one that is offloaded cannot be moved
         clip = clip.to(dtype)
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from copies import made_once
 from peft import PeftModel, get_peft_model
 from small_clip import make_clip, make_images, make_texts, perturb
 
@@ -56,6 +57,7 @@ def snapshot(model) -> tuple:
     return modules, list(model.state_dict()), [p.data_ptr() for p in model.parameters()]
 
 
+@made_once
 def adapted(name: str, adapter: str = "default", seed: int = 3, **sizes) -> PeftModel:
     """With SEP in one of `SETTINGS`; `sizes` are those of `make_clip`."""
     clip = make_clip(**sizes)

@@ -357,7 +357,7 @@ def test_a_compiled_step():
     """Loss, draws and what is kept are those of a step that is not compiled."""
     found = []
     for compiled in (False, True):
-        clip = make_clip(text_layers=2, vision_layers=2)  # the compiler's time grows with the layers
+        clip = make_clip(text_layers=1, vision_layers=1)  # the compiler's time grows with the layers
         classifier = make(config={"clip": clip})
         call = torch.compile(classifier, backend="eager", dynamic=False) if compiled else classifier
         optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,17 @@ from sep_peft import SEPClassifier, SEPConfig, TaskClasses
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "sep_classes.json"]
 
 
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    folder = tmp_path / "saved"
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory) -> Path:
+    """Tests must not change it."""
+    folder = tmp_path_factory.mktemp("saved")
     make_classifier().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path) -> Path:
+    return shutil.copytree(saved_once, tmp_path / "saved")
 
 
 def test_whoever_may_read_one_file_may_read_all(tmp_path):

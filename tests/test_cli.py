@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -665,7 +663,6 @@ LIGHT = [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train
 def modules_of(arguments: list[str], codes: set[int]) -> set[str]:
     """Modules that a command adds to those of PEFT, in a process of its own."""
     result = usual().run(f"""
-import sys
 before = set(sys.modules)
 from sep_peft.cli import main
 assert main({arguments}) in {codes}
@@ -821,9 +818,8 @@ def test_program_is_installed_under_its_name():
 
 
 def test_as_a_module():
-    result = subprocess.run(
-        [sys.executable, "-m", "sep_peft", "--version"], capture_output=True, text=True, timeout=300
-    )
+    code = "import runpy; runpy.run_module('sep_peft', run_name='__main__', alter_sys=True)"
+    result = usual().run(code, "--version")
     assert (result.returncode, result.stdout) == (0, f"sep-peft {__version__}\n"), result.stderr
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from bundled import ASSETS
+from copies import made_once
 from peft import get_peft_model
 from PIL import Image
 from small_clip import make_clip, perturb
@@ -23,6 +24,7 @@ IMAGE = sorted((ASSETS / "caltech101/test/sunflower").iterdir())[0]
 PROMPTS, PATCHES, GRID = 4, 9, (3, 3)
 
 
+@made_once
 def make_model(**config):
     torch.manual_seed(0)
     model = get_peft_model(

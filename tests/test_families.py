@@ -57,7 +57,7 @@ def variants_of_inputs(case: Case, tower: str) -> list[dict]:
 def test_hidden_prompts_change_nothing(name, tower, attention, monkeypatch):
     """Prompts that no token may see leave every token as it was, with the mask that arrives extended."""
     case = CASES[name]
-    model = adapt_once(case, attention, start_layer=1, frozen_weight=0.0)
+    model = adapt_once(case, attention, start_layer=1)
     spec = tower_of(model, tower).spec
     extend = extend_mask
 

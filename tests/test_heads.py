@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from functools import partial
 
@@ -220,9 +222,15 @@ def test_a_head_belongs_to_its_classes():
 # in a classifier
 
 
-def kept(kind: str, **options) -> SEPClassifier:
+@functools.cache
+def fitted(kind: str) -> SEPClassifier:
+    """The same object for all who ask; nobody may change it."""
     classes = TaskClasses(CLASSES, (TEMPLATES,), tuple("abcd"))
-    return make_classifier(classes, None, **options).keep_prototypes(kind=kind, batches=BATCHES)
+    return make_classifier(classes, None).keep_prototypes(kind=kind, batches=BATCHES)
+
+
+def kept(kind: str) -> SEPClassifier:
+    return copy.deepcopy(fitted(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

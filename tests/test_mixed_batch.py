@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from copies import made_once
 from families import CASES
 from family_models import find_features
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -25,6 +26,7 @@ TEXTS, IMAGES = make_texts([5, 3, 9, 4, 6]), make_images(5)
 ADAPTERS = {"one": "published", "two": "start alone", "three": "vision only", "four": "shallow"}
 
 
+@made_once
 def make_model(adapters: dict[str, str] = ADAPTERS, **sizes) -> PeftModel:
     model = None
     for seed, (name, settings) in enumerate(adapters.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from copies import made_once
 from peft import PeftModel, get_peft_model
 from small_classifier import CLASSES, LABELS, TEMPLATES
 from small_clip import make_clip, make_images, make_texts, perturb
@@ -22,6 +23,7 @@ INPUTS = {
 OPTIONS = {"num_text_prompts": 3, "num_vision_prompts": 2}
 
 
+@made_once
 def make_model(start_layer: int | dict[str, int], **options) -> PeftModel:
     torch.manual_seed(0)
     model = get_peft_model(make_clip(), SEPConfig(start_layer=start_layer, **OPTIONS, **options))
