@@ -34,13 +34,8 @@ torch._dynamo.config.run_gc_after_compile = False  # a tenth of the compiler's t
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays, so collections of garbage, as at the end of every training, need not look through it.
-
-    Nobody else collects any, but `freeze` after each file: a tenth of the time went there.
-    """
-    gc.collect()
+    """What is imported stays, so collections of garbage, as at the end of every training, need not look through it."""
     gc.freeze()
-    gc.disable()
 
 
 @pytest.fixture(scope="module", autouse=True)
