@@ -105,8 +105,8 @@ def predict_batch(
         own = [index for index, other in enumerate(tasks) if other == task]
         with chosen_adapters.set(task.adapter):
             weights = task.encoder.weights(training=False)
-        logits = class_logits(tower, embeds[0][own], embeds[1][own], weights)
-        rankings = answers.of(logits, task.classes, task.encoder.calibration)
+            logits = class_logits(tower, embeds[0][own], embeds[1][own], weights)
+            rankings = answers.of(logits, task.classes, task.encoder.calibration)  # zero-shot has none
         for index, ranking in zip(own, rankings, strict=True):
             predictions[index] = ranking
     return predictions
