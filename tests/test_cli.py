@@ -43,7 +43,7 @@ SMALL = [
     "--no-report",
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
-COMMANDS = ["train", "predict", "search", "evaluate", "import-reference", "info", "push"]
+COMMANDS = ["train", "train-pairs", "predict", "search", "evaluate", "import-reference", "info", "push"]
 
 
 def base() -> str:
@@ -534,6 +534,12 @@ OPTIONS = {
         ),
         *("--text-prompts", "--vision-prompts", "--start-layer", "--fusion-rank", "--fusion-hidden-size"),
         *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published", "--report / --no-report"),
+    ],
+    "train-pairs": [
+        *("PAIRS", "--base-model", "--output", "--val", "--held-out", "--cut", "--chunk-size", "--loss", "--overwrite"),
+        *("--resume", "--name", "--license", "--epochs", "--max-steps", "--batch-size", "--learning-rate", "--mirror"),
+        *("--time", "--patience", "--keep-last", "--seed", "--text-prompts", "--vision-prompts", "--start-layer"),
+        *("--fusion-rank", "--fusion-hidden-size", "--share-fusion / --no-share-fusion", "--save-dtype"),
     ],
     "predict": [
         *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--unknown"),

@@ -10,7 +10,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +47,17 @@ TASK = "zero-shot-image-classification"
 TAGS = ("sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning")
 #: Name of our metric in the card's metadata; entries of any other name are their owner's.
 METRIC = "Accuracy with SEP"
+#: The same for the recall of images and captions, before the direction and the rank.
+RECALL_METRIC = "Recall with SEP"
+OUR_METRICS = (METRIC, RECALL_METRIC)
 #: Class names in the card; the others are in the class file.
 SHOWN_CLASSES = 100
 #: Classes up to which their results stand in the card unfolded.
 UNFOLDED_CLASSES = 12
 
 TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
+#: For adapters that have no classes.
+PAIRS_TEMPLATE_FILE = Path(__file__).with_name("pairs_card_template.md")
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,26 @@ class ClassScore:
 
 
 @dataclass(frozen=True)
+class RecallScore:
+    """Recall on one set of images with captions, in percent.
+
+    Args:
+        dataset: name of the set, for people.
+        split: such as "test".
+        images, captions: how many images there were, and how many different captions.
+        adapted: "image_to_text_1" and so on -> of the adapter.
+        frozen: the same of the base model without the adapter.
+    """
+
+    dataset: str
+    split: str
+    images: int
+    captions: int
+    adapted: Mapping[str, float]
+    frozen: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class CardDetails:
     """What only the owner of an adapter knows about it; everything may be left out.
 
@@ -126,6 +151,7 @@ class CardDetails:
         seeds: of all runs that `scores` are over.
         protocol: how was trained and tested, in a sentence.
         scores: measured accuracies.
+        recall_scores: measured recalls of an adapter that was trained on images with captions.
         class_scores: what was measured of each class, in the order in which the card names them.
         confusion: PNG of the confusion matrix, which is saved beside the card; None: none.
         datasets: names of the training data on the Hub.
@@ -144,6 +170,7 @@ class CardDetails:
     seeds: Sequence[int] = ()
     protocol: str | None = None
     scores: Sequence[Score] = ()
+    recall_scores: Sequence[RecallScore] = ()
     class_scores: Sequence[ClassScore] = ()
     confusion: bytes | None = None
     datasets: Sequence[str] = ()
@@ -178,7 +205,7 @@ def _is_repo_id(name: str) -> bool:
 
 
 def make_card(
-    classes: TaskClasses,
+    classes: TaskClasses | None,
     config: SEPConfig,
     base_class: str,
     details: CardDetails,
@@ -189,7 +216,7 @@ def make_card(
 ) -> ModelCard:
     """
     Args:
-        classes: of the task.
+        classes: of the task; None: the adapter was trained on images with captions.
         config: of the adapter.
         base_class: class of the base model, as transformers calls it.
         details: what else is known.
@@ -204,7 +231,7 @@ def make_card(
     data = _metadata(details, ModelCardData(**old.data.to_dict()) if old else ModelCardData(), folder)
     return ModelCard.from_template(
         data,
-        template_path=str(TEMPLATE_FILE),
+        template_path=str(PAIRS_TEMPLATE_FILE if classes is None else TEMPLATE_FILE),
         before=before or "\n",
         after=after or "\n",
         start=START,
@@ -310,9 +337,11 @@ def _metadata(details: CardDetails, data: ModelCardData, folder: str | None) -> 
     # PEFT writes the place that the base model was loaded from into a tag
     data.tags = _joined([tag for tag in data.tags or () if not tag.startswith("base_model:")], TAGS)
     data.datasets = _joined(data.datasets, details.datasets)
-    data.metrics = _joined(data.metrics, ["accuracy"] if details.scores else [])
-    results = [result for result in data.eval_results or () if result.metric_name != METRIC]
-    data.eval_results = [*results, *map(_result, details.scores)] or None
+    measured = [*(["accuracy"] if details.scores else []), *(["recall"] if details.recall_scores else [])]
+    data.metrics = _joined(data.metrics, measured)
+    results = [result for result in data.eval_results or () if not (result.metric_name or "").startswith(OUR_METRICS)]
+    recalls = [result for score in details.recall_scores for result in _recall_results(score)]
+    data.eval_results = [*results, *map(_result, details.scores), *recalls] or None
     named = None if data.model_name == UNTITLED else data.model_name
     data.model_name = (named or _title(details, folder)) if data.eval_results else None
     return data
@@ -338,6 +367,21 @@ def _result(score: Score) -> EvalResult:
         metric_name=METRIC,
         metric_value=round(score.accuracy, 2),
     )
+
+
+def _recall_results(score: RecallScore) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=score.dataset,
+            dataset_name=score.dataset,
+            dataset_split=score.split,
+            metric_type="recall",
+            metric_name=f"{RECALL_METRIC}, {name.replace('_', ' ')}",
+            metric_value=round(share, 2),
+        )
+        for name, share in score.adapted.items()
+    ]
 
 
 # text

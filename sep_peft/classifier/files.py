@@ -75,12 +75,12 @@ MAX_EMBEDDING_SIZE = 2**16
 
 def save_files(
     model: nn.Module,
-    classes: TaskClasses,
+    classes: TaskClasses | None,
     folder: str | os.PathLike,
     details: CardDetails,
     save_dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the active adapter, the classes and the model card, all of them or none.
+    """Write the active adapter, the classes if there are any and the model card, all of them or none.
 
     Raises:
         TypeError: the model is no `PeftModel`.
@@ -95,9 +95,12 @@ def save_files(
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
         _write(model, classes, temporary, details, old, save_dtype, name_of(folder))
-    if details.confusion is None:  # the card that took its place shows none
+    of_another = [CONFUSION_FILE] if details.confusion is None else []  # what the new card and adapter do not have
+    if classes is None:
+        of_another += [CLASSES_FILE, PROTOTYPES_FILE, HEAD_FILE]
+    for file in of_another:
         with suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, CONFUSION_FILE))
+            os.remove(os.path.join(folder, file))
 
 
 def name_of(folder: str | os.PathLike) -> str:
@@ -105,13 +108,14 @@ def name_of(folder: str | os.PathLike) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
-def check_loadable(model: PeftModel, classes: TaskClasses) -> None:
+def check_loadable(model: PeftModel, classes: TaskClasses | None) -> None:
     """
     Raises:
         ValueError: the class file would be larger than any that is read, or a weight of the active adapter is not
             finite or larger than any that is.
     """
-    check_json(_class_data(classes, "0" * 32), CLASSES_FILE, MAX_CLASSES_BYTES)
+    if classes is not None:
+        check_json(_class_data(classes, "0" * 32), CLASSES_FILE, MAX_CLASSES_BYTES)
     adapter = cast(str, model.active_adapter)
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     check_numbers(weights.items(), f"The adapter {shown(adapter)}")
@@ -226,7 +230,7 @@ def _as_peft_model(model: nn.Module) -> PeftModel:
 
 def _write(
     model: PeftModel,
-    classes: TaskClasses,
+    classes: TaskClasses | None,
     folder: str,
     details: CardDetails,
     old: ModelCard | None,
@@ -243,6 +247,25 @@ def _write(
         os.rmdir(os.path.join(folder, adapter))
     if save_dtype is not None:
         cast_adapter(folder, save_dtype)
+    if classes is not None:
+        _write_classes(classes, folder, save_dtype)
+    base_class = type(model.get_base_model()).__name__
+    config = cast(SEPConfig, model.active_peft_config)
+    card = make_card(classes, config, base_class, details, folder=name, subfolder=subfolder, old=old)
+    save_id = stamp_files(folder)
+    if classes is not None:
+        write_json(_class_data(classes, save_id), os.path.join(folder, CLASSES_FILE))
+    card.save(os.path.join(folder, REPOCARD_NAME))
+    if details.confusion is not None:
+        with open(os.path.join(folder, CONFUSION_FILE), "wb") as file:
+            file.write(details.confusion)
+    mode = os.stat(os.path.join(folder, REPOCARD_NAME)).st_mode
+    for entry in os.scandir(folder):  # safetensors lets nobody else read what it writes
+        os.chmod(entry.path, mode)
+
+
+def _write_classes(classes: TaskClasses, folder: str, save_dtype: torch.dtype | None) -> None:
+    """The class list, and the prototypes or the head that predict."""
     write_json(_class_data(classes), os.path.join(folder, CLASSES_FILE))
     if classes.prototypes is not None:
         kept = cast_tensor(classes.prototypes.contiguous(), save_dtype or classes.prototypes.dtype, "prototypes")
@@ -255,18 +278,6 @@ def _write(
             for name, value in classes.head.tensors.items()
         }
         save_file(tensors, os.path.join(folder, HEAD_FILE))
-    base_class = type(model.get_base_model()).__name__
-    config = cast(SEPConfig, model.active_peft_config)
-    card = make_card(classes, config, base_class, details, folder=name, subfolder=subfolder, old=old)
-    save_id = stamp_files(folder)
-    write_json(_class_data(classes, save_id), os.path.join(folder, CLASSES_FILE))
-    card.save(os.path.join(folder, REPOCARD_NAME))
-    if details.confusion is not None:
-        with open(os.path.join(folder, CONFUSION_FILE), "wb") as file:
-            file.write(details.confusion)
-    mode = os.stat(os.path.join(folder, CLASSES_FILE)).st_mode
-    for entry in os.scandir(folder):  # safetensors lets nobody else read what it writes
-        os.chmod(entry.path, mode)
 
 
 def name_base_model(folder: str, name: str) -> None:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from transformers.utils import logging
 
+from ..method.pairs_recipe import LOSSES, PairsRecipe
+from ..tuner.config import SEPConfig
 from ..version import __version__
 from . import options
 from .text import json_text, one_line, printable
@@ -209,6 +211,112 @@ def train(
             name=name,
             license=license,
             report=report,
+            command=context.obj,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
+def train_pairs(
+    context: typer.Context,
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PAIRS",
+            help="JSON lines; or a folder with metadata.jsonl or a .txt beside each image, or train/, val/, test/ so.",
+        ),
+    ],
+    base_model: options.BaseModel,
+    output: options.Output,
+    val: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="Pairs to validate on, in the place of val/.")
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        options.integer("Images to hold out to validate on, where there is no val/; default: a tenth, at most 500."),
+    ] = None,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut the ends of captions that are too long; default: refuse them.")
+    ] = False,
+    chunk_size: Annotated[
+        int | None, options.count("Images whose activations are kept, so that a large batch needs little memory.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(parser=options.read_loss, metavar="|".join(LOSSES), help="Default: as the model was trained."),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Name of the data for the model card; default: that of FILE.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="TEXT", help='Licence of the adapter for the model card: "apache-2.0".')
+    ] = None,
+    epochs: Annotated[int | None, options.count(f"Passes over the images ({PairsRecipe.epochs}).")] = None,
+    max_steps: options.MaxSteps = None,
+    batch_size: Annotated[
+        int | None, options.count(f"Images a step, all compared with each other ({PairsRecipe.batch_size}).")
+    ] = None,
+    learning_rate: Annotated[float | None, options.number(f"Of AdamW ({PairsRecipe.learning_rate}).")] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Mirror half of the images; no caption may say left or right.")
+    ] = False,
+    time: options.Time = None,
+    patience: Annotated[int | None, options.count("End after so many epochs without a higher recall on val/.")] = None,
+    keep_last: options.KeepLast = False,
+    seed: options.Seed = None,
+    text_prompts: options.TextPrompts = None,
+    vision_prompts: options.VisionPrompts = None,
+    start_layer: options.StartLayer = None,
+    fusion_rank: options.FusionRank = None,
+    fusion_hidden_size: options.FusionHiddenSize = None,
+    share_fusion: options.ShareFusion = None,
+    save_dtype: options.SaveDtype = "fp32",
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Train an adapter on images with captions."""
+    config_options = options.given(
+        num_text_prompts=text_prompts,
+        num_vision_prompts=vision_prompts,
+        start_layer=start_layer,
+        fusion_rank=fusion_rank,
+        fusion_hidden_size=fusion_hidden_size,
+        share_fusion=share_fusion,
+    )
+    recipe_options = options.given(
+        epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, loss=loss, seed=seed
+    )
+    from .session import Session
+    from .train_pairs import train_pairs as run
+
+    return _report(
+        lambda: run(
+            pairs,
+            base_model,
+            output,
+            SEPConfig(**config_options),
+            PairsRecipe(mirror=mirror, **recipe_options),
+            Session(device, token, quiet),
+            val=val,
+            held_out=held_out,
+            long_captions="cut" if cut else "refuse",
+            chunk_size=chunk_size,
+            save_dtype=options.DTYPES[save_dtype],
+            overwrite=overwrite,
+            resume=resume,
+            max_seconds=time,
+            patience=patience,
+            keep="last" if keep_last else "best",
+            name=name,
+            license=license,
             command=context.obj,
         ),
         as_json,

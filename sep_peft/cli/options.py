@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..method.pairs_recipe import LOSSES
 from ..method.recipe import Recipe
 from ..tuner.config import MODALITIES, SEPConfig
 
@@ -117,6 +118,7 @@ read_number = reader(float, _any, "a number")
 read_time = reader(_seconds, lambda value: value > 0, "a time such as 90s, 10m or 1h30m")
 read_layers = reader(_layers, lambda layers: min(layers) >= 0, "layers counted from 0, such as 1,2,3")
 read_start_layers = reader(_start_layers, _any, "a whole number, or one for each tower, such as text=9,vision=18")
+read_loss = reader(str, LOSSES.__contains__, f"one of {', '.join(LOSSES)}")
 read_dtype = reader(str, DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft.utils import CONFIG_NAME
 
+from ..classifier.adapter import Adapter
 from ..classifier.card import CardDetails
 from ..classifier.classifier import SEPClassifier
 from ..classifier.files import try_output
@@ -54,9 +55,12 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False, needed: in
 
 
 def save_somewhere(
-    classifier: SEPClassifier, output: Path, details: CardDetails, save_dtype: torch.dtype = torch.float32
+    classifier: SEPClassifier | Adapter, output: Path, details: CardDetails, save_dtype: torch.dtype = torch.float32
 ) -> Saved:
     """Save into `output`, and where that fails into a new temporary folder, in full precision.
+
+    Args:
+        classifier: or an adapter without classes.
 
     Raises:
         OSError: both failed; the message has both reasons.
@@ -74,7 +78,7 @@ def save_somewhere(
         return Saved(rescue, reason)
 
 
-def saved_bytes(classifier: SEPClassifier) -> int:
+def saved_bytes(trained: torch.nn.Module) -> int:
     """Room that a training needs: for its checkpoints, for the adapter, which is written before it replaces another,
     and a bit for the classes and the card."""
-    return checkpoint_bytes(classifier) + 2 * trained_bytes(classifier) + 1_000_000
+    return checkpoint_bytes(trained) + 2 * trained_bytes(trained) + 1_000_000

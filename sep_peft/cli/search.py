@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..classifier.image_index import ImageIndex
 from ..classifier.images import other_endings, warn_left_out
-from .session import AdapterSource, Result, Session, listed, load_classifier, warn_unreadable
+from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
 
 
 def search(
@@ -40,14 +40,14 @@ def search(
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"There is no folder {str(folder)!r}.")
-    classifier = load_classifier(source, base_model, session)
+    adapter = load_adapter(source, base_model, session)
     warn_left_out(folder, other_endings(folder))
     shown = os.path.exists(query) or query.startswith(("http://", "https://"))
-    embed = classifier.embed(query) if shown else classifier.embed_texts(query)
+    embed = adapter.embed(query) if shown else adapter.embed_texts(query)
     found = ImageIndex.of_folder(
         folder,
-        classifier.model,
-        classifier.processor,
+        adapter.model,
+        adapter.processor,
         file=index,
         batch_size=batch_size,
         progress=session.progress("batches"),

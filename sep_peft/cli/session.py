@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
+from ..classifier.adapter import Adapter
 from ..classifier.classifier import SEPClassifier
 from ..classifier.files import naming_base_model
 from ..training.folders import Samples, without_unreadable
@@ -101,6 +102,19 @@ def load_classifier(source: AdapterSource, base_model: str | None, session: Sess
         base, processor = load_base(base_model, session)
         classifier = SEPClassifier.from_pretrained(source.name, model=base, processor=processor, **options)
     return session.place(classifier)
+
+
+def load_adapter(source: AdapterSource, base_model: str | None, session: Session) -> Adapter:
+    """An adapter without its classes, of which it may have none."""
+    check_path(source.name)  # before a base model is loaded for it
+    options = {"subfolder": source.subfolder, **source.hub_options(session)}
+    if base_model is None:
+        adapter = Adapter.from_pretrained(source.name, **options)
+    else:
+        base, processor = load_base(base_model, session)
+        adapter = Adapter.from_pretrained(source.name, model=base, processor=processor, **options)
+    session.place(adapter.model)
+    return adapter
 
 
 def check_images(samples: Samples, session: Session) -> tuple[Samples, dict[Path, str]]:

@@ -1,0 +1,110 @@
+"""`Adapter`: a model with an adapter and its processor, without a class list: to embed, to save and to load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..tuner.config import SEPConfig
+from .card import CardDetails
+from .embeddings import check_batch_size, embed_images, embed_texts
+from .files import load_base, save_files
+from .images import as_images
+
+
+class Adapter:
+    """What needs no classes: embeddings of images and texts by the active adapter of a model, and its files.
+
+    Args:
+        model: a `PeftModel` with a SEP adapter.
+        processor: of transformers, with a tokenizer and an image processor.
+
+    Example:
+        >>> adapter = Adapter.from_pretrained("my-adapter")
+        >>> adapter.embed(["a.jpg", "b.jpg"]) @ adapter.embed_texts("a red dress")
+    """
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        subfolder: str | None = None,
+        trust_remote_code: bool = False,
+        **hub_options,
+    ) -> Adapter:
+        """Load an adapter, with or without a class list beside it, in evaluation.
+
+        Args:
+            path: a folder or the id of a repository on the Hub.
+            model: the base model; None: the one that the adapter names, which is loaded with its processor.
+            processor: None: the one that is loaded with the base model, if any.
+            subfolder: below `path`.
+            trust_remote_code: whether code that comes with the base model that the adapter names may run.
+            hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
+
+        Raises:
+            ValueError, OSError, AdapterMismatchError: as `SEPClassifier.from_pretrained`.
+        """
+        path = os.fspath(path)
+        SEPConfig.of_adapter(path, subfolder, **hub_options)  # before PEFT reads it, whose errors name no file
+        if model is None:
+            model, found = load_base(path, subfolder, hub_options, trust_remote_code)
+            processor = processor or found
+        options = {"subfolder": subfolder, **hub_options}
+        return cls(PeftModel.from_pretrained(model, path, **options).eval(), processor)  # pyright: ignore[reportArgumentType]
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, details: CardDetails | None = None, save_dtype: torch.dtype | None = None
+    ) -> None:
+        """Save the active adapter and a model card; the class list of an adapter that was there is removed.
+
+        Args:
+            folder: where to; made where it is missing.
+            details: for the model card.
+            save_dtype: of the weights in the file; None: as they are.
+
+        Raises:
+            TypeError, ValueError: as `SEPClassifier.save_pretrained`.
+        """
+        save_files(self.model, None, folder, details or CardDetails(), save_dtype)
+
+    def embed(self, images: Any, batch_size: int = 32) -> torch.Tensor:
+        """SEP's embeddings of images, (N, E), of unit length, on the CPU; for one image alone (E,).
+
+        Args:
+            images: as `SEPClassifier.predict` takes them.
+            batch_size: images read and encoded at a time.
+
+        Raises:
+            ValueError: an image cannot be read, there is none, or `batch_size` is below 1.
+        """
+        check_batch_size(batch_size)
+        images, single = as_images(images)
+        found = embed_images(self.model, self.processor, images, batch_size)
+        return found[0] if single else found
+
+    def embed_texts(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:
+        """SEP's embeddings of texts, (N, E), of unit length, on the CPU; for one text alone (E,).
+
+        Args:
+            texts: one, or N of them.
+            truncate: cut texts of more tokens than `sep_peft.max_text_length` at their end, and warn of how many.
+
+        Raises:
+            TypeError: one is no text.
+            ValueError: there is none, or one is blank or does not fit beside the prompts.
+        """
+        several = [texts] if isinstance(texts, str) else texts
+        found = embed_texts(self.model, self.processor, several, None, truncate)
+        return found[0] if isinstance(texts, str) else found
