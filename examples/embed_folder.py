@@ -2,11 +2,14 @@
 
     python examples/embed_folder.py my_images --model openai/clip-vit-base-patch16 --adapter my-task --output embeds
     accelerate launch --num_processes 4 examples/embed_folder.py my_images ... --output embeds
+    python examples/embed_folder.py my_images ... --engine ray --actors 4 --format parquet --output embeds
 
 Shard i holds the i-th `--shard-size` of the sorted images: `shard-000012.safetensors` with `embeddings` (n, E), of
-unit length, and in its metadata `names`, one a row, and `unreadable`, both JSON. A shard is written under another name
-first, so one that is there is whole; the same command run again makes only those that are missing. `settings.json`
-says what the shards were made from, `summary.json` what came out; it is there when everything is done.
+unit length, and in its metadata `names`, one a row, and `unreadable`, both JSON; or `shard-000012.parquet` with the
+columns `name` and `embeddings`, and the same `unreadable` in the metadata of its schema. Several adapters share the
+frozen branch, and give `embeddings/ADAPTER` each. A shard is written under another name first, so one that is there
+is whole; the same command run again makes only those that are missing, also with the other engine. `settings.json` says
+what the shards were made from, `summary.json` what came out; it is there when everything is done.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -38,6 +42,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
     state = PartialState(cpu=args.device == "cpu")
     names = image_names(args.images)
+    if args.format == "parquet" and (odd := [name for name in names if not is_utf8(name)]):
+        raise SystemExit(f"Parquet holds UTF-8, which {printable(odd[0])} is not. Take --format safetensors.")
     settings = describe(args, names)
     if state.is_main_process:
         prepare(args.output, settings)
@@ -49,18 +55,17 @@ def main() -> None:
 
     shards = range(-(-len(names) // args.shard_size))
     own = [i for i in shards if i % state.num_processes == state.process_index]
-    missing = [i for i in own if not shard_path(args.output, i).exists()]
+    missing = [i for i in own if not shard_path(args, i).exists()]
     parts = {i: names[i * args.shard_size : (i + 1) * args.shard_size] for i in missing}
-    if missing:
-        embedder, processor = load(args, state.device)
-        # every process shows its own progress, on its own line
-        with tqdm(total=sum(map(len, parts.values())), unit="image", position=state.process_index) as progress:
-            for index, part in parts.items():
-                write_shard(shard_path(args.output, index), *embed(part, embedder, processor, args, progress))
+    # every process shows its own progress, on its own line
+    with tqdm(total=sum(map(len, parts.values())), unit="image", position=state.process_index) as progress:
+        for index, shard in make_shards(parts, args, state, progress):
+            write_shard(shard_path(args, index), shard)
     state.wait_for_everyone()
     if state.is_main_process:
-        print(f"done by {state.num_processes} processes")
-        summarize(args.output, shards)
+        workers = f"{args.actors} actors" if args.engine == "ray" else f"{state.num_processes} processes"
+        print(f"done by {workers}")
+        summarize(args, shards)
 
 
 # what there is to do
@@ -74,10 +79,16 @@ def image_names(folder: Path) -> list[str]:
     return names
 
 
+def is_utf8(name: str) -> bool:
+    return name.encode(errors="replace").decode() == name
+
+
 def describe(args: argparse.Namespace, names: list[str]) -> dict:
     """What the shards depend on."""
     digest = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()
-    return {"model": args.model, "adapter": args.adapter, "shard_size": args.shard_size, "images": digest}
+    adapter = args.adapter[0] if len(args.adapter) == 1 else args.adapter
+    settings = {"model": args.model, "adapter": adapter, "shard_size": args.shard_size, "images": digest}
+    return settings if args.format == "safetensors" else {**settings, "format": args.format}
 
 
 def prepare(output: Path, settings: dict) -> None:
@@ -93,8 +104,8 @@ def prepare(output: Path, settings: dict) -> None:
         left.unlink()
 
 
-def shard_path(output: Path, index: int) -> Path:
-    return output / f"shard-{index:06d}.safetensors"
+def shard_path(args: argparse.Namespace, index: int) -> Path:
+    return args.output / f"shard-{index:06d}.{args.format}"
 
 
 # the work
@@ -118,26 +129,80 @@ class Images(Dataset):
         return name, self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-def load(args: argparse.Namespace, device: torch.device) -> tuple[ImageEmbedder, object]:
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(args.model), args.adapter)
-    return ImageEmbedder(model).eval().to(device), AutoImageProcessor.from_pretrained(args.model)
+class Embedder:
+    """The model with its adapters.
+
+    Args:
+        model: the base model, a folder or an id on the Hub.
+        adapters: folders or ids on the Hub.
+        device: that embeds.
+    """
+
+    def __init__(self, model: str, adapters: list[str], device: torch.device | str):
+        base = AutoModel.from_pretrained(model)
+        self.names = {f"adapter_{index}": adapter for index, adapter in enumerate(adapters)}
+        peft = PeftModel.from_pretrained(base, adapters[0], "adapter_0")
+        for name, adapter in [*self.names.items()][1:]:
+            peft.load_adapter(adapter, name)
+        self.embedder = ImageEmbedder(peft).eval().to(device)
+        self.base = base
+
+    @property
+    def columns(self) -> list[str]:
+        """What the embeddings of each adapter are called in shards."""
+        return column_names([*self.names.values()])
+
+    @torch.inference_mode()
+    def embed(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pixel_values (B, 3, H, W) -> for each of `columns` embeddings (B, E) on the CPU; one frozen pass for all."""
+        found = self.embedder.by_adapters(pixels.to(self.base.device, self.base.dtype), [*self.names])
+        return {column: embeds.cpu() for column, embeds in zip(self.columns, found, strict=True)}
 
 
-@torch.inference_mode()
-def embed(
-    names: list[str], embedder: ImageEmbedder, processor, args: argparse.Namespace, progress: tqdm
-) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Embeddings (n, E), the names of their rows, and the names of what cannot be read."""
-    base = embedder.model.get_base_model()
-    embeddings, read, unreadable = [], [], []
+def column_names(adapters: list[str]) -> list[str]:
+    return ["embeddings"] if len(adapters) == 1 else [f"embeddings/{adapter}" for adapter in adapters]
+
+
+class Shard(NamedTuple):
+    """A finished part: column -> embeddings (n, E), the names of their rows, and the names of what cannot be read."""
+
+    embeddings: dict[str, torch.Tensor]
+    names: list[str]
+    unreadable: list[str]
+
+
+def make_shards(
+    parts: dict[int, list[str]], args: argparse.Namespace, state: PartialState, progress: tqdm
+) -> Iterator[tuple[int, Shard]]:
+    """Each part with its index, when it is done."""
+    if not parts:
+        return
+    if args.engine == "ray":
+        from embed_on_ray import shards_on_ray  # which needs the package ray
+
+        yield from shards_on_ray(parts, args, progress)
+        return
+    embedder = Embedder(args.model, args.adapter, state.device)
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    for index, names in parts.items():
+        yield index, embed(names, embedder, processor, args, progress)
+
+
+def embed(names: list[str], embedder: Embedder, processor, args: argparse.Namespace, progress: tqdm) -> Shard:
+    found, read, unreadable = [], [], []
     for batch in batches(Images(args.images, names, processor), args):
         unreadable += [name for name, pixels in batch if pixels is None]
         good = [(name, pixels) for name, pixels in batch if pixels is not None]
         if good:
-            embeddings.append(embedder(torch.stack([pixels for _, pixels in good]).to(base.device, base.dtype)).cpu())
+            found.append(embedder.embed(torch.stack([pixels for _, pixels in good])))
             read += [name for name, _ in good]
         progress.update(len(batch))
-    return torch.cat(embeddings) if embeddings else torch.empty(0, 0), read, unreadable
+    return Shard(joined(found, embedder.columns), read, unreadable)
+
+
+def joined(found: list[dict[str, torch.Tensor]], columns: list[str]) -> dict[str, torch.Tensor]:
+    """Embeddings of several batches as those of one; (0, 0) where there are none."""
+    return {column: torch.cat([part[column] for part in found] or [torch.empty(0, 0)]) for column in columns}
 
 
 def batches(images: Images, args: argparse.Namespace) -> Iterator[list]:
@@ -148,20 +213,41 @@ def batches(images: Images, args: argparse.Namespace) -> Iterator[list]:
 # files
 
 
-def write_shard(path: Path, embeddings: torch.Tensor, names: list[str], unreadable: list[str]) -> None:
-    part = path.with_suffix(".part")
-    save_file({"embeddings": embeddings}, part, {"names": json.dumps(names), "unreadable": json.dumps(unreadable)})
+def write_shard(path: Path, shard: Shard) -> None:
+    part, unreadable = path.with_suffix(".part"), json.dumps(shard.unreadable)
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        columns: dict = {"name": pyarrow.array(shard.names, pyarrow.string())}
+        for column, embeddings in shard.embeddings.items():  # (n, E) -> n lists of E numbers
+            columns[column] = pyarrow.array([*embeddings.numpy()], pyarrow.list_(pyarrow.float32()))
+        table = pyarrow.table(columns).replace_schema_metadata({"unreadable": unreadable})
+        parquet.write_table(table, part)
+    else:
+        save_file(shard.embeddings, part, {"names": json.dumps(shard.names), "unreadable": unreadable})
     os.replace(part, path)
 
 
-def summarize(output: Path, shards: range) -> None:
+def contents(path: Path) -> tuple[int, list[str]]:
+    """How many images a shard holds, and the names of what could not be read."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        metadata = parquet.read_metadata(path)
+        return metadata.num_rows, json.loads(metadata.metadata[b"unreadable"])
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return len(json.loads(metadata["names"])), json.loads(metadata["unreadable"])
+
+
+def summarize(args: argparse.Namespace, shards: range) -> None:
     """Count what came out, over all shards."""
-    count, unreadable = 0, []
+    output, count, unreadable = args.output, 0, []
     for index in shards:
-        with safe_open(shard_path(output, index), "pt") as file:
-            metadata = file.metadata()
-        count += len(json.loads(metadata["names"]))
-        unreadable += json.loads(metadata["unreadable"])
+        embedded, failed = contents(shard_path(args, index))
+        count += embedded
+        unreadable += failed
     write_json(output / "summary.json", {"embedded": count, "unreadable": unreadable, "shards": len(shards)})
     print(f"{count} images embedded in {len(shards)} shards, {len(unreadable)} could not be read")
     for name in unreadable[:10]:
@@ -185,15 +271,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="folder of images, searched with all folders below it")
     parser.add_argument("--model", required=True, help="the base model, a folder or an id on the Hub")
-    parser.add_argument("--adapter", required=True, help="the SEP adapter, a folder or an id on the Hub")
+    parser.add_argument("--adapter", required=True, nargs="+", help="SEP adapters, folders or ids on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--shard-size", type=int, default=4096, help="images a shard")
     parser.add_argument("--batch-size", type=int, default=64, help="images the model sees at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images, beside each that embeds")
     parser.add_argument(
+        "--engine", choices=("accelerate", "ray"), default="accelerate", help="what shares out the work"
+    )
+    parser.add_argument("--actors", type=int, default=1, help="of Ray that embed; its other CPUs read images")
+    parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors", help="of shards")
+    parser.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU a process where there is"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(set(args.adapter)) < len(args.adapter):
+        parser.error("--adapter names one of them twice")
+    return args
 
 
 if __name__ == "__main__":
