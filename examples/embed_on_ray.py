@@ -1,8 +1,9 @@
 """`embed_folder.py --engine ray`: images are read by the CPUs of a Ray cluster, and embedded by actors with the model.
 
-Where actors have a GPU each, Ray reads images in other processes, on any machine; without one, in the actors themselves.
-Ray Data keeps the order, starts what has failed once more, and holds back readers where actors are slower. The process
-that started it gets embeddings alone, 2 KB an image, and writes each shard as soon as its last image is there.
+Where actors have a GPU each, Ray reads images in other processes, on any machine; without one, in the actors
+themselves. Ray Data keeps the order, starts what has failed once more, and holds back readers where actors are slower.
+The process that started it gets embeddings alone, 2 KB an image, and writes each shard as soon as its last image is
+there.
 """
 
 from __future__ import annotations
