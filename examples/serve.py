@@ -152,8 +152,8 @@ class Server:
 
     # what Ray asks
 
-    async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Read changed tasks anew, after the batch that is running."""
+    async def refresh(self) -> None:
+        """Read changed tasks anew, after the batch that is running; all replicas are told so at a time."""
         await asyncio.get_running_loop().run_in_executor(self.worker, self.cache.refresh)
 
     def check_health(self) -> None:
@@ -278,16 +278,14 @@ class Server:
 # the program
 
 
-def application(args: argparse.Namespace, sources: Sources, addresses: Addresses, generation: int):
-    """What Ray Serve runs; another generation has replicas read changed tasks anew, without being started anew."""
+def application(args: argparse.Namespace, sources: Sources, addresses: Addresses):
+    """What Ray Serve runs."""
     options = {name: getattr(args, name) for name in ("max_tasks", "max_batch", "batch_wait", "max_pixels", "readers")}
     return Server.options(
         num_replicas=args.replicas,
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
         max_ongoing_requests=4 * args.max_batch,
         max_queued_requests=args.max_queued,
-        version="1",  # of the code, so that replicas are not started anew
-        user_config={"generation": generation},
     ).bind(args.model, sources, addresses, {**options, "max_bytes": args.max_megabytes * 10**6})
 
 
@@ -342,16 +340,14 @@ def main() -> None:
     ray.init(include_dashboard=False, log_to_driver=True, **local)
     options = HTTPOptions(host=args.host, port=args.port, request_timeout_s=args.seconds)
     serve.start(http_options=options)
-    generation = 0
-    serve.run(application(args, sources, addresses, generation), name="sep")
+    server = serve.run(application(args, sources, addresses), name="sep")
     received: SimpleQueue[int] = SimpleQueue()
     for each in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda number, frame: received.put(number))
     print(f"http://{args.host}:{args.port} (Ctrl-C ends it)", flush=True)
     while received.get() == signal.SIGHUP:
-        generation += 1
-        serve.run(application(args, sources, addresses, generation), name="sep")
-        print(f"tasks were read anew ({generation})", flush=True)
+        server.broadcast("refresh").results()
+        print("changed tasks were read anew", flush=True)
     serve.shutdown()
     ray.shutdown()
 

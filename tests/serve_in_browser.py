@@ -230,7 +230,7 @@ def test_a_reload_reads_changed_tasks_while_requests_go_on(server, http, classif
     os.kill(process.pid, signal.SIGHUP)
     found = wait(lambda: [answers for answers in [ask()] if answers[0]["label"] in ("zebra", "okapi")])[0]
     assert_answers(found, changed.predict(IMAGE_FILES[0]))
-    wait(lambda: "tasks were read anew (1)" in log.read_text())
+    wait(lambda: "changed tasks were read anew" in log.read_text())
     assert {replica.pid for replica in serve_load.replicas(process)} == replicas
 
 
