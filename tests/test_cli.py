@@ -304,7 +304,7 @@ def test_predict_of_other_classes_asks_zero_shot_as_well(run, images, adapter):
     options = ["--base-model", base(), "--class", "pizza", "--class", "cup", "--json", "--quiet"]
     found = [
         json.loads(run("predict", adapter, image, *options, *margin)[1])[0]["prediction"][0]["score"]
-        for margin in ([], ["--zero-shot-margin", "1.5"], ["--zero-shot-margin", "0"])
+        for margin in ([], ["--zero-shot-margin", "1"], ["--zero-shot-margin", "0"])
     ]
     assert found[0] == found[1] != found[2]
     message = error_of(run, "predict", adapter, image, *options, "--zero-shot-margin", "-2")

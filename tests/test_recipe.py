@@ -200,7 +200,7 @@ def margin(classifier: SEPClassifier) -> float:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "expected"), [(None, 1.5), (Recipe(zero_shot_margin=3), 3), (Recipe.published(), 0)]
+    ("recipe", "expected"), [(None, 1.0), (Recipe(zero_shot_margin=3), 3), (Recipe.published(), 0)]
 )
 def test_other_classes_have_the_recipes_margin(recipe, expected, make):
     classifier = make(recipe=recipe)
@@ -215,15 +215,15 @@ def test_trained_classes_are_not_held_back(recipe, finish, make):
     if finish == "keep_prototypes" and not (recipe.prototype_logit_weight and recipe.prototype_weight):
         pytest.skip("there is nothing to keep")
     classifier = make(NEW, recipe=recipe).set_classes(BASE)
-    assert margin(classifier) == 1.5
+    assert margin(classifier) == 1.0
     train_a_step(classifier)
     getattr(classifier, finish)()
     assert margin(classifier) == 0
     expected = classifier.eval()(IMAGES).logits
     kept = classifier.classes.prototypes
 
-    assert margin(classifier.set_classes(NEW)) == 1.5 and classifier.classes.prototypes is None
-    assert margin(classifier.set_classes([*BASE, *NEW])) == 1.5
+    assert margin(classifier.set_classes(NEW)) == 1.0 and classifier.classes.prototypes is None
+    assert margin(classifier.set_classes([*BASE, *NEW])) == 1.0
     assert margin(classifier.set_classes(BASE[:2])) == 0
     torch.testing.assert_close(classifier(IMAGES).logits, expected[:, :2])
     classifier.set_classes(BASE)
@@ -276,7 +276,7 @@ def test_an_adapter_that_names_no_recipe_predicts_as_before(make, tokenizer, tmp
     classifier.save_pretrained(tmp_path)
     file = tmp_path / "sep_classes.json"
     data = json.loads(file.read_text())
-    assert data.pop("new_class_margin") == 1.5
+    assert data.pop("new_class_margin") == 1.0
     file.write_text(json.dumps(data))
     loaded = SEPClassifier.from_pretrained(tmp_path, model=make_clip(), processor=tokenizer)
     assert torch.equal(loaded(IMAGES).logits, classifier(IMAGES).logits)

@@ -29,11 +29,13 @@ from sep_peft.classifier.logits import head_features, more_confident
 from sep_peft.method.fit_heads import fit_head
 from sep_peft.method.heads import NAMES, ClassHead, HeadLogits
 from sep_peft.method.losses import PROTOTYPE_SCALE
-from sep_peft.method.recipe import PROTOTYPE_LOGIT_WEIGHT, ZERO_SHOT_MARGIN
+from sep_peft.method.recipe import PROTOTYPE_LOGIT_WEIGHT
 
 
 #: Parts of the embeddings that are no evaluations.
 DRAWN = ("train", "val")
+#: Margins of zero-shot that new classes are tried with.
+MARGINS = (1.0, 1.5)
 
 
 def main() -> None:
@@ -118,7 +120,7 @@ def predictions(found: dict) -> dict[str, torch.Tensor]:
                 ways["prototypes"] = texts + PROTOTYPE_LOGIT_WEIGHT * PROTOTYPE_SCALE * cosines
             ways |= {kind: with_head(found, part, head) for kind, head in heads.items()}
         else:
-            ways |= {f"margin {m:g}": more_confident(texts, zero_shot, m) for m in (1.0, ZERO_SHOT_MARGIN)}
+            ways |= {f"margin {m:g}": more_confident(texts, zero_shot, m) for m in MARGINS}
         logits |= {f"{name} {way}": value for way, value in ways.items()}
         labels[name] = part["labels"]
     return {name: value.argmax(dim=1) == labels[name.split()[0]] for name, value in logits.items()}

@@ -19,6 +19,8 @@ from .tokenized import check_inputs, check_text, to_lists, to_tensors, token_row
 
 #: What the prompted branch reads: the bare class name, as published.
 CLASS_TEMPLATE = "{}."
+#: `new_class_margin` of class files that name none: what the package's recipe said when they were written.
+UNNAMED_MARGIN = 1.5
 #: What the frozen branch reads unless told otherwise.
 TEMPLATE = "a photo of a {}."
 
@@ -247,7 +249,7 @@ class TaskClasses:
             prototypes,
             0.0 if prototypes is None else weight,
             data.get("zero_shot_margin", 0.0),
-            data.get("new_class_margin"),
+            data.get("new_class_margin", UNNAMED_MARGIN),
             None if calibration is None else Calibration.from_json(calibration),
             None if head_tensors is None else _head_of(data.get("head"), head_tensors),
             Descriptions.from_json(data["descriptions"]) if "descriptions" in data else None,

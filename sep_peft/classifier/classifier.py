@@ -211,7 +211,7 @@ class SEPClassifier(TrainerMixin):
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
             template: None keeps the present one.
             zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it. None: what
-                `TaskClasses` say, and for names the recipe's, 1.5 by default, or 0 where all of them were trained.
+                `TaskClasses` say, and for names the recipe's, 1 by default, or 0 where all of them were trained.
             descriptions: as for `from_class_names`; None: those of the trained names with these, else none.
         """
         named = not isinstance(classes, TaskClasses)

@@ -10,8 +10,9 @@ from .base_recipe import BaseRecipe, is_int, is_number
 
 #: Weight of the kept prototypes' logits in predictions, chosen on validation images by `examples/few_shot`.
 PROTOTYPE_LOGIT_WEIGHT = 5.0
-#: How many times zero-shot's confidence counts where classes were not trained, chosen there as well.
-ZERO_SHOT_MARGIN = 1.5
+#: How many times zero-shot's confidence counts where classes were not trained, compared there as well: the more
+#: confident of both decides.
+ZERO_SHOT_MARGIN = 1.0
 #: Weights of losses that are no part of SEP; see `sep_peft.method.regularizers`.
 REGULARIZER_WEIGHTS = ("agreement_weight", "text_distance_weight", "vision_distance_weight", "geometry_weight")
 #: Classes from which on a step draws some of their texts, and how many; see `Recipe.class_sample`.
@@ -59,7 +60,7 @@ class Recipe(BaseRecipe):
         prototype_logit_weight: of the trained prototypes in predictions; 0, as published: they serve the loss alone.
             Default 5.
         zero_shot_margin: for classes that were not trained zero-shot decides each image unless SEP is more than so
-            many times as confident; 0, as published: SEP decides alone. Default 1.5.
+            many times as confident; 0, as published: SEP decides alone. Default 1: the more confident of both decides.
         calibration_folds: parts of the training images on which scores are calibrated where there are no held-out
             images: for each part the adapter is trained a third as long on the others. 0, as published: scores are the
             softmax of the logits as they are. Default 4.
