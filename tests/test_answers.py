@@ -14,7 +14,7 @@ from small_clip import make_clip
 
 from sep_peft import SEPClassifier
 from sep_peft.classifier.answers import Answers
-from sep_peft.classifier.calibration import KEPT_SCORES, Calibration, kept_scores
+from sep_peft.classifier.calibration import EXPECTED_SCORES, KEPT_SCORES, Calibration, expected_scores, kept_scores
 from sep_peft.classifier.prediction import Task, predict_batch
 from sep_peft.training.calibrate import HeldOut
 
@@ -78,6 +78,39 @@ def test_many_scores_are_thinned_out_and_promise_no_more():
     assert kept_scores(scores[:5]) == tuple(scores[:5].sort().values.tolist())
 
 
+def test_expected_scores_are_those_that_labels_drawn_by_the_scores_get():
+    """A hundred labels for each image, drawn by its scores, in the place of all that may be drawn."""
+    scores = (3 * torch.randn(200, 5, generator=torch.Generator().manual_seed(6))).double().softmax(dim=1)
+    labels = torch.multinomial(scores, 100, replacement=True, generator=torch.Generator().manual_seed(7))
+    drawn = scores.gather(1, labels).flatten()
+    expected = expected_scores(scores)
+    assert len(expected) == EXPECTED_SCORES and list(expected) == sorted(expected)
+    for coverage in (0.5, 0.8, 0.9, 0.95):
+        least = Calibration(1.0, label_scores=expected).least_score(coverage)
+        assert (drawn >= least).double().mean().item() == pytest.approx(coverage, abs=0.01)
+        assert scores[scores >= least].sum().item() / 200 >= coverage - 1e-9
+    assert expected_scores(torch.eye(3)) == (1.0,) * EXPECTED_SCORES
+
+
+def test_few_images_keep_a_promise_nearer_by_expected_scores():
+    """With scores that are right, of twenty images: how far the share in sets of 0.8 is from it, over many draws."""
+    generator, missed = torch.Generator().manual_seed(8), {"kept": [], "expected": []}
+    for _ in range(60):
+        scores = (2 * torch.randn(220, 4, generator=generator)).softmax(dim=1)
+        own = scores.gather(1, torch.multinomial(scores, 1, generator=generator))[:, 0]
+        for name, found in {"kept": kept_scores(own[:20]), "expected": expected_scores(scores[:20])}.items():
+            least = Calibration(1.0, label_scores=found).least_score(0.8)
+            missed[name].append((own[20:] >= least).double().mean().item() - 0.8)
+    spread = {name: torch.tensor(values).square().mean().sqrt().item() for name, values in missed.items()}
+    assert spread["expected"] < 0.6 * spread["kept"]
+
+
+def test_after_cross_fitting_scores_are_expected_ones():
+    logits = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(9))
+    found = HeldOut(logits, logits, logits.argmax(dim=1), "cross-fitting").calibration()
+    assert found.label_scores == pytest.approx(expected_scores((logits / found.temperature).softmax(dim=1)))
+
+
 # none of these
 
 
@@ -101,7 +134,7 @@ def test_by_energy():
 def test_what_is_found_on_held_out_images():
     logits = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(5))
     labels = logits.argmax(dim=1)
-    found = HeldOut(logits, logits, labels, "cross-fitting").calibration()
+    found = HeldOut(logits, logits, labels, "held-out images").calibration()
     energies = (logits / found.temperature).logsumexp(dim=1)
     assert (energies >= found.least_energy).float().mean() == pytest.approx(0.95)
     scores = (logits / found.temperature).softmax(dim=1)

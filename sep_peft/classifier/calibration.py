@@ -21,6 +21,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
 KNOWN_SHARE = 0.95
 #: Scores of held-out images that are kept, at most.
 KEPT_SCORES = 1000
+#: Places in the order of expected scores that are kept.
+EXPECTED_SCORES = 199
 #: Where the images of a calibration came from.
 SOURCES = ("held-out images", "cross-fitting")
 
@@ -39,7 +41,8 @@ class Calibration:
         least_energy: an image whose calibrated logits have less looks like no class; `KNOWN_SHARE` of these images have
             more. None: not known.
         label_scores: what these images, or at most `KEPT_SCORES` places in their order, give to their own class, from 0
-            to 1, ascending; empty: not known.
+            to 1, ascending: as `kept_scores` finds it on held-out images, or as `expected_scores` does after
+            cross-fitting; empty: not known.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -106,7 +109,7 @@ class Calibration:
 
         Of n held-out images and a new one drawn like them, each is equally likely to give its class the lowest score,
         the second lowest and so on; so the k-th lowest of the n misses a share of ``k / (n + 1)``. Where n is too small
-        for a promise, every class is in the set.
+        for a promise, every class is in the set. Expected scores are used alike.
         """
         place = math.floor((len(self.label_scores) + 1) * (1 - coverage) + 1e-9)
         return self.label_scores[place - 1] if place else 0.0
@@ -177,6 +180,19 @@ def kept_scores(scores: torch.Tensor, most: int = KEPT_SCORES) -> tuple[float, .
         places = [(j + 1) * (count + 1) // (most + 1) - 1 for j in range(most)]
         ordered = ordered[places]
     return tuple(ordered.tolist())
+
+
+def expected_scores(scores: torch.Tensor, count: int = EXPECTED_SCORES) -> tuple[float, ...]:
+    """What images like these N give to their own class if scores are right: `count` places in its order, ascending.
+
+    Every class of an image is its own as often as its score (N, C) says. That is N C numbers in the place of N, which
+    change far less from one draw of few images to another than what their N labels happen to get, and are wrong as far
+    as scores are. The j-th of m places has at most a share of ``j / (m + 1)`` below it.
+    """
+    ordered = scores.double().flatten().sort().values
+    shares = ordered.cumsum(0) / len(scores)
+    places = torch.arange(1, count + 1, dtype=torch.float64, device=scores.device) / (count + 1)
+    return tuple(ordered[torch.searchsorted(shares, places, right=True).clamp_max(len(ordered) - 1)].tolist())
 
 
 def is_number(value: Any) -> bool:

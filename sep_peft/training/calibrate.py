@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..classifier.answers import energies
-from ..classifier.calibration import KNOWN_SHARE, Calibration, fit_temperature, kept_scores
+from ..classifier.calibration import KNOWN_SHARE, Calibration, expected_scores, fit_temperature, kept_scores
 from ..classifier.classifier import SEPClassifier
 from ..classifier.logits import ClassWeights, class_logits
 from ..method.recipe import Recipe
@@ -58,7 +58,7 @@ class HeldOut:
         temperature = fit_temperature(self.logits, self.labels)
         right = (self.logits.argmax(dim=1) == self.labels).sum().item()
         logits = self.logits / temperature
-        scores = logits.softmax(dim=1).gather(1, self.labels[:, None])[:, 0]
+        scores = logits.softmax(dim=1).clamp(0, 1)
         return Calibration(
             temperature,
             fit_temperature(self.new_logits, self.labels),
@@ -66,8 +66,15 @@ class HeldOut:
             self.source,
             100 * right / len(self.labels),
             energies(logits).quantile(1 - KNOWN_SHARE).item(),
-            kept_scores(scores.clamp(0, 1)),
+            self._label_scores(scores),
         )
+
+    def _label_scores(self, scores: torch.Tensor) -> tuple[float, ...]:
+        """Of calibrated scores (N, C), what a set's promise goes by: of held-out images the scores of their labels, by
+        which it is proved; after cross-fitting, where nothing is, expected ones, which come nearer to it."""
+        if self.source == "cross-fitting":
+            return expected_scores(scores)
+        return kept_scores(scores.gather(1, self.labels[:, None])[:, 0])
 
 
 def calibrate(
