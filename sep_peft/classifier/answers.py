@@ -8,7 +8,8 @@ with and without their own class (docs/scores.md).
 
 **Sets.** Split conformal prediction with the score of the class itself as its conformity: Sadinle, Lei and Wasserman,
 "Least Ambiguous Set-Valued Classifiers" (JASA 2019), after Vovk, Gammerman and Shafer (2005). Of n held-out images and
-a new one that is drawn like them each is equally likely to have the lowest score, and so on.
+a new one that is drawn like them each is equally likely to have the lowest score, and so on. After cross-fitting the
+expected scores of labels take the place of theirs.
 """
 
 from __future__ import annotations
