@@ -72,7 +72,7 @@ def test_on_held_out_images(make, images):
     classifier.calibrate(None)
     logits, labels = logits_of(classifier, held_out)
     assert calibration.temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
-    classifier.set_classes(replace(classifier.classes, prototypes=None, zero_shot_margin=1.5))
+    classifier.set_classes(replace(classifier.classes, prototypes=None, zero_shot_margin=RECIPE.zero_shot_margin))
     assert calibration.new_class_temperature == pytest.approx(
         fit_temperature(logits_of(classifier, held_out)[0], labels)
     )
