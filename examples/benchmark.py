@@ -3,7 +3,7 @@
 The models have the sizes of CLIP ViT-B/16 and random weights, so nothing is downloaded: no cost depends on the values.
 Workloads that are compared run by turns, in a new order every round, and a ratio is the median of the ratios of the
 single rounds, so that a machine that other programs slow down now and then still gives usable numbers. For Linux and
-macOS, on the CPU.
+macOS, on the CPU where no device is named.
 
     python examples/benchmark.py                     # a few minutes on two cores
     python examples/benchmark.py --fast              # a tiny model, seconds: only to see that everything runs
@@ -11,6 +11,7 @@ macOS, on the CPU.
     python examples/benchmark.py --only resident     # a hundred adapters in one model
     python examples/benchmark.py --only mixed        # a batch whose samples use sixteen adapters
     python examples/benchmark.py --check             # every goal, in five minutes at most; fails where one is not met
+    python examples/benchmark.py --device cuda       # a GPU: other models, batches and goals; see benchmark_device.py
 
 On Linux, glibc gives freed memory back to the system during every training step and takes it again page by page. Plain
 CLIP without gradients hardly notices. All timings but one are made with that turned off, for every workload alike; a
@@ -752,7 +753,7 @@ def measure_adapter(name: str, model: PeftModel, folder: str, rounds: int) -> li
 # results
 
 
-def describe(settings: Settings, rows: list[Row], stopped: str | None) -> dict:
+def describe(settings: Settings, rows: list[Row], stopped: str | None, **more: object) -> dict:
     """Everything that goes into the JSON file; `stopped` is the signal that ended it, if one did."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "sep_peft")}
     return {
@@ -765,6 +766,7 @@ def describe(settings: Settings, rows: list[Row], stopped: str | None) -> dict:
         },
         "settings": asdict(settings),
         "stopped": stopped,
+        **more,
         "rows": [row.to_json(settings.goals) for row in rows],
     }
 
@@ -806,7 +808,8 @@ def format_items(items: dict) -> str:
 
 
 def format_row(row: dict) -> tuple[str, str, str, str, str]:
-    digits = max(0, 2 - math.floor(math.log10(row["median"])))  # three significant ones, and all before the point
+    # three significant ones, and all before the point
+    digits = max(0, 2 - math.floor(math.log10(row["median"]))) if row["median"] > 0 else 0
     goal = "" if row["goal"] is None else f"≤ {row['goal']:.2f}"
     met = {None: "", True: "yes", False: "no"}[row["met"]]
     return row["name"], f"{row['median']:,.{digits}f}", row["unit"], goal, met
@@ -864,7 +867,20 @@ def parse_arguments() -> argparse.Namespace:
         help="compare with the goals, in five minutes; the exit status says if all are met",
     )
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="measure these groups alone")
-    return parser.parse_args()
+    parser.add_argument("--device", metavar="NAME", help="measure on a device of torch, such as cuda")
+    on_device = parser.add_argument_group("with --device")
+    on_device.add_argument("--models", nargs="+", metavar="NAME", help="ViT-B/16, ViT-L/14-336 (both)")
+    on_device.add_argument("--batches", nargs="+", type=positive, metavar="N", help="images a batch (1 32 256)")
+    on_device.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    on_device.add_argument("--seconds", type=positive, metavar="N", help="end after so many seconds (never)")
+    arguments = parser.parse_args()
+    for name in ("models", "batches", "no_compile", "seconds"):
+        if arguments.device is None and getattr(arguments, name):
+            parser.error(f"--{name.replace('_', '-')} is for --device")
+    for name in ("only", "extended", "threads"):
+        if arguments.device is not None and getattr(arguments, name) != parser.get_default(name):
+            parser.error(f"--{name} is not for --device")
+    return arguments
 
 
 def measure(settings: Settings, chosen: set[str], stop: Stop) -> Iterator[Row]:
@@ -878,8 +894,45 @@ def measure(settings: Settings, chosen: set[str], stop: Stop) -> Iterator[Row]:
             yield from GROUPS[name](settings)
 
 
+def main_on_device(arguments: argparse.Namespace) -> int:
+    """`main` for another device than the CPU; the exit status says whether all goals that were measured are met."""
+    from benchmark_device import BATCHES, GOALS, MODELS, Plan, measure_device  # which takes models and rows from here
+
+    models = {"tiny": TINY} if arguments.fast else {name: MODELS[name] for name in arguments.models or MODELS}
+    plan = Plan(
+        torch.device(arguments.device),
+        models,
+        tuple(arguments.batches or ((1, 2, 32) if arguments.fast else BATCHES)),
+        rounds=arguments.rounds or (2 if arguments.fast else 5),
+        seconds_a_round=0.01 if arguments.fast else 0.3,
+        compiles=not arguments.no_compile,
+        dtype=torch.float32 if torch.device(arguments.device).type == "cpu" else torch.bfloat16,
+    )
+    settings = replace(next(iter(models.values())), goals=GOALS, threads=torch.get_num_threads())
+    rows, left_out, stop = [], [], Stop(arguments.seconds)
+    try:
+        for row in measure_device(plan, left_out):
+            rows.append(row)
+    except Stopped:
+        print(f"{stop.received} came; this is what was measured until then.", file=sys.stderr)
+    stop.end()
+    card = torch.cuda.get_device_name() if plan.device.type == "cuda" else None
+    report = describe(settings, rows, stop.received, card=card, left_out=left_out)
+    known = {name: goal for name, goal in GOALS.items() if any(row.name == name for row in rows)}
+    if card is not None:
+        print(card)
+    print(format_report(report))
+    if known:
+        print("", format_check(report, known), sep="\n")
+    write_json(arguments.output, report)
+    met = {row["name"] for row in report["rows"] if row["met"]}
+    return int(arguments.check and not set(known) <= met)
+
+
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.device is not None:
+        return main_on_device(arguments)
     settings = TINY if arguments.fast else VIT_B_16
     rounds = arguments.rounds or (CHECK_ROUNDS if arguments.check else settings.rounds)
     settings = replace(settings, threads=arguments.threads, rounds=rounds, goals_alone=arguments.check)

@@ -37,6 +37,7 @@ from .pair_files import read_pairs
 from .pairs import Pair
 from .report import write_report
 from .retrieval import PairEvaluation, evaluate_pairs
+from .sharding import shard_base
 
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "read_pairs",
+    "shard_base",
     "train",
     "write_report",
 ]

@@ -1,0 +1,57 @@
+"""Where the tests of GPUs run: on a CUDA device, or, to see that the tests themselves are right, on the CPU.
+
+python -m pytest tests/gpu                              # on a GPU; elsewhere they are skipped
+SEP_PEFT_GPU_TESTS_ON=cpu python -m pytest tests/gpu    # all but what CUDA alone has
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+
+VARIABLE = "SEP_PEFT_GPU_TESTS_ON"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Of the tests."""
+    wanted = os.environ.get(VARIABLE, "cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"there is no CUDA device; {VARIABLE}=cpu runs what does not need one")
+    return torch.device(wanted)
+
+
+@pytest.fixture
+def cuda(device) -> torch.device:
+    """Of tests about what CUDA alone has."""
+    if device.type != "cuda":
+        pytest.skip("it is about CUDA itself")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """fp32 is fp32: without TF32, whose 10 bits of mantissa no comparison with a CPU would pass."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture
+def put(device) -> Callable:
+    """Moves a module, a tensor, or a dictionary of tensors to the device."""
+
+    def move(what):
+        if isinstance(what, dict):
+            return {key: move(value) for key, value in what.items()}
+        return what.to(device) if isinstance(what, torch.Tensor | nn.Module) else what
+
+    return move
