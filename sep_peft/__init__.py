@@ -14,7 +14,7 @@ from .requirements import check_installed
 check_installed()  # before anything asks an older one for what it does not have
 
 # ruff: noqa: E402 (imports come after the check of what is installed)
-from . import losses
+from . import losses, pipeline_tasks
 from .families.spec import Architecture, TowerSpec
 from .method.fusion import TokenFusion
 from .method.recipe import Recipe
@@ -93,6 +93,7 @@ _LATER = {
 
 registration.register(SEPConfig, SEPModel)
 loading.wrap_loaders()
+pipeline_tasks.register()
 
 
 def __getattr__(name: str) -> Any:

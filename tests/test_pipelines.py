@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from bundled import IMAGE_FILES, NAMES, scores_of
+from bundled import IMAGE_FILES, NAMES, scores_of, shallow_clip
+from peft import get_peft_model
 from PIL import Image
-from transformers import pipeline
+from small_classifier import raises
+from small_clip import perturb
+from transformers import (
+    AutoProcessor,
+    CLIPModel,
+    ImageClassificationPipeline,
+    ZeroShotImageClassificationPipeline,
+    pipeline,
+)
 
-from sep_peft import ImageClassifier, SEPClassifier
+from sep_peft import ImageClassifier, SEPClassifier, SEPConfig
+from sep_peft.classifier.calibration import Calibration
+from sep_peft.classifier.files import MissingClassesError
 from sep_peft.classifier.images import read_image
 
 
@@ -103,3 +117,77 @@ def test_what_the_pipeline_reads(small_model, processor):
     assert model.config.id2label == dict(enumerate(NAMES))
     assert model.config.num_labels == 4
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+
+
+# an adapter by its name
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """Of a classifier with prototypes and a calibration, over the first layer of the small CLIP."""
+    folder, clip = tmp_path_factory.mktemp("named"), shallow_clip(1)
+    model = get_peft_model(CLIPModel.from_pretrained(clip), SEPConfig())
+    perturb(model)
+    classifier = SEPClassifier.from_class_names(model, AutoProcessor.from_pretrained(clip), NAMES)
+    classifier.prototypes.data.normal_(generator=torch.Generator().manual_seed(1))
+    classifier.finish_training().calibrate(Calibration(2.5, images=8)).save_pretrained(folder / "task")
+    return folder / "task"
+
+
+def test_image_classification_by_name(adapter):
+    classify = pipeline("image-classification", model=str(adapter), device="cpu")
+    assert isinstance(classify, ImageClassificationPipeline)
+    classifier = SEPClassifier.from_pretrained(adapter)
+    images = [str(path) for path in IMAGE_FILES]
+    assert_close(classify(images), classifier.predict(images), NAMES)
+    assert_close(classify(images, batch_size=3), classifier.predict(images), NAMES)
+    clear = Image.open(IMAGE_FILES[1]).convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    assert_close([classify(clear)], [classifier.predict(clear)], NAMES)
+
+
+def test_zero_shot_by_name(adapter):
+    """The trained classes, in any order, have what training left them; others have what `set_classes` gives them."""
+    classify = pipeline("zero-shot-image-classification", model=str(adapter), device="cpu")
+    classifier = SEPClassifier.from_pretrained(adapter)
+    images = [str(path) for path in IMAGE_FILES]
+    assert_close(classify(images, candidate_labels=NAMES[::-1]), classifier.predict(images), NAMES)
+    others = ["zebra", "crab", NAMES[0]]
+    expected = classifier.set_classes(others).predict(images)
+    assert_close(classify(images, candidate_labels=others, batch_size=3), expected, others)
+    expected = classifier.set_classes(others, "a drawing of a {}.").predict(images)
+    found = classify(images, candidate_labels=others, hypothesis_template="a drawing of a {}.")
+    assert_close(found, expected, others)
+    assert_close(
+        classify(images, candidate_labels=NAMES), SEPClassifier.from_pretrained(adapter).predict(images), NAMES
+    )
+
+
+def test_other_models_have_transformers_own_pipeline(processor):
+    found = pipeline("zero-shot-image-classification", model=str(shallow_clip(1)), device="cpu")
+    assert type(found) is ZeroShotImageClassificationPipeline and type(found.model) is CLIPModel
+
+
+def test_an_adapter_that_cannot_be_loaded_is_no_guesswork(adapter, tmp_path):
+    """transformers would go on to the base model with a head that nobody has trained."""
+    folder = tmp_path / "task"
+    shutil.copytree(adapter, folder)
+    with raises("A pipeline of a SEP adapter takes device, but no device_map."):
+        pipeline("image-classification", model=str(folder), device_map="cpu")
+    (folder / "sep_prototypes.safetensors").unlink()
+    for task in ("image-classification", "zero-shot-image-classification"):
+        with raises(
+            f"{folder / 'sep_prototypes.safetensors'} does not exist, but sep_classes.json says that it should. Copy "
+            "or download it again."
+        ):
+            pipeline(task, model=str(folder), device="cpu")
+    (folder / "sep_classes.json").unlink()
+    with pytest.raises(MissingClassesError, match=r"so there are no classes to load"):
+        pipeline("image-classification", model=str(folder), device="cpu")
+    plain = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    assert type(plain.model) is CLIPModel and plain.model.active_adapters() == ["default"]
+
+
+def test_a_type_of_numbers_is_the_base_models(adapter):
+    found = pipeline("image-classification", model=str(adapter), device="cpu", dtype=torch.bfloat16)
+    assert found.model.dtype == torch.bfloat16 and found(str(IMAGE_FILES[0]))[0]["label"] in NAMES

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from ..method.heads import HeadLogits
+from ..tuner.current import chosen_adapters
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.model import find_towers
 from .logits import ClassWeights
@@ -63,7 +64,43 @@ class ImageEmbedder(nn.Module):
         return image_embeds(find_towers(self.model)["vision"], {"pixel_values": pixel_values})[0]
 
 
-class ImageScorer(nn.Module):
+class ConstantWeights(nn.Module):
+    """What classes give to their logits, as constants of a graph.
+
+    Args:
+        weights: as they are; later classes and adapters do not reach into them.
+    """
+
+    text_embeds: torch.Tensor
+    frozen_text_embeds: torch.Tensor
+    prototype_weights: torch.Tensor | None
+
+    def __init__(self, weights: ClassWeights):
+        super().__init__()
+        self.register_buffer("text_embeds", weights.text_embeds.clone(), persistent=False)
+        self.register_buffer("frozen_text_embeds", weights.frozen_text_embeds.clone(), persistent=False)
+        self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
+        self._zero_shot_margin, self._temperature = weights.zero_shot_margin, weights.temperature
+        self._head = weights.head
+        for name, tensor in ({} if weights.head is None else weights.head.tensors).items():
+            self.register_buffer(f"head_{name}", tensor.clone(), persistent=False)
+
+    def class_weights(self) -> ClassWeights:
+        head = self._head
+        if head is not None:
+            own = {name: self.get_buffer(f"head_{name}") for name in head.tensors}
+            head = HeadLogits(head.kind, own, head.logit_weight, head.num_classes)
+        return ClassWeights(
+            self.text_embeds,
+            self.frozen_text_embeds,
+            self.prototype_weights,
+            self._zero_shot_margin,
+            self._temperature,
+            head,
+        )
+
+
+class ImageScorer(ConstantWeights):
     """A classifier with its present classes as one graph from pixels to probabilities, (B, C).
 
     The class texts are encoded once, here, and with kept prototypes are constant from then on.
@@ -76,37 +113,45 @@ class ImageScorer(nn.Module):
         >>> torch.onnx.export(scorer, (pixel_values,), "task.onnx", dynamo=True, dynamic_shapes=batch)
     """
 
-    text_embeds: torch.Tensor
-    frozen_text_embeds: torch.Tensor
-    prototype_weights: torch.Tensor | None
-
     def __init__(self, classifier: SEPClassifier):
-        super().__init__()
+        with torch.no_grad():
+            super().__init__(classifier.encoder.weights(training=False))
         self.model = classifier.model
         self.class_names = classifier.class_names
-        with torch.no_grad():
-            weights = classifier.encoder.weights(training=False)
-        self.register_buffer("text_embeds", weights.text_embeds.clone(), persistent=False)
-        self.register_buffer("frozen_text_embeds", weights.frozen_text_embeds.clone(), persistent=False)
-        self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
-        self._zero_shot_margin, self._temperature = weights.zero_shot_margin, weights.temperature
-        self._head = weights.head
-        for name, tensor in ({} if weights.head is None else weights.head.tensors).items():
-            self.register_buffer(f"head_{name}", tensor.clone(), persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
-        head = self._head
-        if head is not None:
-            own = {name: self.get_buffer(f"head_{name}") for name in head.tensors}
-            head = HeadLogits(head.kind, own, head.logit_weight, head.num_classes)
-        weights = ClassWeights(
-            self.text_embeds,
-            self.frozen_text_embeds,
-            self.prototype_weights,
-            self._zero_shot_margin,
-            self._temperature,
-            head,
-        )
         tower = find_towers(self.model)["vision"]
-        return image_logits(tower, {"pixel_values": pixel_values}, weights).softmax(dim=-1)
+        return image_logits(tower, {"pixel_values": pixel_values}, self.class_weights()).softmax(dim=-1)
+
+
+class ImageTasks(nn.Module):
+    """Several adapters of one model as one graph, which runs the frozen pass once for all of them.
+
+    Args:
+        model: with the adapters on its image tower. It is shared, not copied.
+        tasks: adapter -> what its classes give to logits; None in the place of it: its embedding is given out.
+
+    Raises:
+        ValueError: there is no SEP adapter on an image tower.
+    """
+
+    def __init__(self, model: nn.Module, tasks: Mapping[str, ClassWeights | None]):
+        super().__init__()
+        self.embedder = ImageEmbedder(model)
+        self.adapters = list(tasks)
+        kept = [None if weights is None else ConstantWeights(weights) for weights in tasks.values()]
+        self.weights = nn.ModuleList(weights or nn.Identity() for weights in kept)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, channels, height, width) -> for each adapter probabilities (B, C) or an embedding (B, E)."""
+        tower = find_towers(self.embedder.model)["vision"]
+        inputs = {"pixel_values": pixel_values, "frozen_embeds": tower.embed_frozen(pixel_values=pixel_values)}
+        found = []
+        for adapter, weights in zip(self.adapters, self.weights, strict=True):
+            with chosen_adapters.set(adapter):
+                if isinstance(weights, ConstantWeights):
+                    found.append(image_logits(tower, inputs, weights.class_weights()).softmax(dim=-1))
+                else:
+                    found.append(image_embeds(tower, inputs)[0])
+        return tuple(found)

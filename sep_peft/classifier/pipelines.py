@@ -1,20 +1,25 @@
-"""A classifier as transformers' pipelines expect a model to look."""
+"""A classifier as transformers' pipelines expect a model to look, and what loads one for them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.pipelines.base import Pipeline
+from transformers.pipelines.image_classification import ImageClassificationPipeline
+from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..tuner.json_files import read_json
 from ..tuner.modes import evaluating
+from .classifier import SEPClassifier
+from .files import MissingClassesError, load_base, load_classes
+from .images import read_image
 from .prediction import image_logits
-
-
-if TYPE_CHECKING:
-    from .classifier import SEPClassifier
 
 
 class ImageClassifier(nn.Module):
@@ -40,6 +45,8 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.classifier = classifier
         self._config = PreTrainedConfig(problem_type="single_label_classification")
+        self._templates = list(classifier.classes.templates)
+        self._asked: tuple[list[str], list[str]] | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -48,6 +55,13 @@ class ImageClassifier(nn.Module):
         if self._config.id2label != names:
             self._config.id2label, self._config.label2id = names, {name: index for index, name in names.items()}
         return self._config
+
+    def ask(self, names: Sequence[str], template: str | None) -> None:
+        """Have the classifier tell these classes, by a template of the frozen branch; None: those that it came with."""
+        asked = list(dict.fromkeys(names)), [template] if template else self._templates
+        if asked != self._asked:
+            self.classifier.set_classes(asked[0], asked[1] or None)
+            self._asked = asked
 
     @property
     def device(self) -> torch.device:
@@ -64,3 +78,110 @@ class ImageClassifier(nn.Module):
         with evaluating(classifier.model):
             weights = classifier.encoder.weights(training=False)
             return ImageClassifierOutput(logits=image_logits(classifier.vision_tower, inputs, weights))
+
+
+class SEPImageClassification(ImageClassificationPipeline):
+    """`pipeline("image-classification", model=adapter)`: the scores of `SEPClassifier.predict`, read by its reader."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """The model is the one that this was made for, which transformers' list does not know."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        """One image as `read_image` takes it -> what the model takes; addresses have a time limit of their own."""
+        return super().preprocess(read_image(image), timeout)
+
+
+class SEPZeroShot(ZeroShotImageClassificationPipeline):
+    """`pipeline("zero-shot-image-classification", model=adapter)`: the scores of a classifier with other classes.
+
+    They are set by `SEPClassifier.set_classes`, so labels that were trained have their prototypes and calibration, and
+    others the margin of zero-shot. Without a `hypothesis_template` the frozen branch reads the adapter's own.
+    """
+
+    _load_tokenizer = False
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """The model is the one that this was made for, which transformers' list does not know."""
+
+    def preprocess(
+        self,
+        image: Any,
+        candidate_labels: Sequence[str] = (),
+        hypothesis_template: str | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """One image as `read_image` takes it -> what the model takes, with what it is asked for."""
+        processor = cast(Any, self.image_processor)  # which `pipeline` has loaded
+        inputs = processor(images=[read_image(image)], return_tensors="pt").to(self.dtype)
+        inputs["candidate_labels"], inputs["hypothesis_template"] = list(candidate_labels), hypothesis_template
+        return inputs
+
+    def _forward(self, model_inputs: Any) -> dict[str, Any]:
+        labels, template = model_inputs.pop("candidate_labels"), model_inputs.pop("hypothesis_template")
+        batched = bool(labels) and not isinstance(labels[0], str)  # then once for each image
+        names, template = (labels[0], template[0]) if batched else (labels, template)
+        model = cast(ImageClassifier, self.model)
+        model.ask(names, template)
+        return {"candidate_labels": labels, "logits": model(**model_inputs).logits}
+
+
+class Refused:
+    """In the place of a model that could not be loaded, because transformers would try another class."""
+
+    config = PreTrainedConfig()
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    "image-classification": SEPImageClassification,
+    "zero-shot-image-classification": SEPZeroShot,
+}
+
+
+def load_for_pipeline(path: str, task: str, **options: Any) -> ImageClassifier | Refused:
+    """A saved classifier as a pipeline's model, or why it cannot be loaded.
+
+    Args:
+        path: of the adapter, a folder or the id of a repository.
+        task: one of `PIPELINES`.
+        options: those of `from_pretrained` that `pipeline` hands on.
+
+    Raises:
+        ValueError: it is no adapter of SEP, or for zero-shot one without classes, which a plain model serves as well.
+    """
+    hub_options = {name: options[name] for name in ("token", "local_files_only", "cache_dir") if options.get(name)}
+    file = find_adapter_config_file(path, **hub_options)
+    if file is None or read_json(file).get("peft_type") != "SEP":
+        raise ValueError(f"{path} holds no adapter of SEP.")
+    try:
+        return ImageClassifier(_load(path, hub_options, options))
+    except MissingClassesError as error:
+        if task == "zero-shot-image-classification":
+            raise
+        return Refused(error)
+    except Exception as error:  # `pipeline` would take any of them for a reason to try another class
+        return Refused(error)
+
+
+def _load(path: str, hub_options: dict[str, Any], options: dict[str, Any]) -> SEPClassifier:
+    load_classes(path, None, hub_options)  # before the base model is loaded
+    if options.get("device_map") is not None:
+        raise ValueError("A pipeline of a SEP adapter takes device, but no device_map.")
+    model, processor = load_base(path, None, hub_options, bool(options.get("trust_remote_code")))
+    dtype = options.get("dtype")
+    if isinstance(dtype, torch.dtype):
+        model = model.to(dtype)
+    return SEPClassifier.from_pretrained(path, model=model, processor=processor, **hub_options).eval()
+
+
+def pipeline_class(model: Any, task: str) -> type[Pipeline]:
+    """What runs a model that is ours: a classifier that was made by hand has transformers' own pipeline.
+
+    Raises:
+        Exception: why the model could not be loaded.
+    """
+    if isinstance(model, Refused):
+        raise model.error
+    return PIPELINES[task]

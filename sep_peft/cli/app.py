@@ -426,6 +426,51 @@ def search(
 
 
 @app.command()
+def export(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders, or names on the Hub; of one base model.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="A .onnx, or a .pt2 of torch.export.")],
+    base_model: options.OtherBaseModel = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    embed: Annotated[bool, typer.Option("--embed", help="Give out embeddings in the place of scores.")] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(parser=options.read_quantize, metavar="int8", help="Weights of 8 bits, in a .onnx."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images to compare the file with the model on; default: made ones."),
+    ] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.CpuDevice = None,
+    token: options.Token = None,
+) -> int:
+    """Write an adapter and its base model into one file."""
+    from .export import export as run
+    from .session import AdapterSource, Session
+
+    return _report(
+        lambda: run(
+            adapters,
+            output,
+            AdapterSource(adapters[0], revision, subfolder),
+            Session("cpu", token, quiet),
+            base_model=base_model,
+            embed=embed,
+            quantize=quantize,
+            images=images,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
 def evaluate(
     context: typer.Context,
     adapter: options.Adapter,

@@ -119,6 +119,7 @@ read_time = reader(_seconds, lambda value: value > 0, "a time such as 90s, 10m o
 read_layers = reader(_layers, lambda layers: min(layers) >= 0, "layers counted from 0, such as 1,2,3")
 read_start_layers = reader(_start_layers, _any, "a whole number, or one for each tower, such as text=9,vision=18")
 read_loss = reader(str, LOSSES.__contains__, f"one of {', '.join(LOSSES)}")
+read_quantize = reader(str, "int8".__eq__, "int8")
 read_dtype = reader(str, DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
 
 
@@ -155,6 +156,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="Where to compute; default: a GPU if there is one.")]
 IdleDevice = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="Accepted as by every command; nothing is computed here.")
+]
+CpuDevice = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="Accepted as by every command; this one uses the CPU.")
 ]
 Token = Annotated[str | None, typer.Option(metavar="TEXT", help="Token of the Hub; default: that of `hf auth login`.")]
 
