@@ -25,10 +25,6 @@ from .prediction import image_logits
 class ImageClassifier(nn.Module):
     """For `pipeline("image-classification", ...)`: a `SEPClassifier` with the classes that it has when it is asked.
 
-    The pipeline says in its log that it does not know this class; it works all the same. Files it opens with its own
-    reader, which shows gray of 16 bits as white and what is transparent as it is below; `images.read_image` reads both
-    as they look, and the pipeline takes what it returns.
-
     Args:
         classifier: its classes and its model's active adapter are used. It is shared, not copied.
 
@@ -177,7 +173,7 @@ def _load(path: str, hub_options: dict[str, Any], options: dict[str, Any]) -> SE
 
 
 def pipeline_class(model: Any, task: str) -> type[Pipeline]:
-    """What runs a model that is ours: a classifier that was made by hand has transformers' own pipeline.
+    """What runs a model that is ours, whether `pipeline` loaded it or was handed it.
 
     Raises:
         Exception: why the model could not be loaded.
