@@ -20,6 +20,8 @@ from sep_peft.tuner.messages import shown
 
 #: Ports of schemes that an address may leave out.
 PORTS = {"https": 443, "http": 80}
+#: IPv6 addresses whose last 32 bits are an IPv4 address (RFC 6052).
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class Refused(Exception):
@@ -98,8 +100,10 @@ class Addresses:
         return str(addresses[0])
 
     def _may_be_asked(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-        mapped = getattr(address, "ipv4_mapped", None) or address
-        return (mapped.is_global and not mapped.is_multicast) or any(mapped in network for network in self.networks)
+        return all(
+            (each.is_global and not each.is_multicast) or any(each in network for network in self.networks)
+            for each in meant(address)
+        )
 
     async def _get(self, address: str, host: str, port: int) -> bytes:
         url, ip = httpx.URL(address), await self._look_up(host, port)
@@ -119,6 +123,18 @@ class Addresses:
                 if len(content) > self.max_bytes:
                     raise too_large(self.max_bytes)
             return bytes(content)
+
+
+def meant(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list:
+    """Where a connection to an address may end: there, or at the IPv4 address that is a part of it."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    if address.ipv4_mapped is not None:
+        return [address.ipv4_mapped]
+    inner = [address.sixtofour, *(address.teredo or ())]
+    if address in NAT64:
+        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return [address, *(each for each in inner if each is not None)]
 
 
 def too_large(max_bytes: int) -> Refused:

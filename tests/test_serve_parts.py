@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from bundled import ASSETS, IMAGE_FILES, NAMES, shallow_clip
@@ -109,6 +110,8 @@ def test_what_an_address_may_not_do(local, path, status, code, message):
         ("http://127.0.0.1/", 403, "address_not_allowed", "127.0.0.1 is in a private network."),
         ("http://[::1]/", 403, "address_not_allowed", "::1 is in a private network."),
         ("http://[::ffff:10.0.0.1]/", 403, "address_not_allowed", "::ffff:10.0.0.1 is in a private network."),
+        ("http://[64:ff9b::a00:1]/", 403, "address_not_allowed", "64:ff9b::a00:1 is in a private network."),
+        ("http://[2002:a00:1::]/", 403, "address_not_allowed", "2002:a00:1:: is in a private network."),
         ("http://169.254.169.254/", 403, "address_not_allowed", "169.254.169.254 is in a private network."),
         ("http://localhost/", 403, "address_not_allowed", "localhost is in a private network."),
         (
@@ -121,7 +124,26 @@ def test_what_an_address_may_not_do(local, path, status, code, message):
 )
 def test_addresses_that_are_not_asked(address, status, code, message):
     hosts = ("127.0.0.1", "[::1]", "[::ffff:10.0.0.1]", "169.254.169.254", "localhost")
+    hosts += ("[64:ff9b::a00:1]", "[2002:a00:1::]")
     assert refusal(lambda: fetch(address, *(f"http://{host}" for host in hosts))) == (status, code, message)
+
+
+@pytest.mark.parametrize("ip", ["1.1.1.1", "2606:4700::1111", "64:ff9b::101:101", "2002:101:101::"])
+def test_public_addresses_are_asked(ip, monkeypatch):
+    """Up to the connection, which is made to the address that was looked at."""
+    asked = []
+
+    async def handle(self, request: httpx.Request) -> httpx.Response:
+        asked.append((request.url.host, request.headers["host"], request.extensions["sni_hostname"]))
+        return httpx.Response(200, stream=httpx.ByteStream(b"image"))
+
+    async def look_up(*args, **options) -> list:
+        return [(0, 0, 0, "", (ip, 443))]
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", handle)
+    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", look_up)
+    assert fetch("https://a.example/b.jpg", "https://a.example") == b"image"
+    assert asked == [(ip, "a.example", "a.example")]
 
 
 def test_origins_are_addresses():
