@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -13,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from bundled import shallow_clip
 from families import CASES
-from fresh import usual
-from pairs_in_processes import RECIPE, main
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_classifier import raises
 from small_clip import perturb
 from small_pairs import gradients, make_model, make_pairs, make_processor
@@ -162,19 +163,31 @@ class Allocated(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("start_layer", [0, 1])
-def test_chunks_have_the_gradients_of_the_whole_batch_in_the_memory_of_one(start_layer, processor):
-    pairs, found = make_pairs(24), {}
-    for name, count, size in (("whole", 24, None), ("chunks", 24, 3), ("small", 3, None)):
-        model = make_model(start_layer=start_layer)
+def test_chunks_have_the_gradients_of_the_whole_batch_in_the_memory_of_one(processor):
+    pairs, found = make_pairs(16), {}
+    for name, count, size in (("whole", 16, None), ("chunks", 16, 2), ("small", 2, None)):
+        model = make_model()
         batch = {key: value[:count] for key, value in make_batch(model, processor, pairs).items()}
         with Allocated() as allocated:
             outcome = step_of(model, batch, chunk_size=size)
         found[name] = outcome.loss, gradients(model), allocated.most
-    assert found["chunks"][0].item() == pytest.approx(found["whole"][0].item(), rel=1e-6)
-    difference = (found["chunks"][1] - found["whole"][1]).norm() / found["whole"][1].norm()
-    assert difference < 1e-5 and found["whole"][1].norm() > 0.01
+    check_same(found["chunks"], found["whole"])
     assert found["chunks"][2] < 1.3 * found["small"][2] and found["chunks"][2] < 0.6 * found["whole"][2]
+
+
+def check_same(chunks, whole):
+    assert chunks[0].item() == pytest.approx(whole[0].item(), rel=1e-6)
+    assert (chunks[1] - whole[1]).norm() < 1e-5 * whole[1].norm() and whole[1].norm() > 0.01
+
+
+def test_chunks_share_nothing_below_the_first_prompts(processor):
+    """With `start_layer` above 0 both passes have the layers below in common, which a chunk runs for each."""
+    found = []
+    for size in (2, None):
+        model = make_model(start_layer=1)
+        outcome = step_of(model, make_batch(model, processor, make_pairs(5)), chunk_size=size)
+        found.append((outcome.loss, gradients(model)))
+    check_same(*found)
 
 
 def test_a_chunk_is_computed_again_with_its_own_dropout(processor, monkeypatch):
@@ -201,13 +214,45 @@ def trained(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_two_processes_train_as_one(tmp_path):
-    script = Path(__file__).with_name("pairs_in_processes.py")
-    processes = usual().start_group(2, script, str(tmp_path))
-    main(tmp_path)
+#: Batches of 3, 3 and 1 images, of which a second process has none of the last.
+RECIPE = PairsRecipe(epochs=2, batch_size=3, learning_rate=0.01)
+
+
+def train_and_write(folder: Path, processor, accelerator: Accelerator) -> None:
+    """Train, and write what was trained and the rows of the history into files named by the number of processes."""
+    model, pairs = make_model(), make_pairs(negatives=True)
+    options = {"processor": processor, "eval_pairs": pairs, "accelerator": accelerator, "quiet": True}
+    history = fit_pairs(model, pairs, RECIPE, **options)
+    if accelerator.is_main_process:
+        save_file(trained(model), folder / f"{accelerator.num_processes}.safetensors")
+        (folder / f"{accelerator.num_processes}.json").write_text(json.dumps(history.rows))
+
+
+def work(rank: int, port: int, folder: Path, processor) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process that this one was forked from
+    accelerator = Accelerator(cpu=True)
+    assert (accelerator.process_index, accelerator.num_processes) == (rank, 2)
+    train_and_write(folder, processor, accelerator)
+
+
+def test_two_processes_train_as_one(processor, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    train_and_write(tmp_path, processor, Accelerator(device_placement=False))
+    context = multiprocessing.get_context("fork")
+    arguments = [(rank, port, tmp_path, processor) for rank in range(2)]
+    processes = [context.Process(target=work, args=each, daemon=True) for each in arguments]
     for process in processes:
-        result = process.result()
-        assert result.returncode == 0, result.stderr
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
     one, two = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
     before = trained(make_model())
     moved = sum((one[name] - before[name]).square().sum() for name in one).sqrt()

@@ -16,12 +16,12 @@ LOSSES = ("softmax", "sigmoid")
 class PairsRecipe(BaseRecipe):
     """How to train on images with captions, for `fit_pairs`.
 
-    The defaults are those that did best on validation pairs of `examples/captions`, for the default `SEPConfig`.
+    Epochs, learning rate and the weights of consistency are those that were tuned for classes; see `Recipe`.
 
     Args:
-        epochs: passes over the training images, each with one of its captions. Default 10.
-        batch_size: images a step, over all processes, each compared with all captions of the step. Default 128.
-        learning_rate: highest of AdamW. Default 2e-3.
+        epochs: passes over the training images, each with one of its captions. Default 30.
+        batch_size: images a step, over all processes, each compared with all captions of the step. Default 64.
+        learning_rate: highest of AdamW. Default 5e-3.
         adam_epsilon, weight_decay, warmup_epochs, max_steps, average_center, average_width, seed: as `BaseRecipe` has
             them.
         smallest_crop: least share of an image's area that augmentation keeps: what a caption names should stay in
@@ -35,9 +35,9 @@ class PairsRecipe(BaseRecipe):
         ValueError: a value is not allowed; the message names it and what is.
     """
 
-    epochs: int = 10
-    batch_size: int = 128
-    learning_rate: float = 2e-3
+    epochs: int = 30
+    batch_size: int = 64
+    learning_rate: float = 5e-3
     _: KW_ONLY
     smallest_crop: float = 0.8
     mirror: bool = False
