@@ -670,6 +670,7 @@ LIGHT = [["--help"], ["train", "--help"], ["--version"], ["train", "x"], ["train
 def modules_of(arguments: list[str], codes: set[int]) -> set[str]:
     """Modules that a command adds to those of PEFT, in a process of its own."""
     result = usual().run(f"""
+import sys
 before = set(sys.modules)
 from sep_peft.cli import main
 assert main({arguments}) in {codes}
