@@ -171,14 +171,18 @@ class AdaptedClassifier(PlainClassifier):
             self._frozen_text = self.frozen(self.encode_texts)
         return self._frozen_text
 
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether the frozen embedding of an image takes part in its logits."""
+        return self.prototypes is not None or bool(self.zero_shot_margin) or self.head is not None
+
     def both_embeds(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         frozen = self.frozen(self.image_embeds, pixel_values)
         return self.image_embeds(pixel_values), frozen
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
         """As `PlainClassifier`, with the loss above while training."""
-        needs_frozen = self.prototypes is not None or self.zero_shot_margin or self.head is not None
-        image, frozen = self.both_embeds(pixel_values) if needs_frozen else 2 * (self.image_embeds(pixel_values),)
+        image, frozen = self.both_embeds(pixel_values) if self.needs_frozen else 2 * (self.image_embeds(pixel_values),)
         logits = self.combined(image, frozen)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if loss is not None and self.training and self.prototypes is not None:

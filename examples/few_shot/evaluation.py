@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from embeddings import Embeddings, both_images, combined_logits
+from frozen import FrozenEmbeddings, takes_frozen
 from images import batches
 from protocols import Measurement
 from readers import ImageSet, Sample
@@ -24,11 +26,14 @@ def measure(
     accelerator: Accelerator,
     workers: int = 0,
     kept: Embeddings | None = None,
+    known: FrozenEmbeddings | None = None,
 ) -> dict[str, Any] | None:
     """Measure a classifier that has the classes of the evaluation; every process takes its share of the images.
 
     Args:
         kept: gets the embeddings of the images of this process; None: they are not kept.
+        known: frozen embeddings of test images, of the classifier's base model, which are used and added to; None: all
+            are computed.
 
     Returns:
         accuracy in percent, counts, the expected calibration error in percent, for each image whether it was right, as
@@ -44,19 +49,24 @@ def measure(
     classifier.eval()
     samples = evaluation.data.splits[evaluation.split][accelerator.process_index :: accelerator.num_processes]
     loader = batches(evaluation.data, samples, image_processor, shifted=evaluation.shift, workers=workers)
-    places, scores, told, unreadable, embedded = [], [], [], [], []
+    places, scores, told, unreadable, embedded, rest = [], [], [], [], [], iter(samples)
     place = accelerator.process_index
     for pixels, labels, broken in tqdm(
         loader, desc=evaluation.name, leave=False, disable=not accelerator.is_main_process
     ):
         unreadable += broken
+        keys = [sample.key for sample in islice(rest, len(labels) + len(broken)) if sample.key not in broken]
         if pixels is not None:
+            pixels = pixels.to(accelerator.device)
             with accelerator.autocast():
-                if kept is None:
-                    logits = classifier(pixel_values=pixels.to(accelerator.device)).logits
-                else:
-                    embedded.append((*both_images(classifier, pixels.to(accelerator.device)), labels))
+                if kept is not None:
+                    embedded.append((*both_images(classifier, pixels), labels))
                     logits = combined_logits(classifier, *embedded[-1][:2])
+                elif known is not None and takes_frozen(classifier):
+                    images = [(evaluation.data.name, evaluation.shift, key) for key in keys]
+                    logits = combined_logits(classifier, *known.both(classifier, images, pixels))
+                else:
+                    logits = classifier(pixel_values=pixels).logits
             scores += logits.float().softmax(dim=1).tolist()
             told += labels.tolist()
             places += range(place, place + accelerator.num_processes * len(labels), accelerator.num_processes)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from embeddings import FILE, Embeddings, has_embeddings
 from evaluation import features, measure
+from frozen import frozen_embeddings
 from methods import Method, build_classifier, read_method
 from protocols import PROTOCOLS, Plan, held_out_domains, limited
 from readers import ImageSet, read_dataset
@@ -199,6 +200,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     if args.save_adapters and method.trains and accelerator.is_main_process:
         (classifier if method.learner == "sep" else classifier.model).save_pretrained(folder / "adapter")
     results, trained, kept = {}, classifier.classes, None
+    known = frozen_embeddings(args.model, args.attention, args.precision, args.data_root)
     if args.save_embeddings and has_embeddings(classifier):
         kept = Embeddings(classifier)
         classifier.eval()
@@ -211,7 +213,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         else:
             margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
             classifier.set_classes(evaluation.data.classes, **margin)
-        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers, kept)
+        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers, kept, known)
     if kept is not None:
         kept.write(folder / FILE)
     return {

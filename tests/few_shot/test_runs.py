@@ -9,6 +9,7 @@ import sys
 import time
 
 import drift
+import frozen
 import heads
 import pytest
 import run as run_script
@@ -112,6 +113,24 @@ def test_killed_run_goes_on_and_ends_the_same(command, run_here, tmp_path):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run_here(command(whole, "--precision", "bf16"))
+
+
+def test_the_frozen_pass_over_test_images_runs_once_for_all_methods(command, run_here, scripts, tmp_path, monkeypatch):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    frozen.frozen_embeddings.cache_clear()
+    run_here(command(alone))
+    frozen.frozen_embeddings.cache_clear()
+    calls, compute = [], frozen.frozen_pass
+    monkeypatch.setattr(frozen, "frozen_pass", lambda *args: calls.append(args) or compute(*args))
+    options = command(together)
+    at = options.index("--method") + 1
+    run_here([*options[:at], scripts / "methods" / "zero-shot.json", *options[at:]])
+    assert len(calls) == 2  # of base and of new classes
+    (shared,) = (together / "base-to-new" / "four" / "tiny").rglob("results.json")
+    own = results(alone)["results"]
+    for name, found in json.loads(shared.read_text())["results"].items():
+        assert found["correct"] == own[name]["correct"]
+        assert found["ece"] == pytest.approx(own[name]["ece"], abs=1e-3)
 
 
 def test_a_view_for_each_epoch_in_the_cache_is_training_without_one(command, run_here, tmp_path):
