@@ -53,6 +53,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
+import sep_peft
 from sep_peft import SEPClassifier, SEPConfig, TrunkCache, cast_adapter
 from sep_peft.folders import read_folder
 from sep_peft.training import History, LabelledImages, Recipe
@@ -404,6 +405,8 @@ class Stopped(Exception):
 class Stop:
     """The first of some signals raises `Stopped`, wherever the program is; a second one does what it always does.
 
+    What it is raised in may make another error of it, as compilers do; `stopped` tells.
+
     Args:
         seconds: after which SIGALRM comes; None: never.
     """
@@ -419,6 +422,13 @@ class Stop:
         self.received = signal.Signals(number).name
         self.end()
         raise Stopped
+
+    def stopped(self, error: Exception) -> bool:
+        """Whether an error came of a signal; says so on standard error."""
+        if self.received is None or not (isinstance(error, Stopped) or Stopped.__name__ in str(error)):
+            return False
+        print(f"{self.received} came; this is what was measured until then.", file=sys.stderr)
+        return True
 
     def end(self) -> None:
         signal.alarm(0)
@@ -755,9 +765,10 @@ def measure_adapter(name: str, model: PeftModel, folder: str, rounds: int) -> li
 
 def describe(settings: Settings, rows: list[Row], stopped: str | None, **more: object) -> dict:
     """Everything that goes into the JSON file; `stopped` is the signal that ended it, if one did."""
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "sep_peft")}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    own = sep_peft.__version__  # of the code that runs, which may be a folder that was never installed
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions, "sep_peft": own},
         "machine": {
             "system": platform.platform(),
             "cpu": cpu_model(),
@@ -913,8 +924,9 @@ def main_on_device(arguments: argparse.Namespace) -> int:
     try:
         for row in measure_device(plan, left_out):
             rows.append(row)
-    except Stopped:
-        print(f"{stop.received} came; this is what was measured until then.", file=sys.stderr)
+    except Exception as error:
+        if not stop.stopped(error):
+            raise
     stop.end()
     card = torch.cuda.get_device_name() if plan.device.type == "cuda" else None
     report = describe(settings, rows, stop.received, card=card, left_out=left_out)
@@ -946,8 +958,9 @@ def main() -> int:
     try:
         for row in measure(settings, chosen, stop):
             rows.append(row)
-    except Stopped:
-        print(f"{stop.received} came; this is what was measured until then.", file=sys.stderr)
+    except Exception as error:
+        if not stop.stopped(error):
+            raise
     stop.end()
     report = describe(settings, rows, stop.received)
     goals = settings.goals

@@ -133,13 +133,11 @@ def measure_device(plan: Plan, left_out: list[str]) -> Iterator[Row]:
             for kind, make in ((ENCODING, encodings), (TRAINING, training_steps)):
                 title = f"{name}, batch {batch}, {kind}"
                 try:
-                    rows = list(measure_together(plan, title, make(plan, replace(settings, batch_size=batch))))
+                    for row in measure_together(plan, title, make(plan, replace(settings, batch_size=batch))):
+                        found[row.name] = statistics.median(row.values)
+                        yield row
                 except torch.OutOfMemoryError:
                     left_out.append(f"{title}: out of memory")
-                    rows = []
-                for row in rows:
-                    found[row.name] = statistics.median(row.values)
-                    yield row
                 if plan.device.type == "cuda":
                     torch.cuda.empty_cache()
         if (row := estimate(name, plan.batches, found)) is not None:

@@ -7,6 +7,7 @@ SEP_PEFT_GPU_TESTS_ON=cpu python -m pytest tests/gpu    # all but what CUDA alon
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,26 @@ from torch import nn
 
 
 VARIABLE = "SEP_PEFT_GPU_TESTS_ON"
+#: Seconds from the start after which no further test begins; unset: never.
+LIMIT = "SEP_PEFT_GPU_TESTS_SECONDS"
+NO_TIME = f"no time was left, by {LIMIT}"
+BEGUN = time.monotonic()
+#: Files whose tests come first: what is wrong there is wrong for everybody.
+FIRST = ("test_gpu_parity", "test_gpu_waiting", "test_gpu_use", "test_gpu_kernels", "test_gpu_compile")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = os.path.dirname(__file__)
+    own = [index for index, item in enumerate(items) if str(item.path).startswith(here)]
+    ranks = {name: rank for rank, name in enumerate(FIRST)}
+    ordered = sorted((items[index] for index in own), key=lambda item: ranks.get(item.path.stem, len(ranks)))
+    for index, item in zip(own, ordered, strict=True):
+        items[index] = item
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - BEGUN > float(os.environ.get(LIMIT, "inf")):
+        pytest.skip(NO_TIME)
 
 
 @pytest.fixture(scope="session")

@@ -66,3 +66,15 @@ def test_an_estimate_by_hand(device, modules):
     assert row.values == [pytest.approx((10 * steps + 100 * images / 256) / 60_000)]
     assert on_device.estimate("ViT-B/16", (1, 32), found) is None
     assert on_device.estimate("ViT-L/14-336", (1, 32, 256), found) is None
+
+
+def test_stopped_in_a_compiler(modules, capsys):
+    """Compilers make an error of their own of what is raised in them; other errors stay errors."""
+    benchmark, _ = modules
+    stop = benchmark.Stop()
+    stop.end()
+    assert not stop.stopped(RuntimeError("InductorError: Stopped:"))  # no signal has come
+    stop.received = "SIGALRM"
+    assert stop.stopped(RuntimeError("InductorError: Stopped:")) and stop.stopped(benchmark.Stopped())
+    assert not stop.stopped(RuntimeError("CUDA error"))
+    assert capsys.readouterr().err == "SIGALRM came; this is what was measured until then.\n" * 2
