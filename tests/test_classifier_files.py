@@ -248,7 +248,7 @@ def test_saving_needs_a_peft_model(tmp_path):
     assert contents(tmp_path) == {}
 
 
-VERSION = "{{file}} has format version {}, but this version of sep_peft reads 1 to 3. Upgrade sep_peft."
+VERSION = "{{file}} has format version {}, but this version of sep_peft reads 1 to 4. Upgrade sep_peft."
 NO_JSON = "{file} is no valid JSON ("
 
 
@@ -259,7 +259,7 @@ NO_JSON = "{file} is no valid JSON ("
         (b"", NO_JSON),
         (b'{"format_version": 1, "names": ["a", ', NO_JSON),
         (b"\xff\xfe\x00", NO_JSON),
-        (b'{"format_version": 4}', VERSION.format(4)),
+        (b'{"format_version": 5}', VERSION.format(5)),
         (b'{"names": ["a"]}', VERSION.format(None)),
         (b"[]", "{file} must hold a JSON object, but holds []."),
         (

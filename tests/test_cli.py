@@ -492,6 +492,7 @@ def test_info(run, adapter):
         ),
         "bytes": (adapter / "adapter_model.safetensors").stat().st_size,
         "classes": NAMES,
+        "multi_label": False,
         "templates": ["a photo of a {}."],
         "scores": [{"dataset": "kitchen", "split": "test", "accuracy": score.metric_value}],
     }

@@ -486,7 +486,7 @@ OWN_CASES = {
     "classes: a version that is long": Case(
         classes(format_version="1" * 10_000),
         CLASS_FILE
-        + f" has format version '{'1' * 97}...{'1' * 98}', but this version of sep_peft reads 1 to 3. Upgrade "
+        + f" has format version '{'1' * 97}...{'1' * 98}', but this version of sep_peft reads 1 to 4. Upgrade "
         "sep_peft.",
     ),
     "classes: a key twice": Case(

@@ -21,6 +21,7 @@ import torch
 
 from .calibration import Calibration, is_number
 from .classes import TaskClasses
+from .label_calibration import LabelCalibration, LabelScale
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class Answers:
     """What `predict` was asked for.
 
     Args:
-        top_k: how many classes to name, best first; None: all, or those of the set.
-        min_score: of the best class, from 0 to 1; below it the answer is none of these. None: no limit.
+        top_k: how many classes to name, best first; None: all, or those of the set. Where an image may have several
+            classes, at most so many.
+        min_score: of the best class, from 0 to 1; below it the answer is none of these. None: no limit. Where an image
+            may have several classes, those with at least this score are named in the place of those above their own
+            thresholds.
         unknown: whether the answer may be none of these by the rule of the calibration.
         coverage: how often the set is to hold the image's class, above 0 and below 1; None: no set.
 
@@ -55,11 +59,16 @@ class Answers:
         if self.top_k is not None:
             raise ValueError(f"coverage chooses how many classes to name. Leave out top_k, which is {self.top_k}.")
 
-    def check(self, calibration: Calibration | None) -> None:
+    def check(self, classes: TaskClasses, calibration: Calibration | LabelCalibration | None) -> None:
         """
         Raises:
-            ValueError: a set or the rule is asked for, and the calibration has nothing to go by.
+            ValueError: a set or the rule is asked for, and the calibration has nothing to go by, or an
+                image may have several of them; or their scores are not known.
         """
+        if classes.multi_label:
+            self._check_labels(calibration)
+            return
+        assert not isinstance(calibration, LabelCalibration), "which is of several labels"
         for name, asked, known in (
             ("unknown=True", self.unknown, calibration is not None and calibration.least_energy is not None),
             ("coverage", self.coverage is not None, calibration is not None and calibration.label_scores),
@@ -70,8 +79,29 @@ class Answers:
                     "the classes that an adapter is trained on, by fit or sep_peft.training.calibrate."
                 )
 
+    def _check_labels(self, calibration: object) -> None:
+        """
+        Raises:
+            ValueError: what is asked for is for classes of which an image has one, or there is no calibration.
+        """
+        for name, asked in (("unknown=True", self.unknown), ("coverage", self.coverage is not None)):
+            if asked:
+                raise ValueError(
+                    f"{name} is for classes of which an image has one. Where it may have several, those are named "
+                    "whose scores reach their thresholds, or min_score, and an empty list is none of these."
+                )
+        if calibration is None:
+            raise ValueError(
+                "Where an image may have several classes, scores need a calibration, and there is none. fit makes one, "
+                "and so does sep_peft.training.calibrate."
+            )
+
     def of(
-        self, logits: torch.Tensor, classes: TaskClasses, calibration: Calibration | None
+        self,
+        logits: torch.Tensor,
+        classes: TaskClasses,
+        calibration: Calibration | LabelCalibration | None,
+        scale: LabelScale | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Logits (B, C) -> for each sample its classes with their scores, best first; nothing for none of these.
 
@@ -79,6 +109,7 @@ class Answers:
             logits: as calibrated.
             classes: that the logits are of.
             calibration: that they were calibrated by; None: they were not.
+            scale: where an image may have several of the classes, the one that they were calibrated by.
 
         Raises:
             FloatingPointError: logits are not finite, so there are no scores.
@@ -89,12 +120,31 @@ class Answers:
                 "The logits are not finite. A weight of the model or its adapter is not, or one overflows in "
                 f"{logits.dtype}; run the model in torch.float32 or load its files again."
             )
-        self.check(calibration)
+        if classes.multi_label:
+            self._check_labels(scale)
+            return self._labels(logits, classes, scale)
+        self.check(classes, calibration)
+        assert not isinstance(calibration, LabelCalibration), "which is of several labels"
         scores, indices = logits.softmax(dim=-1).topk(len(classes) if self.top_k is None else self.top_k, dim=-1)
         counts = self._counts(logits, scores, calibration)
         return [
             [{"label": classes.names[i], "score": score} for score, i in list(zip(own, places, strict=True))[:count]]
             for own, places, count in zip(scores.tolist(), indices.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def _labels(
+        self, logits: torch.Tensor, classes: TaskClasses, scale: LabelScale | None
+    ) -> list[list[dict[str, Any]]]:
+        """Of calibrated logits (B, C) the classes that reach their thresholds, best first, at most `top_k`."""
+        assert scale is not None, "checked above"
+        least = torch.tensor(scale.thresholds if self.min_score is None else [self.min_score], dtype=torch.float64)
+        scores = logits.sigmoid().double().cpu()
+        named = scores >= least
+        ranked = scores.masked_fill(~named, -1.0).sort(dim=1, descending=True, stable=True)
+        counts = named.sum(dim=1).clamp_max(len(classes) if self.top_k is None else self.top_k)
+        return [
+            [{"label": classes.names[i], "score": score} for score, i in list(zip(own, places, strict=True))[:count]]
+            for own, places, count in zip(ranked.values.tolist(), ranked.indices.tolist(), counts.tolist(), strict=True)
         ]
 
     def _counts(self, logits: torch.Tensor, scores: torch.Tensor, calibration: Calibration | None) -> torch.Tensor:

@@ -50,7 +50,8 @@ def attribute(
     def score(images: torch.Tensor) -> torch.Tensor:
         repeated = {name: _repeat(value, len(images)) for name, value in others.items()}
         logits = image_logits(tower, {"pixel_values": images, **repeated}, weights, through_frozen=True)
-        return log_odds(logits, label)
+        # where an image may have several classes, a logit is the log odds of its class
+        return log_odds(logits, label) if weights.sigmoids is None else logits[:, label]
 
     effects = integrate_gradients(score, grid.plain(image), image, _together(tower, grid))
     return grid.sums(effects).float().cpu()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -96,8 +96,8 @@ class Calibration:
         """That of classes that take the place of these."""
         return Calibration(self.new_class_temperature, self.new_class_temperature, self.images, self.source)
 
-    def for_some_classes(self) -> Calibration:
-        """That of some of these classes among themselves, whose logits are the same ones.
+    def for_some_classes(self, rows: Sequence[int]) -> Calibration:
+        """That of some of these classes among themselves, by their indices; their logits are the same ones.
 
         Other images have none of the classes, and another class is the best more often: what says where these images
         lie is left out.

@@ -27,6 +27,7 @@ from ..tuner.config import SEPConfig
 from ..tuner.messages import one_line
 from ..version import __version__
 from .classes import TaskClasses
+from .label_scores import LabelClassScore, LabelScore
 
 
 START = "<!-- sep_peft: from here to the end mark made anew with each save; write your own text around it -->"
@@ -49,7 +50,13 @@ TAGS = ("sep", "sep_peft", "peft", "clip", "few-shot", "prompt-learning")
 METRIC = "Accuracy with SEP"
 #: The same for the recall of images and captions, before the direction and the rank.
 RECALL_METRIC = "Recall with SEP"
-OUR_METRICS = (METRIC, RECALL_METRIC)
+#: Those where an image may have several classes: the type that the Hub knows, its name in the card, and the measure.
+LABEL_METRICS = (
+    ("mean_average_precision", "Mean average precision with SEP", "mean_average_precision"),
+    ("f1", "Micro F1 with SEP", "micro_f1"),
+    ("f1", "Macro F1 with SEP", "macro_f1"),
+)
+OUR_METRICS = (METRIC, RECALL_METRIC, *(name for _, name, _ in LABEL_METRICS))
 #: Class names in the card; the others are in the class file.
 SHOWN_CLASSES = 100
 #: Classes up to which their results stand in the card unfolded.
@@ -153,6 +160,7 @@ class CardDetails:
         scores: measured accuracies.
         recall_scores: measured recalls of an adapter that was trained on images with captions.
         class_scores: what was measured of each class, in the order in which the card names them.
+        label_scores, label_class_scores: the same two where an image may have several classes.
         confusion: PNG of the confusion matrix, which is saved beside the card; None: none.
         datasets: names of the training data on the Hub.
         license: of the adapter, as the Hub abbreviates it, such as "apache-2.0".
@@ -172,6 +180,8 @@ class CardDetails:
     scores: Sequence[Score] = ()
     recall_scores: Sequence[RecallScore] = ()
     class_scores: Sequence[ClassScore] = ()
+    label_scores: Sequence[LabelScore] = ()
+    label_class_scores: Sequence[LabelClassScore] = ()
     confusion: bytes | None = None
     datasets: Sequence[str] = ()
     license: str | None = None
@@ -337,11 +347,13 @@ def _metadata(details: CardDetails, data: ModelCardData, folder: str | None) -> 
     # PEFT writes the place that the base model was loaded from into a tag
     data.tags = _joined([tag for tag in data.tags or () if not tag.startswith("base_model:")], TAGS)
     data.datasets = _joined(data.datasets, details.datasets)
-    measured = [*(["accuracy"] if details.scores else []), *(["recall"] if details.recall_scores else [])]
+    kinds = dict.fromkeys(kind for kind, _, _ in LABEL_METRICS) if details.label_scores else ()
+    measured = [*(["accuracy"] if details.scores else []), *(["recall"] if details.recall_scores else []), *kinds]
     data.metrics = _joined(data.metrics, measured)
     results = [result for result in data.eval_results or () if not (result.metric_name or "").startswith(OUR_METRICS)]
     recalls = [result for score in details.recall_scores for result in _recall_results(score)]
-    data.eval_results = [*results, *map(_result, details.scores), *recalls] or None
+    of_labels = [result for score in details.label_scores for result in _label_results(score)]
+    data.eval_results = [*results, *map(_result, details.scores), *recalls, *of_labels] or None
     named = None if data.model_name == UNTITLED else data.model_name
     data.model_name = (named or _title(details, folder)) if data.eval_results else None
     return data
@@ -381,6 +393,21 @@ def _recall_results(score: RecallScore) -> list[EvalResult]:
             metric_value=round(share, 2),
         )
         for name, share in score.adapted.items()
+    ]
+
+
+def _label_results(score: LabelScore) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=score.dataset,
+            dataset_name=score.dataset,
+            dataset_split=score.split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(getattr(score.adapted, measure), 2),
+        )
+        for kind, name, measure in LABEL_METRICS
     ]
 
 

@@ -26,6 +26,7 @@ from .class_sample import ClassSample
 from .classes import TaskClasses
 from .coupled import coupled_texts
 from .following import Following
+from .label_calibration import LabelCalibration, LabelScale, Sigmoids
 from .logits import ClassWeights, OwnTexts
 from .on_the_way import at_hand
 from .text_chunks import TextChunks
@@ -92,6 +93,10 @@ class ClassEncoder(Following):
         if classes.head is not None:
             tensors = {name: wide(x) if x.is_floating_point() else x for name, x in classes.head.tensors.items()}
             self.following |= {HEAD_PREFIX + name: tensor for name, tensor in tensors.items()}
+        if isinstance(classes.calibration, LabelCalibration):
+            for name in ("trained", "zero_shot"):
+                sigmoids = getattr(classes.calibration, name).sigmoids()
+                self.following |= {f"{name}.slopes": sigmoids.slopes, f"{name}.biases": sigmoids.biases}
         chunks = [TextChunks(self.tower, inputs, chunk_size) for inputs in tokenized]
         count = len(classes.template_inputs)
         self.names, self.templates = chunks[0], nn.ModuleList(chunks[1 : count + 1])
@@ -129,14 +134,34 @@ class ClassEncoder(Following):
             embeds = self._cached_mixed(settings, frozen_embeds)
         if training:
             return ClassWeights(embeds, frozen_embeds)
-        temperature = 1.0 if calibration is None else calibration.temperature
+        temperature = calibration.temperature if isinstance(calibration, Calibration) else 1.0
         trained = self.prototype_weights(), self.classes.zero_shot_margin, temperature, self.head_logits()
-        return ClassWeights(embeds, frozen_embeds, *trained)
+        return ClassWeights(embeds, frozen_embeds, *trained, sigmoids=self._sigmoids())
 
     @property
-    def calibration(self) -> Calibration | None:
-        """That of the classes; None without an adapter, because zero-shot was not calibrated."""
+    def calibration(self) -> Calibration | LabelCalibration | None:
+        """That of the classes; None without an adapter, because the temperature is not that of zero-shot."""
         return None if self.tower.active_settings is None else self.classes.calibration
+
+    @property
+    def label_scale(self) -> LabelScale | None:
+        """How logits become scores where an image may have several classes, by the adapter or, without one, zero-shot.
+
+        None where it has one, and without a calibration.
+        """
+        calibration = self.classes.calibration
+        return getattr(calibration, self._scale_name) if isinstance(calibration, LabelCalibration) else None
+
+    @property
+    def _scale_name(self) -> str:
+        return "zero_shot" if self.tower.active_settings is None else "trained"
+
+    def _sigmoids(self) -> Sigmoids | None:
+        """Those of `label_scale`, where the model is."""
+        if not isinstance(self.classes.calibration, LabelCalibration):
+            return None
+        name = self._scale_name
+        return Sigmoids(self.following[f"{name}.slopes"], self.following[f"{name}.biases"])
 
     def prototype_weights(self) -> torch.Tensor | None:
         """What makes the kept prototypes W into logits: ``weight 10 w_c / |w_c|``, (C, E), as their loss scales them.

@@ -14,6 +14,7 @@ from ..method.heads import ClassHead, check_logit_weight
 from ..tuner.messages import listed, shown
 from .calibration import Calibration, is_number
 from .descriptions import Descriptions
+from .label_calibration import LabelCalibration
 from .tokenized import check_inputs, check_text, to_lists, to_tensors, token_rows
 
 
@@ -44,11 +45,13 @@ class TaskClasses:
         calibration: how their logits become scores; None: as they are.
         head: another head than prototypes that takes part in predictions; None: there is none.
         descriptions: texts about each class that the frozen branch reads beside the templates; None: there are none.
+        multi_label: whether an image may have several of the classes, or none.
 
     Raises:
         ValueError: no classes, two whose names read alike, tensors that hold no ids, texts without a token, or whose
             first dimensions differ, or prototypes of another number, with a value that is not finite, or without a
-            weight above 0, a margin below 0 or not finite, or a head of other classes or beside prototypes.
+            weight above 0, a margin below 0 or not finite, a head of other classes or beside prototypes, or of several
+            labels an image a margin, a head that knows one, or a calibration of the other kind.
     """
 
     class_inputs: dict[str, torch.Tensor]
@@ -59,9 +62,10 @@ class TaskClasses:
     prototype_logit_weight: float = 0.0
     zero_shot_margin: float = 0.0
     new_class_margin: float | None = None
-    calibration: Calibration | None = None
+    calibration: Calibration | LabelCalibration | None = None
     head: ClassHead | None = None
     descriptions: Descriptions | None = None
+    multi_label: bool = False
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -88,6 +92,27 @@ class TaskClasses:
             self.head.check_classes(count)
             if self.prototypes is not None:
                 raise ValueError(f"Prototypes and a {self.head.kind} head cannot both predict. Keep one of them.")
+        self._check_labels(count)
+
+    def _check_labels(self, count: int) -> None:
+        """
+        Raises:
+            ValueError: what is for classes of which an image has one comes with several labels an image, or the other
+                way round.
+        """
+        if not isinstance(self.multi_label, bool):
+            raise ValueError(f"multi_label must be True or False, but got {shown(self.multi_label)}.")
+        if self.calibration is not None and isinstance(self.calibration, LabelCalibration) != self.multi_label:
+            kind = type(self.calibration).__name__
+            raise ValueError(f"A {kind} does not fit classes with multi_label={self.multi_label}.")
+        if isinstance(self.calibration, LabelCalibration):
+            self.calibration.check_classes(count)
+        if self.multi_label and self.zero_shot_margin:
+            raise ValueError(
+                "zero_shot_margin compares classes of which an image has one, but these have multi_label=True. Pass 0."
+            )
+        if self.multi_label and self.head is not None:
+            raise ValueError(f"A {self.head.kind} head tells one class an image, but these have multi_label=True.")
 
     def _check_prototypes(self, prototypes: torch.Tensor) -> None:
         shape = tuple(prototypes.shape)
@@ -114,6 +139,7 @@ class TaskClasses:
         tokenizer,
         template: str | Sequence[str] = TEMPLATE,
         descriptions: Mapping[str, Sequence[str]] | None = None,
+        multi_label: bool = False,
         **padding,
     ) -> TaskClasses:
         """Tokenize class names for both branches; underscores in names are read as spaces.
@@ -129,6 +155,7 @@ class TaskClasses:
             descriptions: class name -> texts about it, such as "a cat has whiskers", for the frozen branch as well. All
                 texts of a class count alike in the mean of their embeddings (CuPL, arXiv 2209.03320). None: templates
                 alone.
+            multi_label: whether an image may have several of the classes, or none.
             padding: how the tokenizer pads; to the longest text unless told otherwise.
 
         Raises:
@@ -151,7 +178,7 @@ class TaskClasses:
 
         described = None if descriptions is None else Descriptions.of_names(descriptions, names, tokenize)
         inputs = tokenize(spoken(CLASS_TEMPLATE)), tuple(tokenize(spoken(text)) for text in templates)
-        classes = cls(*inputs, tuple(names), tuple(templates), descriptions=described)
+        classes = cls(*inputs, tuple(names), tuple(templates), descriptions=described, multi_label=multi_label)
         classes._warn_of_equal_texts()
         return classes
 
@@ -179,8 +206,8 @@ class TaskClasses:
         rows = [self.names.index(name) for name in names]
         inputs, *templates = ({key: x[rows] for key, x in each.items()} for each in self._inputs)
         calibration = self.calibration
-        if calibration is not None and len(rows) < len(self):
-            calibration = calibration.for_some_classes()
+        if calibration is not None and (self.multi_label or len(rows) < len(self)):
+            calibration = calibration.for_some_classes(rows)
         return replace(
             self,
             class_inputs=inputs,
@@ -209,6 +236,7 @@ class TaskClasses:
             "calibration": self.calibration and self.calibration.to_json(),
             **({} if self.head is None else {"head": {"kind": self.head.kind, "logit_weight": self.head.logit_weight}}),
             **({} if self.descriptions is None else {"descriptions": self.descriptions.to_json()}),
+            **({"multi_label": True} if self.multi_label else {}),
         }
 
     @classmethod
@@ -237,7 +265,8 @@ class TaskClasses:
             raise ValueError("The class list lacks prototype_logit_weight.")
         if not data["names"]:  # which would be made up
             raise ValueError("The class list is empty; at least one class name is needed.")
-        calibration = data.get("calibration")
+        calibration, multi_label = data.get("calibration"), data.get("multi_label", False)
+        calibrations = LabelCalibration if multi_label else Calibration
         weight = data.get("prototype_logit_weight", 0.0)
         if not is_number(weight):
             raise ValueError(f"prototype_logit_weight of the class list must be a number, but got {shown(weight)}.")
@@ -250,9 +279,10 @@ class TaskClasses:
             0.0 if prototypes is None else weight,
             data.get("zero_shot_margin", 0.0),
             data.get("new_class_margin", UNNAMED_MARGIN),
-            None if calibration is None else Calibration.from_json(calibration),
+            None if calibration is None else calibrations.from_json(calibration),
             None if head_tensors is None else _head_of(data.get("head"), head_tensors),
             Descriptions.from_json(data["descriptions"]) if "descriptions" in data else None,
+            multi_label,
         )
         classes._warn_of_equal_texts()
         return classes

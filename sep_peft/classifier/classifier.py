@@ -16,12 +16,14 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.generic import ModelOutput
 
 from ..method.heads import NAMES, check_logit_weight
+from ..method.label_losses import asymmetric_loss, label_loss
 from ..method.losses import SEPLoss, sep_loss
 from ..method.mix import unit, wide
 from ..method.recipe import Recipe
 from ..method.regularizers import regularizers
 from ..tuner.config import SEPConfig
 from ..tuner.current import walked_adapter
+from ..tuner.messages import shown
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device
@@ -40,7 +42,9 @@ from .explanation import Explanation
 from .files import load_base, load_classes, path_first, push_files, save_files, update_card
 from .fitting import fitted_classes
 from .images import as_images, read_image
-from .inputs import check_images, check_labels, check_trunk
+from .inputs import check_images, check_labels, check_targets, check_trunk
+from .label_calibration import LabelCalibration
+from .label_training import TrainedSigmoids
 from .logits import ClassWeights, class_logits, zero_shot_logits
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
@@ -148,6 +152,8 @@ class SEPClassifier(TrainerMixin):
         self.agreement = Agreement().to(self.device)
         self.agreement.state(class_inputs)
         self.tasks = Tasks(model)
+        self.sigmoids: TrainedSigmoids | None = None  # of the loss, where an image may have several classes
+        self.reset_sigmoids()
         if recipe.prototype_weight:
             self.reset_prototypes()
 
@@ -159,6 +165,8 @@ class SEPClassifier(TrainerMixin):
         class_names: Sequence[str],
         template: str | Sequence[str] = TEMPLATE,
         descriptions: Mapping[str, Sequence[str]] | None = None,
+        *,
+        multi_label: bool = False,
         **options,
     ) -> SEPClassifier:
         """Make a classifier from names.
@@ -170,8 +178,11 @@ class SEPClassifier(TrainerMixin):
             template: text for the frozen branch with ``{}`` in place of the name; several are averaged.
             descriptions: class name -> texts about it, averaged with the templates, or with ``template=[]`` in their
                 place; see `TaskClasses.from_names`.
+            multi_label: whether an image may have several of the classes, or none. Samples then have a list of names
+                each, and scores come from a sigmoid for each class; see docs/labels.md.
         """
-        classes = TaskClasses.from_names(class_names, processor, template, descriptions, **padding_of(model))
+        padding = padding_of(model)
+        classes = TaskClasses.from_names(class_names, processor, template, descriptions, multi_label, **padding)
         return cls(model, classes, processor=processor, **options)
 
     def __repr__(self) -> str:
@@ -211,15 +222,17 @@ class SEPClassifier(TrainerMixin):
             classes: names, for which the classifier needs a processor, or `TaskClasses`.
             template: None keeps the present one.
             zero_shot_margin: how far SEP must be ahead of zero-shot to decide, as `TaskClasses` has it. None: what
-                `TaskClasses` say, and for names the recipe's, 1 by default, or 0 where all of them were trained.
+                `TaskClasses` say, and for names the recipe's, 1 by default, or 0 where all of them were trained or
+                an image may have several: names take over from the present classes whether it may.
             descriptions: as for `from_class_names`; None: those of the trained names with these, else none.
         """
         named = not isinstance(classes, TaskClasses)
-        found = self._tokenized(classes, template, zero_shot_margin, descriptions)
+        found = self._tokenized(classes, template, zero_shot_margin, descriptions, self.classes.multi_label)
         if named:
             found = self._in_place_of_trained(found, zero_shot_margin is None, template is None, descriptions is None)
         classes = found
         self._encode(classes)
+        self.reset_sigmoids()
         if self.prototypes is not None:
             self.reset_prototypes()
         return self
@@ -241,19 +254,23 @@ class SEPClassifier(TrainerMixin):
                 return some
         if trained is not None and trained.calibration is not None:
             classes = replace(classes, calibration=trained.calibration.for_new_classes())
-        if not choose_margin:
+        if not choose_margin or classes.multi_label:
             return classes
         held_back = not known or (trained is not None and trained.zero_shot_margin)
         return replace(classes, zero_shot_margin=self.recipe.zero_shot_margin if held_back else 0.0)
 
-    def calibrate(self, calibration: Calibration | None) -> SEPClassifier:
+    def calibrate(self, calibration: Calibration | LabelCalibration | None) -> SEPClassifier:
         """Let logits become scores by a calibration; `sep_peft.training.calibrate` finds one. Returns self.
 
         It belongs to the present classes and their prototypes, is saved with them, and is silent without an adapter.
-        Other classes that take their place have its `new_class_temperature`. Labels stay as they are.
+        Other classes that take their place have its `new_class_temperature`. Labels stay as they are. That of classes
+        several of which an image may have is a `LabelCalibration`.
 
         Args:
             calibration: of the present classes; None: logits as they are.
+
+        Raises:
+            ValueError: it is of the other kind, or of another number of classes.
         """
         classes = replace(self.classes, calibration=calibration)
         if self.trained is self.classes:
@@ -266,11 +283,14 @@ class SEPClassifier(TrainerMixin):
         self.encoder = ClassEncoder(self.model, classes, *sizes).train(self.training)
         self.agreement.state(classes)
 
-    def _tokenized(self, classes, template, zero_shot_margin: float | None, descriptions=None) -> TaskClasses:
+    def _tokenized(
+        self, classes, template, zero_shot_margin: float | None, descriptions=None, multi_label: bool = False
+    ) -> TaskClasses:
         if not isinstance(classes, TaskClasses):
             tokenizer = processor_part(self.processor, "tokenizer", PreTrainedTokenizerBase, "to read class names")
             template = (self.classes.templates or TEMPLATE) if template is None else template
-            classes = TaskClasses.from_names(classes, tokenizer, template, descriptions, **padding_of(self.model))
+            padding = padding_of(self.model)
+            classes = TaskClasses.from_names(classes, tokenizer, template, descriptions, multi_label, **padding)
         elif descriptions is not None:
             raise ValueError("descriptions are for class names; TaskClasses have their own.")
         return classes if zero_shot_margin is None else replace(classes, zero_shot_margin=zero_shot_margin)
@@ -333,16 +353,45 @@ class SEPClassifier(TrainerMixin):
         if batches is not None:
             sums, counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes))
             for batch in batches:
-                labels = batch["labels"].to(self.device)
-                check_labels(labels, len(self.classes))
-                inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
-                known = inputs.get("frozen_embeds")
-                embeds = unit(self.vision_tower.embed_frozen(**inputs) if known is None else known)
-                sums.index_add_(0, labels, embeds.to(sums.dtype))
+                embeds, labels = self._frozen_images(batch)
+                embeds = embeds.to(sums.dtype)
+                if labels.ndim == 2:  # of each image, (B, C)
+                    sums += labels.to(sums.dtype).T @ embeds
+                    counts += labels.to(counts.dtype).sum(dim=0)
+                    continue
+                sums.index_add_(0, labels, embeds)
                 counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
             seen = counts > 0
             prototypes[seen] = sums[seen] / counts[seen, None]
         self.prototypes = nn.Parameter(prototypes)
+
+    def _frozen_images(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frozen image embeddings (B, E) of unit length, and labels, of a batch as `reset_prototypes` takes it."""
+        labels = batch["labels"].to(self.device)
+        check = check_targets if self.classes.multi_label else check_labels
+        check(labels, len(self.classes))
+        inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+        known = inputs.get("frozen_embeds")
+        return unit(self.vision_tower.embed_frozen(**inputs) if known is None else known), labels
+
+    @torch.no_grad()
+    def reset_sigmoids(self, batches: Iterable[Mapping[str, torch.Tensor]] | None = None) -> None:
+        """Start what makes logits into log odds in the loss of several labels, after the prototypes.
+
+        Where an image has one of the classes there is nothing to start.
+
+        Args:
+            batches: as for `reset_prototypes`; they then start at what suits zero-shot on these images. None: at 0.
+        """
+        self.sigmoids = None
+        if not self.classes.multi_label:
+            return
+        self.sigmoids = TrainedSigmoids(len(self.classes)).to(self.device)
+        if batches is not None:
+            both = [self._frozen_images(batch) for batch in batches]
+            embeds, targets = (torch.cat(column) for column in zip(*both, strict=True))
+            logits = zero_shot_logits(self.vision_tower, wide(embeds), self.encoder.frozen_embeds())
+            self.sigmoids.start(logits, wide(embeds), self.prototypes, targets)
 
     def keep_prototypes(
         self,
@@ -393,6 +442,10 @@ class SEPClassifier(TrainerMixin):
     def _keep_head(
         self, kind: str, batches: Iterable[Mapping[str, torch.Tensor]] | None, logit_weight: float | None
     ) -> None:
+        if self.classes.multi_label:
+            raise ValueError(
+                f"A {shown(kind)} head tells one class an image, but it may have several of these. Keep prototypes."
+            )
         if kind not in NAMES:
             raise ValueError(f"kind must be one of prototypes, {', '.join(NAMES)}, but got {kind!r}.")
         if logit_weight is not None:
@@ -494,9 +547,12 @@ class SEPClassifier(TrainerMixin):
     ) -> SEPClassifierOutput:
         """Logits of images, and their loss: the objective of SEP while training, cross entropy in evaluation.
 
+        Where an image may have several classes, logits are log odds of each and the losses those of `label_loss` and
+        binary cross entropy.
+
         Args:
             pixel_values: (B, channels, height, width).
-            labels: (B,) class indices, for the loss.
+            labels: (B,) class indices, for the loss; where an image may have several, (B, C) with 1 for its labels.
             trunk, frozen_embeds, trunk_layer: (B, L, D), (B, E) and (B,) of a `TrunkCache`, in the place of images.
                 `frozen_embeds` beside images, as `SEPTower.embed_frozen` gives them, spare the frozen pass.
             num_items_in_batch: images N of the whole step, over its micro-batches and all processes, as Trainer counts
@@ -521,7 +577,8 @@ class SEPClassifier(TrainerMixin):
             check_trunk(trunk, frozen_embeds, trunk_layer)
         if labels is not None:
             images = pixel_values if trunk is None else trunk
-            check_labels(labels, len(self.classes), None if images is None else len(images), waits=False)
+            check = check_targets if self.classes.multi_label else check_labels
+            check(labels, len(self.classes), None if images is None else len(images), waits=False)
         if not self.training:
             self.agreement.check()
         weights = self._weights(labels)
@@ -531,13 +588,23 @@ class SEPClassifier(TrainerMixin):
             assert trunk is not None and frozen_embeds is not None, "checked above"
             image, frozen_image = embeds_from_trunk(self.vision_tower, trunk, frozen_embeds, trunk_layer)
         logits = class_logits(self.vision_tower, image, frozen_image, weights)
+        if self.sigmoids is not None and weights.sigmoids is None:  # no calibration has taken their place
+            logits = self.sigmoids(logits)
         if labels is None:
             self.tell_that_there_is_no_loss()
             return SEPClassifierOutput(logits=logits)
         if not self.training:
-            return SEPClassifierOutput(_share(F.cross_entropy(logits, labels), labels, num_items_in_batch), logits)
+            several = self.classes.multi_label
+            loss = asymmetric_loss(logits, labels, focus=0) if several else F.cross_entropy(logits, labels)
+            return SEPClassifierOutput(_share(loss, labels, num_items_in_batch), logits)
         embeds = image, frozen_image, weights.text_embeds, weights.frozen_text_embeds
-        parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
+        if self.sigmoids is None:
+            parts = sep_loss(logits, labels, *embeds, self.prototypes, **self.recipe.loss_weights)
+        else:
+            own = self.prototypes, self.sigmoids.prototype_biases
+            parts = label_loss(
+                logits, labels, *embeds, *own, focus=self.recipe.negative_focus, **self.recipe.loss_weights
+            )
         if others := self.recipe.regularizer_weights:
             zero_shot = zero_shot_logits(self.vision_tower, frozen_image, weights.frozen_text_embeds)
             parts = SEPLoss(parts.total + regularizers(logits, zero_shot, *embeds, **others), *parts[1:])
@@ -556,9 +623,16 @@ class SEPClassifier(TrainerMixin):
         """Class texts that a training step by a recipe draws, as its `class_sample` says; C where it encodes all.
 
         Raises:
-            ValueError: a number was asked for, and the adapter is `batch_coupled`.
+            ValueError: a number was asked for, and the adapter is `batch_coupled` or an image may have several classes.
         """
         settings, count = self.encoder.tower.active_settings, len(self.classes)
+        if self.classes.multi_label:
+            if recipe.class_sample:
+                raise ValueError(
+                    f"class_sample={recipe.class_sample} draws beside the one class of an image, but it may have "
+                    "several of these. Pass a recipe with class_sample=0."
+                )
+            return count
         if settings is None:
             return count  # the texts of the frozen model are encoded once
         drawn = recipe.drawn_classes(count)
@@ -604,15 +678,19 @@ class SEPClassifier(TrainerMixin):
     ) -> list:
         """Classify images, in evaluation whatever the mode of the classifier; threads may predict at the same time.
 
+        Where an image may have several of the classes, those are named whose score reaches the threshold that was
+        chosen for each on held-out images; the list may be empty.
+
         Args:
             images: one image as `sep_peft.classifier.images.read_image` takes it (a path, an address, a `PIL.Image`,
                 bytes, an open file, an array or tensor), or several: a list or another iterable of them, such as a
                 generator or a column of the package datasets, or an array or tensor (B, ...).
-            top_k: how many classes to return an image, best first; None for all.
+            top_k: how many classes to return an image, best first; None for all. Of several labels: at most so many.
             batch_size: images encoded at a time.
             task: a task of `add_task` or `load_task`, or one for each image; None: the classifier's own classes with
                 the active adapter.
             min_score: from 0 to 1; where the best class has less, the list is empty: none of these. None: no limit.
+                Of several labels: all with at least this score, whatever their thresholds; 0 names every class.
             unknown: empty as well for images that look like no trained class. In training it was found out, on
                 held-out images, where 95 % of those that belong to a class lie; see `sep_peft.classifier.answers`.
             coverage: above 0 and below 1; the list is the set of classes that holds the image's own with this chance,
@@ -845,6 +923,8 @@ class SEPClassifier(TrainerMixin):
             else:
                 model = PeftModel.from_pretrained(model, path, adapter_name, subfolder=subfolder, **arguments)
             classifier = cls(model, classes, processor=processor, **options).train(is_trainable)
+            if classifier.sigmoids is not None:
+                classifier.sigmoids.requires_grad_(is_trainable)
         classifier.trained = classes
         return classifier
 

@@ -78,7 +78,8 @@ def explain_label(model: nn.Module, task: Task, processor, image: Any, label: st
         inputs = _read(image, processor, tower)
         grid, weights = PatchGrid.of(tower, inputs), task.encoder.weights(training=False)
         logits = class_logits(tower, *image_embeds(tower, inputs, trace=trace), weights)
-        scores = {each["label"]: each["score"] for each in Answers().of(logits, task.classes, None)[0]}
+        every = Answers(min_score=0.0).of(logits, task.classes, None, task.encoder.label_scale)[0]
+        scores = {each["label"]: each["score"] for each in every}
         label = next(iter(scores)) if label is None else label
         effects = attribute(tower, inputs, grid, weights, names.index(label))
     shape, layers = (grid.rows, grid.columns), _layers(trace, grid, tower)

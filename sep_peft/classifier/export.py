@@ -12,6 +12,8 @@ from ..method.heads import HeadLogits
 from ..tuner.current import chosen_adapters
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.model import find_towers
+from ..tuner.tower import SEPTower
+from .label_calibration import Sigmoids
 from .logits import ClassWeights
 from .prediction import image_embeds, image_embeds_by, image_logits
 
@@ -74,6 +76,8 @@ class ConstantWeights(nn.Module):
     text_embeds: torch.Tensor
     frozen_text_embeds: torch.Tensor
     prototype_weights: torch.Tensor | None
+    slopes: torch.Tensor | None
+    biases: torch.Tensor | None
 
     def __init__(self, weights: ClassWeights):
         super().__init__()
@@ -81,6 +85,9 @@ class ConstantWeights(nn.Module):
         self.register_buffer("frozen_text_embeds", weights.frozen_text_embeds.clone(), persistent=False)
         self.register_buffer("prototype_weights", weights.prototypes, persistent=False)
         self._zero_shot_margin, self._temperature = weights.zero_shot_margin, weights.temperature
+        sigmoids = weights.sigmoids
+        self.register_buffer("slopes", None if sigmoids is None else sigmoids.slopes.clone(), persistent=False)
+        self.register_buffer("biases", None if sigmoids is None else sigmoids.biases.clone(), persistent=False)
         self._head = weights.head
         for name, tensor in ({} if weights.head is None else weights.head.tensors).items():
             self.register_buffer(f"head_{name}", tensor.clone(), persistent=False)
@@ -97,7 +104,14 @@ class ConstantWeights(nn.Module):
             self._zero_shot_margin,
             self._temperature,
             head,
+            sigmoids=None if self.slopes is None or self.biases is None else Sigmoids(self.slopes, self.biases),
         )
+
+    def scores(self, tower: SEPTower, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Probabilities (B, C) of images: one class an image, or each class by itself where it may have several."""
+        weights = self.class_weights()
+        logits = image_logits(tower, inputs, weights)
+        return logits.softmax(dim=-1) if weights.sigmoids is None else logits.sigmoid()
 
 
 class ImageScorer(ConstantWeights):
@@ -122,7 +136,7 @@ class ImageScorer(ConstantWeights):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
         tower = find_towers(self.model)["vision"]
-        return image_logits(tower, {"pixel_values": pixel_values}, self.class_weights()).softmax(dim=-1)
+        return self.scores(tower, {"pixel_values": pixel_values})
 
 
 class ImageTasks(nn.Module):
@@ -151,7 +165,7 @@ class ImageTasks(nn.Module):
         for adapter, weights in zip(self.adapters, self.weights, strict=True):
             with chosen_adapters.set(adapter):
                 if isinstance(weights, ConstantWeights):
-                    found.append(image_logits(tower, inputs, weights.class_weights()).softmax(dim=-1))
+                    found.append(weights.scores(tower, inputs))
                 else:
                     found.append(image_embeds(tower, inputs)[0])
         return tuple(found)

@@ -61,9 +61,9 @@ SAVED_FILES = (
     REPOCARD_NAME,
     CONFUSION_FILE,
 )
-#: Version of the layout of classes, of those with a head, and of those with descriptions, which earlier releases cannot
-#: read.
-FORMAT_VERSION, HEAD_FORMAT_VERSION, DESCRIPTIONS_FORMAT_VERSION = 1, 2, 3
+#: Version of the layout of classes, of those with a head, of those with descriptions, and of those several of which an
+#: image may have, which earlier releases cannot read.
+FORMAT_VERSION, HEAD_FORMAT_VERSION, DESCRIPTIONS_FORMAT_VERSION, LABELS_FORMAT_VERSION = 1, 2, 3, 4
 #: Largest class file that is written and read, in bytes: 20,000 classes with 7 templates.
 MAX_CLASSES_BYTES = 2**26
 #: No model embeds images and texts in more dimensions.
@@ -125,6 +125,7 @@ def _class_data(classes: TaskClasses, save_id: str | None = None) -> dict[str, A
     """What the class file holds."""
     version = FORMAT_VERSION if classes.head is None else HEAD_FORMAT_VERSION
     version = version if classes.descriptions is None else DESCRIPTIONS_FORMAT_VERSION
+    version = LABELS_FORMAT_VERSION if classes.multi_label else version
     return {"format_version": version, **classes.to_json()} | ({} if save_id is None else {SAVE_ID: save_id})
 
 
@@ -354,10 +355,10 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
         )
     data = read_json(file, MAX_CLASSES_BYTES)
     version = data.get("format_version")
-    if type(version) is not int or not FORMAT_VERSION <= version <= DESCRIPTIONS_FORMAT_VERSION:
+    if type(version) is not int or not FORMAT_VERSION <= version <= LABELS_FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {shown(version)}, but this version of sep_peft reads "
-            f"{FORMAT_VERSION} to {DESCRIPTIONS_FORMAT_VERSION}. Upgrade sep_peft."
+            f"{FORMAT_VERSION} to {LABELS_FORMAT_VERSION}. Upgrade sep_peft."
         )
     weights, found = _find(path, SAFETENSORS_WEIGHTS_NAME, subfolder, hub_options)
     if found:

@@ -13,7 +13,7 @@ from ..method.mix import unit
 from ..tuner.tower import SEPTower
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
-from .inputs import check_labels
+from .inputs import check_labels, check_targets
 from .logits import ClassWeights, class_logits, head_features, zero_shot_logits
 from .prediction import image_embeds
 
@@ -42,7 +42,8 @@ def fitted_classes(
     """
     embeds, own, frozen, labels = [], [], [], []
     for batch in batches:
-        check_labels(batch["labels"], len(encoder.classes))
+        check = check_targets if encoder.classes.multi_label else check_labels
+        check(batch["labels"], len(encoder.classes))
         inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         both = image_embeds(tower, inputs)
         embeds.append(head_features(*both))
@@ -54,7 +55,7 @@ def fitted_classes(
     features, told = torch.cat(embeds), torch.cat(labels)
     if kind == "prototypes":
         means = class_means(features, told, len(encoder.classes))  # (C, E)
-        if missing := sorted(set(range(len(means))) - set(told.tolist())):
+        if missing := (means == 0).all(dim=1).nonzero()[:, 0].tolist():
             raise ValueError(f"Prototypes need an image of every class, but there is none of classes {missing}.")
         return replace(encoder.classes, prototypes=unit(means).cpu())
     weights = encoder.weights(training=False)

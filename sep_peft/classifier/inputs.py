@@ -105,3 +105,32 @@ def check_labels(labels: Any, count: int, images: int | None = None, *, waits: b
             f"Labels must be between 0 and {count - 1} for {count} classes, but got "
             f"{shown(sorted(set(wrong.tolist())))}."
         )
+
+
+def check_targets(targets: Any, count: int, images: int | None = None, *, waits: bool = True) -> None:
+    """
+    Args:
+        targets: 1 for the labels of each image, 0 for the other classes.
+        count: C, of the classes.
+        images: B, that the targets belong to; None: not known.
+        waits: whether values are read from an accelerator as well.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: they have another shape than (B, C), or hold other numbers than 0 and 1.
+    """
+    if not isinstance(targets, torch.Tensor):
+        raise TypeError(
+            f"Labels must be a tensor of 0 and 1 (B, {count}), where an image may have several classes, but got "
+            f"{type(targets).__name__}."
+        )
+    expected = (len(targets) if images is None and targets.ndim else images, count)
+    if tuple(targets.shape) != expected:
+        raise ValueError(
+            f"Labels must have the shape {expected}, 1 for the labels of each image and 0 for its other classes, but "
+            f"got {tuple(targets.shape)}."
+        )
+    if is_traced() or not (waits or at_hand(targets)):
+        return
+    if not ((targets == 0) | (targets == 1)).all():
+        raise ValueError("Labels must be 0 or 1 where an image may have several classes, but other values are there.")

@@ -12,6 +12,7 @@ from ..method.heads import HeadLogits
 from ..method.mix import wide
 from ..tuner.offload import read_parameter
 from ..tuner.tower import SEPTower
+from .label_calibration import Sigmoids
 
 
 class OwnTexts(NamedTuple):
@@ -44,6 +45,8 @@ class ClassWeights(NamedTuple):
         head: another head in the place of prototypes, whose logits are added; None: there is none.
         own: for a batch in training, what stands for each image's own class in the place of `text_embeds`; None:
             nothing does.
+        sigmoids: where an image may have several classes, what makes logits into those of which the sigmoid is a
+            probability; None: nothing does.
     """
 
     text_embeds: torch.Tensor
@@ -53,6 +56,7 @@ class ClassWeights(NamedTuple):
     temperature: float = 1.0
     head: HeadLogits | None = None
     own: OwnTexts | None = None
+    sigmoids: Sigmoids | None = None
 
 
 def class_logits(
@@ -61,7 +65,7 @@ def class_logits(
     """Logits (B, C) of image embeddings, in fp32 or wider.
 
     With a margin of zero-shot the more confident of both decides each image (`more_confident`). The temperature comes
-    last and changes no order.
+    last and changes no order; in its place sigmoids change none of the order of images by a class.
 
     Args:
         tower: of the images; its architecture names the scale and the bias of the model.
@@ -78,6 +82,8 @@ def class_logits(
     if weights.zero_shot_margin:
         zero_shot = zero_shot_logits(tower, frozen_embeds, weights.frozen_text_embeds)
         logits = more_confident(logits, zero_shot, weights.zero_shot_margin)
+    if weights.sigmoids is not None:
+        return weights.sigmoids(logits)
     return logits if weights.temperature == 1 else logits / weights.temperature
 
 

@@ -40,13 +40,15 @@ class ImageClassifier(nn.Module):
     def __init__(self, classifier: SEPClassifier):
         super().__init__()
         self.classifier = classifier
-        self._config = PreTrainedConfig(problem_type="single_label_classification")
+        self._config = PreTrainedConfig()
         self._templates = list(classifier.classes.templates)
         self._asked: tuple[list[str], list[str]] | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
         """With the labels of the classifier's present classes."""
+        several = self.classifier.classes.multi_label  # of which the pipeline takes the sigmoid
+        self._config.problem_type = "multi_label_classification" if several else "single_label_classification"
         names = dict(enumerate(self.classifier.class_names))
         if self._config.id2label != names:
             self._config.id2label, self._config.label2id = names, {name: index for index, name in names.items()}

@@ -89,7 +89,7 @@ def predict_batch(
         answers: what is asked for; None: all classes, best first.
 
     Returns:
-        for each sample its classes with their probabilities.
+        for each sample its classes with their probabilities; where it may have several, those that it has.
 
     Raises:
         FloatingPointError, ValueError: as `Answers.of`.
@@ -104,9 +104,10 @@ def predict_batch(
     for task in dict.fromkeys(tasks):
         own = [index for index, other in enumerate(tasks) if other == task]
         with chosen_adapters.set(task.adapter):
-            weights = task.encoder.weights(training=False)
-            logits = class_logits(tower, embeds[0][own], embeds[1][own], weights)
-            rankings = answers.of(logits, task.classes, task.encoder.calibration)  # zero-shot has none
+            encoder = task.encoder
+            logits = class_logits(tower, embeds[0][own], embeds[1][own], encoder.weights(training=False))
+            # zero-shot has no temperature, and a scale of its own
+            rankings = answers.of(logits, task.classes, encoder.calibration, encoder.label_scale)
         for index, ranking in zip(own, rankings, strict=True):
             predictions[index] = ranking
     return predictions
@@ -120,7 +121,7 @@ def check_answers(answers: Answers, tasks: Sequence[Task]) -> None:
             calibration for what is asked.
     """
     for classes in {id(task.classes): task.classes for task in tasks}.values():
-        answers.check(classes.calibration)
+        answers.check(classes, classes.calibration)
     top_k = answers.top_k
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
         raise TypeError(f"top_k must be None or a whole number, but got {shown(top_k)}.")

@@ -12,6 +12,7 @@ from ..tuner.messages import shown
 from ..tuner.tower import SEPTower
 from .calibration import Calibration
 from .classes import TaskClasses
+from .label_calibration import LabelCalibration
 
 
 #: Names of classes or of tasks that are written out.
@@ -57,7 +58,9 @@ def _base(model: nn.Module) -> str:
     return f"{type(model).__name__} {shown(name)}" if name else type(model).__name__
 
 
-def _calibrated(calibration: Calibration | None) -> str:
+def _calibrated(calibration: Calibration | LabelCalibration | None) -> str:
     if calibration is None:
         return "none"
+    if isinstance(calibration, LabelCalibration):
+        return f"several labels an image, found on {calibration.images:,} images ({calibration.source})"
     return f"temperature {calibration.temperature:.3g}, found on {calibration.images:,} images ({calibration.source})"

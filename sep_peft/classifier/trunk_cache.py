@@ -152,7 +152,8 @@ class TrunkCache(torch.utils.data.Dataset):
                 raise ValueError(f"Every image must have shape {shape}, but entry {index} has {tuple(pixels.shape)}.")
             key = hashlib.sha256(f"{pixels.dtype}".encode() + tensor_bytes(pixels)).hexdigest()
             self._keys.append(key)
-            self.labels.append(int(item["labels"]))
+            label = torch.as_tensor(item["labels"])
+            self.labels.append(label if label.ndim else int(label))  # of several labels (C,)
             yield key, pixels
 
     def _compute(self, missing: dict[str, torch.Tensor]) -> None:

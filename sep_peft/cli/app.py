@@ -129,7 +129,8 @@ def train(
         Path,
         typer.Argument(
             metavar="FOLDER",
-            help="Class folders; or train/, and val/ and test/ if any, with class folders in each.",
+            help="Class folders; or train/, and val/ and test/ if any, with class folders in each. Or a .csv, .json or "
+            ".jsonl file with an image, its labels, and perhaps its split in each row: it may have several labels.",
         ),
     ],
     base_model: options.BaseModel,
@@ -143,7 +144,9 @@ def train(
         str | None, typer.Option(metavar="TEXT", help='Licence of the adapter for the model card: "apache-2.0".')
     ] = None,
     template: options.Template = None,
-    shots: Annotated[int, options.count("Training images per class.")] = options.SHOTS,
+    shots: Annotated[
+        int | None, options.count(f"Training images per class of class folders ({options.SHOTS}).")
+    ] = None,
     epochs: options.Epochs = None,
     max_steps: options.MaxSteps = None,
     batch_size: options.TrainBatchSize = None,
@@ -333,7 +336,10 @@ def predict(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     top_k: Annotated[
-        int | None, options.count("Classes to name for each image, best first; default: all, but at most 5.")
+        int | None,
+        options.count(
+            "Classes to name for each image, best first; default: all, but at most 5; of several labels all."
+        ),
     ] = None,
     classes: Annotated[
         list[str] | None,
@@ -344,7 +350,10 @@ def predict(
         bool, typer.Option("--unknown", help="Say none of these where an image looks like no trained class.")
     ] = False,
     min_score: Annotated[
-        float | None, options.number("Say none of these where the best class has a lower score, from 0 to 1.")
+        float | None,
+        options.number(
+            "Say none of these where the best class has a lower score, from 0 to 1; of several, name all with it."
+        ),
     ] = None,
     coverage: Annotated[
         float | None,
@@ -477,7 +486,9 @@ def evaluate(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="test/ or val/ below it if there is one, else its class folders; train/ by k folds."
+            metavar="FOLDER",
+            help="test/ or val/ below it if there is one, else its class folders; train/ by k folds. Or a file of "
+            "labels, as for train.",
         ),
     ],
     base_model: options.OtherBaseModel = None,

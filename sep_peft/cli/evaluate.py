@@ -12,11 +12,15 @@ from ..method.recipe import Recipe
 from ..training import evaluation
 from ..training.cross_validation import cross_validate
 from ..training.folders import has_no_test, read_folder, read_test
+from ..training.label_evaluation import evaluate_labels
+from ..training.label_files import is_label_file, read_labelled_test
+from ..training.label_report import write_label_report
 from ..training.report import write_report
 from ..training.run_log import RUN_FOLDER, SETTINGS_FILE
 from ..tuner.disk import try_folder
 from ..tuner.json_files import read_json
 from ..tuner.messages import shown
+from . import measured_labels
 from .measured import draw, in_full, in_lines
 from .options import SHOTS
 from .session import AdapterSource, Result, Session, check_images, listed, load_classifier
@@ -45,7 +49,8 @@ def evaluate(
 
     Args:
         source: of the adapter.
-        folder: of images; see `read_test`. Where it has ``train/`` alone, these are measured on by k folds.
+        folder: of images; see `read_test`. Where it has ``train/`` alone, these are measured on by k folds. Or a file
+            of labels, see `read_label_file`, for an adapter of which an image may have several classes.
         session: how to work.
         base_model: name or folder of another base model than the one that the adapter names.
         new_classes: tell apart the classes of `folder` in place of the trained ones.
@@ -69,6 +74,13 @@ def evaluate(
         if report.is_dir():
             raise IsADirectoryError(f"--report takes the name of a file, but {report} is a folder.")
         try_folder(report.parent)
+    if is_label_file(folder):
+        if new_classes or folds is not None or plots is not None:
+            raise ValueError(
+                f"--new-classes, --folds and --plots are for class folders, but {folder} is a file of labels. Leave "
+                "them out."
+            )
+        return _evaluate_labels(source, folder, session, base_model, zero_shot, batch_size, report, command)
     if folds is not None or has_no_test(folder):
         if new_classes:
             raise ValueError("k folds train anew on the trained classes. Leave out --new-classes.")
@@ -98,6 +110,33 @@ def evaluate(
     parts = {"title": Path(source.name).name, "unreadable": broken, "facts": facts}
     write_report(report, classifier, {part: adapted}, bases, **parts)
     return replace(result, data=result.data | {"report": str(report)}, lines=[*result.lines, f"report: {report}"])
+
+
+def _evaluate_labels(
+    source: AdapterSource,
+    file: Path,
+    session: Session,
+    base_model: str | None,
+    zero_shot: bool,
+    batch_size: int,
+    report: Path | None,
+    command: str | None,
+) -> Result:
+    """The same where an image may have several classes; arguments as for `evaluate`."""
+    samples, broken = check_images(read_labelled_test(file), session)
+    classifier = load_classifier(source, base_model, session)
+    adapted, base = evaluate_labels(classifier, samples, batch_size, session.progress("SEP")), None
+    if zero_shot:
+        with cast(PeftModel, classifier.model).disable_adapter():
+            base = evaluate_labels(classifier, samples, batch_size, session.progress("zero-shot"))
+    data = measured_labels.in_full(adapted, base, classifier) | {"unreadable": listed(broken)}
+    result = Result(data, measured_labels.in_lines(adapted, base))
+    if report is None:
+        return result
+    facts = {"command": command, "adapter": source.name, "data": str(file.resolve())}
+    parts = {"title": Path(source.name).name, "unreadable": broken, "facts": facts}
+    write_label_report(report, classifier, {"test": adapted}, {} if base is None else {"test": base}, **parts)
+    return replace(result, data=data | {"report": str(report)}, lines=[*result.lines, f"report: {report}"])
 
 
 def _trained_by(adapter: str) -> tuple[Recipe, int]:

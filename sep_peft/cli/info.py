@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub.constants import REPOCARD_NAME
 
-from ..classifier.card import METRIC, read_card
+from ..classifier.card import LABEL_METRICS, METRIC, read_card
 from ..classifier.files import MissingClassesError, load_classes
 from ..tuner.config import SEPConfig
 from ..tuner.files import WeightsOrigin, read_shapes
@@ -50,6 +50,7 @@ def info(source: AdapterSource, session: Session) -> Result:
         "parameters": parameters,
         "bytes": os.path.getsize(weights),
         "classes": list(classes.names) if classes else [],
+        "multi_label": bool(classes and classes.multi_label),
         "templates": list(classes.templates) if classes else [],
         "scores": _scores(source, options),
     }
@@ -65,8 +66,15 @@ def _scores(source: AdapterSource, options: Mapping[str, Any]) -> list[dict]:
     except ValueError as error:
         warnings.warn(f"No scores are shown: {error}", stacklevel=2)
         return []
-    results = [result for result in getattr(card.data, "eval_results", None) or () if result.metric_name == METRIC]
-    return [{"dataset": r.dataset_name, "split": r.dataset_split, "accuracy": r.metric_value} for r in results]
+    measures = {METRIC: "accuracy", **{name: measure for _, name, measure in LABEL_METRICS}}
+    found: dict[tuple[str, str | None], dict] = {}
+    for r in getattr(card.data, "eval_results", None) or ():
+        if r.metric_name in measures:
+            own = found.setdefault(
+                (r.dataset_name, r.dataset_split), {"dataset": r.dataset_name, "split": r.dataset_split}
+            )
+            own[measures[r.metric_name]] = r.metric_value
+    return list(found.values())
 
 
 def _shown(value: Any) -> str:

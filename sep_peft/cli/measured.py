@@ -10,8 +10,11 @@ from typing import Any
 from ..classifier.calibration import Calibration
 from ..classifier.card import ClassScore
 from ..classifier.classifier import SEPClassifier
+from ..classifier.label_calibration import LabelCalibration
+from ..training.data import names_of
 from ..training.evaluation import Evaluation, Mistake, main_part
 from ..training.folders import ImageFolder
+from ..training.label_files import LabelFile
 
 
 #: Wrong and suspected images that people are shown.
@@ -69,11 +72,11 @@ def in_lines(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassi
     return lines
 
 
-def untested(folder: ImageFolder, calibration: Calibration | None) -> list[str]:
+def untested(folder: ImageFolder | LabelFile, calibration: Calibration | LabelCalibration | None) -> list[str]:
     """Lines on classes whose images were all trained on, and without any test image what cross-fitting found."""
-    counts = Counter(name for _, name in folder.train)
+    counts = Counter(name for _, own in folder.train for name in names_of(own))
     lines = []
-    if not folder.tests and calibration is not None and calibration.accuracy is not None:
+    if not folder.tests and isinstance(calibration, Calibration) and calibration.accuracy is not None:
         lines.append(
             f"{calibration.source}, no test: {calibration.accuracy:.1f} % with SEP, {calibration.images} training "
             "images, each told after a shorter training on others"
@@ -81,9 +84,9 @@ def untested(folder: ImageFolder, calibration: Calibration | None) -> list[str]:
     return lines + [f"not tested: {name}: {counts[name]} images, all used for training" for name in not_tested(folder)]
 
 
-def not_tested(folder: ImageFolder) -> list[str]:
+def not_tested(folder: ImageFolder | LabelFile) -> list[str]:
     """Classes without an image to test on."""
-    tested = {name for samples in folder.tests.values() for _, name in samples}
+    tested = {name for samples in folder.tests.values() for _, own in samples for name in names_of(own)}
     return [name for name in folder.names if name not in tested]
 
 

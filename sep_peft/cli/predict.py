@@ -32,7 +32,8 @@ def predict(
         base_model: name or folder of another base model than the one that the adapter names.
         classes: names in place of the trained ones.
         zero_shot_margin: for `classes`; see `SEPClassifier.set_classes`.
-        top_k: classes to name for each image; None: all, but at most 5.
+        top_k: classes to name for each image; None: all, but at most 5, and where an image may have several classes
+            all that reach their thresholds.
         batch_size: images at a time.
         asked: `min_score`, `unknown` and `coverage`, as for `SEPClassifier.predict`.
 
@@ -46,7 +47,7 @@ def predict(
     classifier = load_classifier(source, base_model, session)
     if classes:
         classifier.set_classes(classes, zero_shot_margin=zero_shot_margin)
-    if asked.get("coverage") is None:
+    if asked.get("coverage") is None and not classifier.classes.multi_label:
         top_k = top_k or min(5, len(classifier.classes))
     data = []
     for start in session.progress("batches")(range(0, len(paths), batch_size)):

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 from ..classifier.adapter import Adapter
 from ..classifier.classifier import SEPClassifier
 from ..classifier.files import naming_base_model
-from ..training.folders import Samples, without_unreadable
+from ..training.folders import without_unreadable
 from ..tuner.find_file import check_path
 from .text import one_line
 
@@ -117,7 +117,8 @@ def load_adapter(source: AdapterSource, base_model: str | None, session: Session
     return adapter
 
 
-def check_images(samples: Samples, session: Session) -> tuple[Samples, dict[Path, str]]:
+def check_images(samples: Any, session: Session) -> tuple[Any, dict[Path, str]]:
+    """The samples, of one label or several, whose images can be read, and what is wrong with the others."""
     samples, broken = without_unreadable(samples, session.progress("reading images"))
     warn_unreadable(broken)
     return samples, broken

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,16 +18,22 @@ from ..classifier.calibration import Calibration
 from ..classifier.card import CardDetails, Score
 from ..classifier.classes import TEMPLATE
 from ..classifier.classifier import SEPClassifier
+from ..classifier.label_calibration import LabelCalibration
 from ..method.recipe import Recipe
 from ..training import evaluation
 from ..training.checkpoint import CHECKPOINT_FILE
+from ..training.data import names_of
 from ..training.fit import fit
-from ..training.folders import ImageFolder, Samples, read_folder
+from ..training.folders import ImageFolder, read_folder
 from ..training.history import History, TrainingInterrupted
-from ..training.report import write_report
+from ..training.label_evaluation import evaluate_labels
+from ..training.label_files import LabelFile, check_trainable, is_label_file, read_label_file
+from ..training.label_report import write_label_report
+from ..training.report import has_drawings, write_report
 from ..training.run_log import REPORT_FILE, RUN_FOLDER
 from ..tuner.config import SEPConfig
 from .measured import between, class_scores, not_tested, untested
+from .measured_labels import label_class_scores, label_scores, total_line
 from .options import SHOTS
 from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .session import Result, Session, check_images, listed, load_base, warn
@@ -42,7 +47,7 @@ def train(
     recipe: Recipe,
     session: Session,
     *,
-    shots: int = SHOTS,
+    shots: int | None = None,
     cache: str | None = None,
     template: Sequence[str] | None = None,
     save_dtype: torch.dtype = torch.float32,
@@ -59,12 +64,13 @@ def train(
     """Train an adapter, measure it beside zero-shot where there is something to test on, and save it with a card.
 
     Args:
-        folder: of images; see `read_folder`.
+        folder: of images, see `read_folder`; or a file of labels, of which an image may have several, see
+            `read_label_file`.
         base_model: name or folder of the model to adapt.
         output: folder to save into.
         config, recipe: the adapter and how to train it.
         session: how to work.
-        shots: training images a class.
+        shots: training images a class; None: 16. Of a file of labels all train.
         cache: as for `fit`.
         template: texts of the frozen text branch, which are averaged; None: `TEMPLATE`.
         save_dtype: of the weights in the file.
@@ -84,20 +90,23 @@ def train(
     """
     begun = time.monotonic()
     check_output(output, overwrite, resume)
-    images, broken = _readable(read_folder(folder, shots, recipe.seed), session)
+    images, broken = _readable(_read(folder, shots, recipe.seed), session)
+    several = isinstance(images, LabelFile)
     if patience is not None and "val" not in images.tests:
-        raise ValueError(f"--patience needs images to validate on, but {folder} has no val/ with any.")
+        lacks = "no row of the part val" if several else "no val/ with any"
+        raise ValueError(f"--patience needs images to validate on, but {folder} has {lacks}.")
     set_seed(recipe.seed)
     base, processor = load_base(base_model, session)
     model = session.place(get_peft_model(base, config))
     classifier = SEPClassifier.from_class_names(
-        model, processor, images.names, template=template or TEMPLATE, recipe=recipe
+        model, processor, images.names, template=template or TEMPLATE, recipe=recipe, multi_label=several
     )
     check_output(output, overwrite, resume, needed=saved_bytes(classifier))
     if not resume:
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)  # it may be replaced
     held_out = images.tests.get("val")
     name = name or folder.resolve().name
+    shots = None if several else shots or SHOTS
     notes = {"command": command, "data": str(folder.resolve()), "base_model": base_model, "shots": shots}
     details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), license=license)
     save = partial(save_somewhere, classifier, output, save_dtype=save_dtype)
@@ -122,25 +131,13 @@ def train(
     adapted = measure("SEP")
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
-    scores = [
-        Score(
-            name,
-            found.accuracy,
-            zero_shot[part].accuracy,
-            images=found.images,
-            split=part,
-            interval=found.interval,
-            calibration_error=found.calibration_error,
-        )
-        for part, found in adapted.items()
-    ]
-    protocol, by_class = _protocol(recipe, history, held_out, keep), class_scores(images, adapted, zero_shot)
-    details = replace(details, protocol=protocol, scores=scores, class_scores=by_class)
+    details = replace(details, protocol=_protocol(recipe, history, held_out, keep))
+    details = _with_scores(details, name, images, adapted, zero_shot)
     part = evaluation.main_part(adapted)
-    if report and part is not None and find_spec("matplotlib") is not None:
+    if report and part is not None and not several and has_drawings():
         details = replace(details, confusion=adapted[part].confusion_png)
     saved = save(details=details)
-    result = _trained(saved, images, scores, broken, history, classifier.classes.calibration)
+    result = _trained(saved, images, details, broken, history, classifier.classes.calibration)
     if report:
         parts = {"title": name, "training": images.train, "history": history, "unreadable": broken}
         took = f"{sum(history.seconds):.0f} s in epochs, {time.monotonic() - begun:.0f} s in all"
@@ -154,10 +151,11 @@ def train(
     return result
 
 
-def _with_report(result: Result, path: Path, *measured: Any, **parts: Any) -> Result:
+def _with_report(result: Result, path: Path, classifier: SEPClassifier, *measured: Any, **parts: Any) -> Result:
     """A result with the report that was written, if any: what was trained is worth more than a page about it."""
     try:
-        write_report(path, *measured, **parts)
+        write = write_label_report if classifier.classes.multi_label else write_report
+        write(path, classifier, *measured, **parts)
     except Exception as error:
         warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
         return replace(result, data=result.data | {"report": None})
@@ -168,7 +166,7 @@ def _interrupted(
     interruption: TrainingInterrupted,
     save: Callable[..., Saved],
     details: CardDetails,
-    images: ImageFolder,
+    images: ImageFolder | LabelFile,
     broken: dict[Path, str],
 ) -> Result:
     """Save what there is; nothing is measured, because whoever interrupts waits for the end."""
@@ -177,11 +175,11 @@ def _interrupted(
         data = {"adapter": None, "history": interruption.history.to_json()}
         return Result(data, [f"{interruption}, so there is nothing to save"], code)
     saved = save(details=replace(details, protocol=f"{details.protocol}; {interruption}"))
-    result = _trained(saved, images, [], broken, interruption.history, None)
+    result = _trained(saved, images, details, broken, interruption.history, None)
     return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
 
 
-def _protocol(recipe: Recipe, history: History, held_out: Samples | None, keep: Literal["best", "last"]) -> str:
+def _protocol(recipe: Recipe, history: History, held_out: Sequence[Any] | None, keep: Literal["best", "last"]) -> str:
     """How it was trained, for the model card."""
     ended = "" if history.stopped is None else f"; stopped by {history.stopped} {history}"
     if held_out is None or keep == "last":
@@ -189,13 +187,39 @@ def _protocol(recipe: Recipe, history: History, held_out: Samples | None, keep: 
     return f"{recipe}{ended}; the weights of epoch {history.best}, the best on {len(held_out)} images of val"
 
 
+def _with_scores(
+    details: CardDetails,
+    name: str,
+    images: ImageFolder | LabelFile,
+    adapted: Mapping[str, Any],
+    zero_shot: Mapping[str, Any],
+) -> CardDetails:
+    """What was measured, for the model card."""
+    if isinstance(images, LabelFile):
+        scores = label_scores(name, adapted, zero_shot)
+        return replace(details, label_scores=scores, label_class_scores=label_class_scores(images, adapted, zero_shot))
+    scores = [
+        Score(
+            name,
+            found.accuracy,
+            zero_shot[part].accuracy,
+            images=found.images,
+            split=part,
+            interval=found.interval,
+            calibration_error=found.calibration_error,
+        )
+        for part, found in adapted.items()
+    ]
+    return replace(details, scores=scores, class_scores=class_scores(images, adapted, zero_shot))
+
+
 def _trained(
     saved: Saved,
-    folder: ImageFolder,
-    scores: list[Score],
+    folder: ImageFolder | LabelFile,
+    details: CardDetails,
     broken: dict[Path, str],
     history: History,
-    calibration: Calibration | None,
+    calibration: Calibration | LabelCalibration | None,
 ) -> Result:
     size = (saved.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     data = {
@@ -205,7 +229,7 @@ def _trained(
         "classes": folder.names,
         "training_images": len(folder.train),
         "calibration": calibration and asdict(calibration),
-        "scores": [asdict(score) for score in scores],
+        "scores": [asdict(score) for score in (*details.scores, *details.label_scores)],
         "not_tested": not_tested(folder),
         "unreadable": listed(broken),
         "history": history.to_json(),
@@ -214,7 +238,10 @@ def _trained(
     lines += [
         f"{score.split}: {score.accuracy:.1f} %{between(score.interval)} with SEP, {score.zero_shot:.1f} % zero-shot, "
         f"{score.images} images"
-        for score in scores
+        for score in details.scores
+    ]
+    lines += [
+        f"{score.split}: {total_line(score.adapted, score.zero_shot, score.images)}" for score in details.label_scores
     ]
     if history.stopped == "patience":
         lines.append(f"stopped by patience {history}")
@@ -225,18 +252,34 @@ def _trained(
 
 
 def _evaluate_parts(
-    classifier: SEPClassifier, folder: ImageFolder, batch_size: int, session: Session, title: str
-) -> dict[str, evaluation.Evaluation]:
+    classifier: SEPClassifier, folder: ImageFolder | LabelFile, batch_size: int, session: Session, title: str
+) -> dict[str, Any]:
+    """Part of the data -> an `Evaluation`, or a `LabelEvaluation` where an image may have several classes."""
+    measure: Callable[..., Any] = evaluate_labels if isinstance(folder, LabelFile) else evaluation.evaluate
     return {
-        part: evaluation.evaluate(classifier, samples, batch_size, session.progress(f"{title}, {part}"))
+        part: measure(classifier, samples, batch_size, session.progress(f"{title}, {part}"))
         for part, samples in folder.tests.items()
     }
 
 
-def _readable(folder: ImageFolder, session: Session) -> tuple[ImageFolder, dict[Path, str]]:
+def _read(folder: Path, shots: int | None, seed: int) -> ImageFolder | LabelFile:
+    """
+    Raises:
+        NotADirectoryError, ValueError: as `train`.
+    """
+    if not is_label_file(folder):
+        return read_folder(folder, shots or SHOTS, seed)
+    if shots is not None:
+        raise ValueError(f"--shots counts images of class folders, but {folder} is a file, of which all train.")
+    found = read_label_file(folder)
+    check_trainable(found, folder)
+    return found
+
+
+def _readable(folder: ImageFolder | LabelFile, session: Session) -> tuple[ImageFolder | LabelFile, dict[Path, str]]:
     """Without images that cannot be read, which are named on standard error."""
     train, broken = check_images(folder.train, session)
-    if lost := sorted(set(folder.names) - {name for _, name in train}):
+    if lost := sorted(set(folder.names) - {name for _, own in train for name in names_of(own)}):
         raise ValueError(f"No training image can be read of {', '.join(lost)}.")
     tests = {}
     for part, samples in folder.tests.items():
@@ -244,4 +287,4 @@ def _readable(folder: ImageFolder, session: Session) -> tuple[ImageFolder, dict[
         broken |= more
         if samples:
             tests[part] = samples
-    return ImageFolder(folder.names, train, tests), broken
+    return type(folder)(folder.names, train, tests), broken

@@ -207,8 +207,14 @@ def tip_adapter_keys(
 
 
 def class_means(embeds: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Mean of the embeddings (N, E) of each class, (C, E); 0 for a class without any."""
-    members = F.one_hot(labels, num_classes).to(embeds.dtype)  # (N, C)
+    """Mean of the embeddings (N, E) of each class, (C, E); 0 for a class without any.
+
+    Args:
+        embeds: (N, E).
+        labels: (N,) class indices, or (N, C) with 1 for the classes of each image.
+        num_classes: C.
+    """
+    members = (labels if labels.ndim == 2 else F.one_hot(labels, num_classes)).to(embeds.dtype)  # (N, C)
     return members.T @ embeds / members.sum(dim=0).clamp(min=1)[:, None]
 
 

@@ -5,6 +5,7 @@ Source: arXiv 2405.15549, as its released code (https://github.com/htyao89/SEP) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,8 @@ def sep_loss(
     Raises:
         ValueError: a shape does not fit the others.
     """
-    _check_shapes(logits, labels, image_embeds, frozen_image_embeds, text_embeds, frozen_text_embeds, prototypes)
+    check_embeds(logits, image_embeds, frozen_image_embeds, text_embeds, frozen_text_embeds, prototypes)
+    check_shape("labels", labels, logits.shape[:1], logits)
     wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=wide, device=logits.device)
     classification = F.cross_entropy(logits.to(wide), labels)
@@ -93,12 +95,15 @@ def sep_loss(
     return SEPLoss(classification + text + vision + anchors, classification, text, vision, anchors)
 
 
-def _check_shapes(logits, labels, image, frozen_image, text, frozen_text, prototypes) -> None:
+def check_embeds(logits, image, frozen_image, text, frozen_text, prototypes) -> None:
+    """
+    Raises:
+        ValueError: logits are no (B, C), or embeddings or prototypes do not fit them.
+    """
     if logits.ndim != 2:
         raise ValueError(f"logits must have shape (B, C), got {tuple(logits.shape)}.")
     batch, classes = logits.shape
     expected = {
-        "labels": (labels, (batch,)),
         "image_embeds": (image, (batch, image.shape[-1])),
         "frozen_image_embeds": (frozen_image, tuple(image.shape)),
         "text_embeds": (text, (classes, text.shape[-1])),
@@ -107,7 +112,15 @@ def _check_shapes(logits, labels, image, frozen_image, text, frozen_text, protot
     if prototypes is not None:
         expected["prototypes"] = (prototypes, (classes, image.shape[-1]))
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} beside logits {tuple(logits.shape)}, got {tuple(tensor.shape)}."
-            )
+        check_shape(name, tensor, shape, logits)
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int], logits: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: a tensor has another shape than it needs beside logits.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} beside logits {tuple(logits.shape)}, got {tuple(tensor.shape)}."
+        )

@@ -64,6 +64,9 @@ class Recipe(BaseRecipe):
         calibration_folds: parts of the training images on which scores are calibrated where there are no held-out
             images: for each part the adapter is trained a third as long on the others. 0, as published: scores are the
             softmax of the logits as they are. Default 4.
+        negative_focus: where an image may have several classes, how much less those count in the loss that it does
+            not have and that are told already, 2 to 4 in its paper; 0 is binary cross entropy. See `asymmetric_loss`.
+            Default 0, which had the better mean average precision on validation images (docs/labels.md).
         class_sample: class texts that a step draws and encodes, beside those of its images' own classes; the others
             take part by their last embeddings, so that a step's cost does not grow with the number of classes. 0, as
             published: every step encodes all. Default None: 64 where there are more than 256 classes, otherwise all.
@@ -85,6 +88,7 @@ class Recipe(BaseRecipe):
     prototype_logit_weight: float = PROTOTYPE_LOGIT_WEIGHT
     zero_shot_margin: float = ZERO_SHOT_MARGIN
     calibration_folds: int = 4
+    negative_focus: float = 0.0
     class_sample: int | None = None
 
     def __post_init__(self):
@@ -98,7 +102,7 @@ class Recipe(BaseRecipe):
             "None or a finite number of at least 0",
         )
         weights = ("text_weight", "vision_weight", "prototype_weight", "prototype_logit_weight")
-        for name in (*weights, *REGULARIZER_WEIGHTS, "zero_shot_margin"):
+        for name in (*weights, *REGULARIZER_WEIGHTS, "zero_shot_margin", "negative_focus"):
             self.require(name, lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
 
     @classmethod

@@ -30,6 +30,8 @@ from .evaluation import Evaluation, evaluate
 from .fit import fit
 from .fit_pairs import fit_pairs
 from .history import History, TrainingInterrupted
+from .label_evaluation import LabelEvaluation, evaluate_labels
+from .label_files import label_samples, read_label_file
 from .limits import Limits
 from .loop import train
 from .optimizer import make_optimizer, make_schedule
@@ -47,6 +49,7 @@ __all__ = [
     "EpochSampler",
     "Evaluation",
     "History",
+    "LabelEvaluation",
     "LabelledImages",
     "Limits",
     "Pair",
@@ -57,11 +60,14 @@ __all__ = [
     "calibrate",
     "cross_validate",
     "evaluate",
+    "evaluate_labels",
     "evaluate_pairs",
     "fit",
     "fit_pairs",
+    "label_samples",
     "make_optimizer",
     "make_schedule",
+    "read_label_file",
     "read_pairs",
     "shard_base",
     "train",

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,8 @@ from tqdm.auto import tqdm
 from ..classifier.answers import energies
 from ..classifier.calibration import KNOWN_SHARE, Calibration, expected_scores, fit_temperature, kept_scores
 from ..classifier.classifier import SEPClassifier
-from ..classifier.logits import ClassWeights, class_logits
+from ..classifier.label_calibration import LabelCalibration, fit_scale, is_rare
+from ..classifier.logits import ClassWeights, class_logits, zero_shot_logits
 from ..method.recipe import Recipe
 from ..tuner.modes import evaluating
 from .data import EpochDataset, ImagePart, LabelledImages
@@ -41,20 +43,24 @@ class HeldOut:
     Args:
         logits: (N, C), not calibrated.
         new_logits: (N, C), as if the classes had not been trained: by texts alone and with the margin of zero-shot.
-        labels: (N,).
+        labels: (N,), or (N, C) with 1 for those of an image, which may have several.
         source: of the images, as `Calibration` has it.
+        zero_shot: (N, C), of the base model; None where an image has one class.
     """
 
     logits: torch.Tensor
     new_logits: torch.Tensor
     labels: torch.Tensor
     source: str
+    zero_shot: torch.Tensor | None = None
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> Calibration | LabelCalibration:
         """
         Raises:
             ValueError: there are no images, or a logit is not finite.
         """
+        if self.labels.ndim == 2:
+            return self._of_labels()
         temperature = fit_temperature(self.logits, self.labels)
         right = (self.logits.argmax(dim=1) == self.labels).sum().item()
         logits = self.logits / temperature
@@ -75,6 +81,18 @@ class HeldOut:
         if self.source == "cross-fitting":
             return expected_scores(scores)
         return kept_scores(scores.gather(1, self.labels[:, None])[:, 0])
+
+    def _of_labels(self) -> LabelCalibration:
+        assert self.zero_shot is not None, "of several labels it is always there"
+        rare = [place for place, own in enumerate(self.labels.unbind(dim=1)) if is_rare(own)]
+        return LabelCalibration(
+            fit_scale(self.logits, self.labels),
+            fit_scale(self.zero_shot, self.labels),
+            fit_scale(self.new_logits, self.labels, shared=True),
+            len(self.labels),
+            self.source,
+            tuple(rare),
+        )
 
 
 def calibrate(
@@ -98,7 +116,7 @@ def calibrate(
         >>> calibrate(classifier, LabelledImages(validation, classifier.class_names, processor))
     """
     if not isinstance(images, HeldOut):
-        images = HeldOut(*logits_of(classifier, images, batch_size, workers), "held-out images")
+        images = _held_out(classifier, images, batch_size, workers, "held-out images")
     return classifier.calibrate(images.calibration())
 
 
@@ -147,23 +165,32 @@ def cross_fit(
             set_values(classifier, start)
             if shorter.prototype_weight:
                 classifier.reset_prototypes([known.known(others)])
+            classifier.reset_sigmoids([known.known(others)])
             options = {"accelerator": accelerator, "workers": workers}
             train(classifier, ImagePart(images, others), shorter, quiet=True, **options)
             classifier.finish_training()
-            found.append(logits_of(classifier, Subset(known, part), recipe.batch_size, workers))
-    logits, new_logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
-    return HeldOut(logits, new_logits, labels, "cross-fitting")
+            found.append(_held_out(classifier, Subset(known, part), recipe.batch_size, workers, "cross-fitting"))
+    zero_shot = [each.zero_shot for each in found if each.zero_shot is not None]
+    return HeldOut(
+        torch.cat([each.logits for each in found]),
+        torch.cat([each.new_logits for each in found]),
+        torch.cat([each.labels for each in found]),
+        "cross-fitting",
+        torch.cat(zero_shot) if zero_shot else None,
+    )
 
 
 def values_of(classifier: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> a copy of every trained parameter beside the prototypes, which start anew in each training."""
-    return {name: p.detach().clone() for name, p in trainable(classifier).items() if name != "prototypes"}
+    """Name -> a copy of every trained parameter beside those of the loss, which start anew in each training."""
+    of_loss = {"prototypes", *(f"sigmoids.{name}" for name in ("log_slope", "biases", "prototype_biases"))}
+    return {name: p.detach().clone() for name, p in trainable(classifier).items() if name not in of_loss}
 
 
-def deal(labels: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def deal(labels: Sequence[Any], count: int, seed: int) -> list[list[int]]:
     """Indices of N images in at most `count` parts, at random; no class has two more in one part than in another.
 
-    Parts are as even as can be, and none is empty.
+    Parts are as even as can be, and none is empty. Where an image may have several classes, images of the same ones are
+    spread so.
     """
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
@@ -197,30 +224,42 @@ def as_it_was(classifier: SEPClassifier) -> Iterator[None]:
     """After the block the classifier's weights, prototypes and classes are those of before it, whatever happens."""
     values = values_of(classifier)
     prototypes, encoder, trained = classifier.prototypes, classifier.encoder, classifier.trained
+    sigmoids = classifier.sigmoids
     try:
         yield
     finally:
         set_values(classifier, values)
         classifier.prototypes, classifier.encoder, classifier.trained = prototypes, encoder, trained
+        classifier.sigmoids = sigmoids
         classifier.agreement.state(encoder.classes)
         classifier.eval()
 
 
-@torch.no_grad()
 def logits_of(
     classifier: SEPClassifier, images: LabelledImages | Subset, batch_size: int, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (N, C) of trained and of new classes, and labels (N,), on the CPU; none of them calibrated."""
+    """Logits (N, C) of trained and of new classes, and labels, on the CPU; none of them calibrated."""
+    found = _held_out(classifier, images, batch_size, workers, "held-out images")
+    return found.logits, found.new_logits, found.labels
+
+
+@torch.no_grad()
+def _held_out(
+    classifier: SEPClassifier, images: LabelledImages | Subset, batch_size: int, workers: int, source: str
+) -> HeldOut:
+    """What a classifier makes of images, on the CPU."""
     tower, found = classifier.vision_tower, []
     weights = classifier.encoder.weights(training=False)
     texts = weights.text_embeds, weights.frozen_text_embeds
     trained = ClassWeights(*texts, weights.prototypes, weights.zero_shot_margin, head=weights.head)
-    as_new = ClassWeights(*texts, zero_shot_margin=classifier.recipe.zero_shot_margin)
+    margin = 0.0 if classifier.classes.multi_label else classifier.recipe.zero_shot_margin
+    as_new = ClassWeights(*texts, zero_shot_margin=margin)
     with evaluating(classifier.model):
         for batch in DataLoader(images, batch_size, num_workers=workers):
             labels = batch.pop("labels")
             embeds = classifier.image_embeds(**{name: value.to(classifier.device) for name, value in batch.items()})
             logits = [class_logits(tower, *embeds, each).cpu() for each in (trained, as_new)]
-            found.append((*logits, labels))
-    logits, new_logits, labels = map(torch.cat, zip(*found, strict=True))
-    return logits, new_logits, labels
+            zero_shot = zero_shot_logits(tower, embeds[1], weights.frozen_text_embeds).cpu()
+            found.append((*logits, zero_shot, labels))
+    logits, new_logits, zero_shot, labels = map(torch.cat, zip(*found, strict=True))
+    return HeldOut(logits, new_logits, labels, source, zero_shot if classifier.classes.multi_label else None)

@@ -70,6 +70,11 @@ def cross_validate(
         raise TypeError(f"k folds need a PeftModel to add adapters to, but got {type(classifier.model).__name__}.")
     if not isinstance(folds, int) or isinstance(folds, bool) or folds < 2:
         raise ValueError(f"folds must be a whole number of at least 2, but got {folds!r}.")
+    if classifier.classes.multi_label:
+        raise ValueError(
+            "k folds measure classes of which an image has one, but it may have several of these. Hold images out and "
+            "use evaluate_labels."
+        )
     check_samples(classifier, samples, "deal into folds")
     if len(samples) < 2:
         raise ValueError(f"k folds need at least two images, but there are {len(samples)}.")

@@ -9,7 +9,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -113,7 +113,8 @@ class LabelledImages(AugmentedImages):
     An entry is a dict of what the image processor gives for one image and its label as `labels`.
 
     Args:
-        samples: N images and names of their classes.
+        samples: N images and names of their classes; where an image may have several, a list of names each, and
+            `labels` are then (C,) with 1 for those of an image.
         names: all class names, in the order of the labels.
         processor, recipe, read: as for `AugmentedImages`.
 
@@ -127,7 +128,7 @@ class LabelledImages(AugmentedImages):
 
     def __init__(
         self,
-        samples: Sequence[tuple[Any, str]],
+        samples: Sequence[tuple[Any, str]] | Sequence[tuple[Any, Sequence[str]]],
         names: Sequence[str],
         processor,
         recipe: BaseRecipe | None = None,
@@ -135,16 +136,32 @@ class LabelledImages(AugmentedImages):
         read: Callable[[Any], Image.Image] = read_image,
     ):
         labels = {name: label for label, name in enumerate(names)}
-        if unknown := sorted({repr(name) for _, name in samples if name not in labels}):
+        if unknown := sorted({repr(name) for _, own in samples for name in names_of(own) if name not in labels}):
             raise ValueError(f"The samples have classes that are not among the names: {', '.join(unknown)}.")
         super().__init__([image for image, _ in samples], processor, recipe, read=read)
-        self.labels = [labels[name] for _, name in samples]
+        self.labels = [
+            tuple(sorted({labels[name] for name in own})) if isinstance(own, (list, tuple)) else labels[cast(str, own)]
+            for _, own in samples
+        ]
+        self._count = len(labels)
 
     def plain(self) -> LabelledImages:
         """The same images as they are, not augmented."""
         plain = copy.copy(self)
         plain.recipe = None
         return plain
+
+    def targets(self) -> torch.Tensor:
+        """Labels of all images, in order: (N,) class indices, or (N, C) with 1 for those of an image that may have
+        several. int64 or fp32."""
+        return torch.stack([torch.as_tensor(self._label(label)) for label in self.labels])
+
+    def _label(self, label: int | tuple[int, ...]) -> int | torch.Tensor:
+        if isinstance(label, int):
+            return label
+        target = torch.zeros(self._count)
+        target[list(label)] = 1
+        return target
 
     @property
     def fingerprint(self) -> str:
@@ -157,7 +174,12 @@ class LabelledImages(AugmentedImages):
 
     def at(self, index: int, epoch: int) -> dict[str, torch.Tensor | int]:
         """An entry as it is in an epoch, whichever is shown."""
-        return {**self.image_at(index, epoch), "labels": self.labels[index]}
+        return {**self.image_at(index, epoch), "labels": self._label(self.labels[index])}
+
+
+def names_of(label: Any) -> Sequence[Any]:
+    """The names of a sample's classes, which has one or a list of them."""
+    return label if isinstance(label, (list, tuple)) else [label]
 
 
 class CachedImages(EpochDataset):

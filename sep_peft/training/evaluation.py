@@ -221,7 +221,7 @@ def evaluate(
     return Evaluation(names, list(samples), torch.tensor(rows), torch.cat(embeds))
 
 
-def main_part(evaluations: Mapping[str, Evaluation]) -> str | None:
+def main_part(evaluations: Mapping[str, Any]) -> str | None:
     """The part of the data whose details count: "test", or the last one; None where nothing was measured."""
     return "test" if "test" in evaluations else next(reversed([*evaluations]), None)
 
@@ -232,6 +232,11 @@ def check_samples(classifier: SEPClassifier, samples: Samples, purpose: str) -> 
         TypeError: the samples are no list.
         ValueError: no samples, one without the name of its class, or a class that the classifier does not have.
     """
+    if classifier.classes.multi_label:
+        raise ValueError(
+            "An image may have several of the classifier's classes. Train by fit and measure by evaluate_labels, with "
+            "(image, [name, ...]) for each image."
+        )
     if not isinstance(samples, Sequence) or isinstance(samples, str):
         raise TypeError(
             f"samples must be a list of images and names of their classes, but got {type(samples).__name__}. Make a "

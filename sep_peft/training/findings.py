@@ -47,9 +47,7 @@ def find(
     counts = {"training": Counter(name for _, name in training)} if training else {}
     counts |= {part: Counter(each.count) for part, each in evaluations.items()}
     found += [finding for part, count in counts.items() if (finding := uneven(part, count)) is not None]
-    if unreadable:
-        text = f"{_images(len(unreadable))} cannot be read and {_were(len(unreadable))} left out."
-        found.append(Finding(text, list(unreadable.values())))
+    found += of_unreadable(unreadable)
     if calibration is None:
         found.append(Finding("Scores are not calibrated: they may be far surer than they are right."))
     return found
@@ -108,6 +106,14 @@ def uneven(part: str, counts: Mapping[str, int]) -> Finding | None:
         return None
     weighs = "" if part == "training" else " The mean over classes weighs them all alike."
     return Finding(f"Images of {part} are uneven: {low} of {least}, but {high} of {most}.{weighs}")
+
+
+def of_unreadable(unreadable: Mapping[Any, str]) -> list[Finding]:
+    """Of images that were left out, each with what is wrong with it."""
+    if not unreadable:
+        return []
+    text = f"{_images(len(unreadable))} cannot be read and {_were(len(unreadable))} left out."
+    return [Finding(text, list(unreadable.values()))]
 
 
 def _images(count: int) -> str:

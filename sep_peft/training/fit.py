@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,21 +22,24 @@ from .checkpoint import CHECKPOINT_FILE
 from .data import CachedImages, EpochDataset, LabelledImages
 from .evaluation import check_samples
 from .folders import Samples
+from .frozen_images import FrozenImages
 from .history import History, TrainingInterrupted
+from .label_evaluation import check_label_samples
+from .label_files import LabelSamples
 from .limits import Limits
 from .loop import Callback, train
 from .optimizer import trainable
 from .run_folder import check_run_folder
 from .run_log import RunLog
-from .shipping import Validation, ship
+from .shipping import LabelValidation, Validation, ship
 
 
 def fit(
     classifier: SEPClassifier,
-    samples: Samples,
+    samples: Samples | LabelSamples,
     recipe: Recipe | None = None,
     *,
-    eval_samples: Samples | None = None,
+    eval_samples: Samples | LabelSamples | None = None,
     callbacks: Sequence[Callback] = (),
     folder: str | os.PathLike | None = None,
     resume: bool = False,
@@ -57,7 +60,8 @@ def fit(
 
     Args:
         classifier: with a processor, on the device to train on.
-        samples: images (paths, URLs or `PIL.Image`) and names of their classes, all of them the classifier's.
+        samples: images (paths, URLs or `PIL.Image`) and names of their classes, all of them the classifier's; for a
+            classifier with ``multi_label=True`` a list of names each, which may be empty.
         recipe: how to train; it becomes the classifier's. None: the one that the classifier has.
         eval_samples: images that are not trained on and names of their classes: to measure the classifier on after
             every epoch as it would be saved, beside zero-shot before the first, and to calibrate scores; None: none.
@@ -81,14 +85,16 @@ def fit(
 
     Returns:
         the history of all epochs, those before a resumption included; its rows have "epoch" from 1, "loss", "accuracy"
-        in percent, "lr" and, with `eval_samples`, "val_accuracy" in percent.
+        in percent, "lr" and, with `eval_samples`, "val_accuracy" in percent, or "val_map" where an image may have
+        several classes.
 
     Raises:
         TypeError: `recipe` is no `Recipe`, or the samples are no list.
         FileExistsError: `folder` has a training that is not finished, and `resume` was not asked for.
         OSError: nothing can be written in `folder`, or its disk has no room.
         ValueError: nothing of the classifier is to be trained, it has no processor, there are no samples, one has no
-            name or one that is not among the classes, the adapter has no image prompts to cache for or needs all class
+            name or one that is not among the classes, thresholds for several labels an image have neither
+            `eval_samples` nor `calibration_folds`, the adapter has no image prompts to cache for or needs all class
             texts where `class_sample` draws some, or an option has a value that is not allowed; nothing is changed
             then. Or the checkpoint is of another training; no parameter but the prototypes is changed then. Or the loss
             is not finite.
@@ -108,9 +114,7 @@ def fit(
             "There is nothing to train: every parameter of the model is frozen. A loaded adapter is trained on with "
             "SEPClassifier.from_pretrained(..., is_trainable=True)."
         )
-    check_samples(classifier, samples, "train on")
-    if eval_samples is not None:
-        check_samples(classifier, eval_samples, "validate on")
+    _check_samples(classifier, samples, eval_samples, recipe)
     classifier.drawn_classes(recipe)
     limits = Limits(max_seconds, patience, keep)
     if patience is not None and eval_samples is None:
@@ -125,16 +129,18 @@ def fit(
     if checkpoint is not None and not resume:
         checkpoint.unlink(missing_ok=True)  # of a training that was finished
     classifier.recipe = recipe
-    if not recipe.prototype_weight:
-        classifier.prototypes = None
-    elif checkpoint is not None and checkpoint.exists():
-        classifier.reset_prototypes()  # the checkpoint has their values
-    else:
-        classifier.reset_prototypes(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
+    _start(classifier, plain, workers, checkpoint is not None and checkpoint.exists())
     images: EpochDataset = LabelledImages(samples, names, processor, recipe)
     if cache is not None:
         images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
-    validation = None if eval_samples is None else Validation(classifier, eval_samples, recipe.batch_size)
+    validation = None
+    if held_out is not None:
+        several = classifier.classes.multi_label
+        validation = (
+            LabelValidation(classifier, held_out, recipe.batch_size, workers)
+            if several
+            else Validation(classifier, cast(Samples, eval_samples), recipe.batch_size)
+        )
     if folder is not None:
         limited = {"max_seconds": max_seconds, "patience": patience, "keep": keep}
         parts = {"training": samples, "validation": eval_samples or []}
@@ -169,6 +175,43 @@ def fit(
     return history
 
 
+def _check_samples(classifier: SEPClassifier, samples: Any, eval_samples: Any, recipe: Recipe) -> None:
+    """
+    Raises:
+        TypeError, ValueError: as `fit`.
+    """
+    several = classifier.classes.multi_label
+    if several and (others := recipe.regularizer_weights):
+        raise ValueError(
+            f"{', '.join(others)} of the recipe are for classes of which an image has one, but it may have several of "
+            "these. Leave them at 0."
+        )
+    check = check_label_samples if several else check_samples
+    check(classifier, samples, "train on")
+    if eval_samples is not None:
+        check(classifier, eval_samples, "validate on")
+    elif several and not (recipe.calibration_folds and len(samples) > 1):
+        raise ValueError(
+            "Where an image may have several classes, thresholds are chosen on images that were not trained on. Pass "
+            "eval_samples, or a recipe with calibration_folds and two images."
+        )
+
+
+def _start(classifier: SEPClassifier, plain: LabelledImages, workers: int, resumed: bool) -> None:
+    """Begin what the loss needs beside the adapter; of a resumed training the checkpoint has the values."""
+    recipe, batches = classifier.recipe, None
+    if not resumed:
+        batches = torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers)
+        if classifier.classes.multi_label:  # gone through twice
+            known = FrozenImages(classifier, plain, 1, recipe.batch_size, workers)
+            batches = [known.known(list(range(len(plain))))]
+    if recipe.prototype_weight:
+        classifier.reset_prototypes(batches)
+    else:
+        classifier.prototypes = None
+    classifier.reset_sigmoids(batches)
+
+
 def _cross_fit(
     classifier: SEPClassifier,
     plain: LabelledImages,
@@ -186,7 +229,7 @@ def _cross_fit(
         )
 
 
-def _noted(classifier: SEPClassifier, recipe: Recipe, parts: Mapping[str, Samples]) -> dict[str, Any]:
+def _noted(classifier: SEPClassifier, recipe: Recipe, parts: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """What is told of a training beside its adapter."""
     return {
         "recipe": asdict(recipe),

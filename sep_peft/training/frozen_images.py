@@ -34,7 +34,7 @@ class FrozenImages(EpochDataset):
         for epoch in range(epochs):
             images.set_epoch(epoch)
             self._embeds.append(_embed(classifier, DataLoader(images, batch_size, num_workers=workers)))
-        self.labels = torch.tensor(images.labels)
+        self.labels = images.targets()
         images.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 #: What may be measured on images to validate on after an epoch, in percent -> how people call it.
-MEASURES = {"val_accuracy": "val", "val_recall": "val recall"}
+MEASURES = {"val_accuracy": "val", "val_recall": "val recall", "val_map": "val mAP"}
 
 
 @dataclass
@@ -20,7 +20,8 @@ class History:
         epochs: that the recipe takes.
         rows: for each epoch that ended a dict: its number from 1 as "epoch", mean "loss", "accuracy" on the augmented
             training images in percent, the learning rate after it as "lr"; and where images to validate on were given
-            "val_accuracy" in percent, or "val_recall" of images with captions; see `MEASURES`.
+            "val_accuracy" in percent, "val_recall" of images with captions, or the mean average precision "val_map"
+            where an image may have several classes, of which "accuracy" then counts the best; see `MEASURES`.
         zero_shot: the same of the base model; None: not measured.
         stopped: why the training ended before its last epoch: "time", "patience", "Ctrl-C", "SIGTERM", or what a
             callback said to `stop`; None: it did not.
@@ -46,13 +47,13 @@ class History:
     def best(self) -> int | None:
         """Number from 1 of the epoch with the highest of `MEASURES`, the last of equals, whose learning rate was the
         lowest; None without images to validate on."""
-        found = self._measured()
+        found = self.measured
         return len(found) - found[::-1].index(max(found)) if found else None
 
     @property
     def without_progress(self) -> int:
         """Epochs at the end in which the measure did not rise above all before; 0 without images to validate on."""
-        found = self._measured()
+        found = self.measured
         return len(found) - 1 - found.index(max(found)) if found else 0
 
     @property
@@ -60,7 +61,9 @@ class History:
         """Which of `MEASURES` the last epoch has; None without images to validate on."""
         return next((name for name in MEASURES if self.rows and name in self.rows[-1]), None)
 
-    def _measured(self) -> list[float]:
+    @property
+    def measured(self) -> list[float]:
+        """That measure of every epoch; empty without images to validate on."""
         name = self.measure
         return [] if name is None else [row[name] for row in self.rows if name in row]
 

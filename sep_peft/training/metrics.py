@@ -145,3 +145,56 @@ def suspects(scores: torch.Tensor, labels: torch.Tensor) -> list[int]:
     other = scores.masked_fill(scores < usual, 0.0).scatter(1, labels[:, None], 0.0).amax(dim=1)
     lead = other - own[:, 0]
     return [index for index in lead.argsort(descending=True, stable=True).tolist() if lead[index] > 0]
+
+
+# several labels an image
+
+
+def average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """Area below precision over recall, from 0 to 1: ``sum_k (R_k - R_(k-1)) P_k`` over the different scores.
+
+    Images of equal score come in together, so that their order does not matter; nothing is interpolated. NaN without a
+    target.
+
+    Args:
+        scores: (N,), higher where a label is likelier.
+        targets: (N,), 1 for images that have it and 0 for others.
+    """
+    if not targets.any():
+        return float("nan")
+    ordered, order = scores.double().sort(descending=True)
+    right = targets[order].double().cumsum(dim=0)
+    ends = torch.cat([ordered[:-1] != ordered[1:], ordered.new_ones(1, dtype=torch.bool)]).nonzero()[:, 0]
+    right, named = right[ends], ends + 1
+    gained = right.diff(prepend=right.new_zeros(1))
+    return (gained * right / named).sum().item() / int(targets.sum())
+
+
+class LabelCounts(NamedTuple):
+    """How often classes were named and had, each (C,).
+
+    Args:
+        right: images that have the class and of which it was named.
+        named: images of which it was named.
+        have: images that have it.
+    """
+
+    right: torch.Tensor
+    named: torch.Tensor
+    have: torch.Tensor
+
+    @classmethod
+    def of(cls, named: torch.Tensor, targets: torch.Tensor) -> LabelCounts:
+        """
+        Args:
+            named, targets: (N, C), of truth values.
+        """
+        return cls((named & targets).sum(dim=0), named.sum(dim=0), targets.sum(dim=0))
+
+    def f1(self) -> torch.Tensor:
+        """Of each class, ``2 right / (named + have)`` from 0 to 1; 0 where neither is any. (C,)"""
+        return 2 * self.right.double() / (self.named + self.have).clamp_min(1)
+
+    def micro_f1(self) -> float:
+        """Of all classes counted together, from 0 to 1."""
+        return (2 * self.right.sum() / (self.named.sum() + self.have.sum()).clamp_min(1)).item()

@@ -12,7 +12,7 @@ import torch
 
 from ..classifier.images import read_image
 from ..tuner.messages import drawn
-from .history import History
+from .history import MEASURES, History
 from .metrics import Bin
 
 
@@ -100,12 +100,12 @@ def curves(history: History, path: str | os.PathLike | None):
         color="tab:gray",
         label="training: augmented, by texts alone",
     )
-    if history.best is not None:
-        right.plot(epochs, [row["val_accuracy"] for row in history], ".-", color="tab:orange", label="val")
+    if history.measure is not None:
+        right.plot(epochs, history.measured, ".-", color="tab:orange", label=MEASURES[history.measure])
         right.axvline(history.best, color="tab:orange", linestyle=":", label=f"best epoch, {history.best}")
     if history.zero_shot is not None:
         right.axhline(history.zero_shot, color="black", linestyle="--", label="zero-shot on val")
-    right.set_ylabel("accuracy (%)")
+    right.set_ylabel("accuracy (%)" if history.measure in (None, "val_accuracy") else "%")
     right.set_ylim(0, 102)
     right.legend(fontsize=8)
     for axis in (left, right):

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..classifier.calibration import Calibration
 from ..classifier.card import package_versions
 from ..classifier.classifier import SEPClassifier
 from ..tuner.files import replace_files
@@ -105,7 +106,7 @@ def write_report(
     """
     path, zero_shot, unreadable = Path(path), zero_shot or {}, unreadable or {}
     duplicates = near_duplicates(classifier, evaluations, training) if training else {}
-    calibration = classifier.classes.calibration
+    calibration = _calibration(classifier)
     part = main_part(evaluations)
     page = {
         "title": title,
@@ -120,24 +121,29 @@ def write_report(
         "parts": [*(["training"] if training else []), *evaluations],
         "rows": _rows(classifier.class_names, evaluations, zero_shot, training, part),
         "duplicates": [
-            (thumbnail(each.image), thumbnail(each.other), each, _name(each.image), _name(each.other))
+            (thumbnail(each.image), thumbnail(each.other), each, file_name(each.image), file_name(each.other))
             for each in _strongest(duplicates)
         ],
         "history": history,
         "facts": facts or {},
         "versions": package_versions(),
-        "drawn": find_spec("matplotlib") is not None,
+        "drawn": has_drawings(),
         **_of_part(classifier, evaluations.get(part or "")),
     }
     page["drawings"] = _drawings(page, history)
-    text = _environment().get_template(TEMPLATE_FILE.name).render(page)
+    text = environment().get_template(TEMPLATE_FILE.name).render(page)
     with replace_files(path.parent) as temporary:
         Path(temporary, path.name).write_text(text, encoding="utf-8")
         if page["drawn"] and history is not None and history.rows:
             plots.curves(history, Path(temporary, CURVES_FILE))
 
 
-def _environment() -> Environment:
+def has_drawings() -> bool:
+    """Whether matplotlib is there, which draws."""
+    return find_spec("matplotlib") is not None
+
+
+def environment() -> Environment:
     """Of templates in which every value is escaped, for HTML and for what acts on a reader, and none may be missing."""
     return Environment(
         loader=FileSystemLoader(TEMPLATE_FILE.parent),
@@ -166,7 +172,7 @@ def _of_part(classifier: SEPClassifier, evaluation: Evaluation | None) -> dict[s
         for each in found[:SHOWN_IMAGES]:
             if id(each.image) not in seen:
                 seen[id(each.image)] = marked_thumbnail(classifier, each.image)
-            shown[kind].append(Shown(seen[id(each.image)], each, _name(each.image)))
+            shown[kind].append(Shown(seen[id(each.image)], each, file_name(each.image)))
     return {**shown, "confused": _confused(evaluation)}
 
 
@@ -227,10 +233,16 @@ def _taken_for(found: Evaluation, name: str) -> tuple[str, int] | None:
 
 def _uncalibrated(found: Evaluation, classifier: SEPClassifier) -> Evaluation:
     """The same as scores were without a calibration: softmax of logits that are not divided by its temperature."""
-    calibration = classifier.classes.calibration
+    calibration = _calibration(classifier)
     if calibration is None:
         return found
     return replace(found, scores=(found.scores.double().log() * calibration.temperature).softmax(dim=1))
+
+
+def _calibration(classifier: SEPClassifier) -> Calibration | None:
+    """That of the classes, of which an image has one."""
+    calibration = classifier.classes.calibration
+    return calibration if isinstance(calibration, Calibration) else None
 
 
 def _strongest(duplicates: Mapping[str, Sequence[Duplicate]]) -> list[Duplicate]:
@@ -239,7 +251,7 @@ def _strongest(duplicates: Mapping[str, Sequence[Duplicate]]) -> list[Duplicate]
     return sorted(every, key=lambda each: (each.label == each.other_label, -each.similarity))[:SHOWN_PAIRS]
 
 
-def _name(image: Any) -> str:
+def file_name(image: Any) -> str:
     """The last two parts of a file's path; an address as it is."""
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return image

@@ -54,11 +54,22 @@ class Step(Protocol):
 def labelled_step(
     model: nn.Module, batch: Mapping[str, torch.Tensor], share: Share, accelerator: Accelerator
 ) -> StepOutcome:
-    """A `Step` of a model that gives `loss`, a mean over the batch, and `logits` (B, C) for a batch with `labels` (B,).
+    """A `Step` of a model that gives `loss`, a mean over the batch, and `logits` (B, C) for a batch with `labels`.
 
     Each process weighs its mean by its share, so that the gradient is that of the whole batch.
     """
     output, labels = model(**batch), batch["labels"]
     accelerator.backward(output.loss * (share.own / share.whole * accelerator.num_processes))
-    right = (output.logits.detach()[: share.own].argmax(dim=1) == labels[: share.own]).sum()
+    right = is_right(output.logits.detach()[: share.own], labels[: share.own]).sum()
     return StepOutcome(output.loss.detach(), right)
+
+
+def is_right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether the best class of each image is its own, or one of those that it has, (B,).
+
+    Args:
+        logits: (B, C).
+        labels: (B,) class indices, or (B, C) with 1 for those of an image.
+    """
+    best = logits.argmax(dim=1)
+    return labels.gather(1, best[:, None])[:, 0] == 1 if labels.ndim == 2 else best == labels

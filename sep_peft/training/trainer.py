@@ -45,8 +45,9 @@ class SEPTrainer(Trainer):
 
     Raises:
         TypeError: `model` is no `SEPClassifier`.
-        ValueError: the recipe averages over epochs, its batch cannot be shared out evenly among devices and accumulated
-            steps, a sample does not fit, or the recipe's `class_sample` does not suit the adapter.
+        ValueError: an image may have several classes, the recipe averages over epochs, its batch cannot be shared out
+            evenly among devices and accumulated steps, a sample does not fit, or the recipe's `class_sample` does not
+            suit the adapter.
 
     Example:
         >>> arguments = TrainingArguments("run", eval_strategy="epoch", save_strategy="epoch")
@@ -69,6 +70,8 @@ class SEPTrainer(Trainer):
     ):
         if not isinstance(model, SEPClassifier):
             raise TypeError(f"SEPTrainer trains a SEPClassifier, but got {type(model).__name__}.")
+        if model.classes.multi_label:
+            raise ValueError("SEPTrainer trains classes of which an image has one, but it may have several. Use fit.")
         self.recipe = recipe = model.recipe if recipe is None else recipe
         model.drawn_classes(recipe)
         if recipe.average_center is not None:
