@@ -43,7 +43,18 @@ SMALL = [
     "--no-report",
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
-COMMANDS = ["train", "train-pairs", "predict", "search", "export", "evaluate", "import-reference", "info", "push"]
+COMMANDS = [
+    "train",
+    "train-pairs",
+    "predict",
+    "search",
+    "embed",
+    "export",
+    "evaluate",
+    "import-reference",
+    "info",
+    "push",
+]
 
 
 def base() -> str:
@@ -547,6 +558,7 @@ OPTIONS = {
         *("--min-score", "--coverage", "--batch-size"),
     ],
     "search": [*FROM_HUB, "FOLDER", "QUERY", "--base-model", "--top-k", "--index", "--batch-size"],
+    "embed": [*FROM_HUB, "FOLDER", "FILE", "--base-model", "--index", "--batch-size"],
     "export": [*FROM_HUB, "FILE", "--base-model", "--embed", "--quantize", "--images"],
     "evaluate": [
         *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from bundled import IMAGE_FILES, NAMES
 from families import CASES
 from peft import get_peft_model
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shallow_classifier import classifier_maker
 from small_classifier import raises
@@ -286,3 +288,47 @@ def test_mistakes_of_search(adapter, folder, tmp_path, capsys):
     ]:
         assert main(["search", *map(str, arguments), "--quiet"]) == 1
         assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors", "parquet"])
+def test_embed(ending, classifier, adapter, folder, tmp_path, capsys):
+    if ending == "parquet":
+        pytest.importorskip("pyarrow", reason="a .parquet needs the package pyarrow")
+    (tmp_path / "texts.txt").write_text("a red dress\n\na slice of pizza\n")
+    index = ["--index", str(tmp_path / "index.safetensors")]
+    for given, kind in ((folder, "image"), (tmp_path / "texts.txt", "text")):
+        file = tmp_path / f"{kind}.{ending}"
+        code = main(["embed", str(adapter), str(given), str(file), *index, "--quiet", "--json"])
+        data = json.loads(capsys.readouterr().out)
+        assert code == (1 if data["unreadable"] else 0)
+        names, embeds = read_embeds(file)
+        assert (data["kind"], data["rows"], data["size"]) == (kind, len(names), embeds.shape[1])
+        expected = classifier.embed([folder / name for name in names]) if kind == "image" else None
+        expected = classifier.embed_texts(["a red dress", "a slice of pizza"]) if expected is None else expected
+        torch.testing.assert_close(embeds, expected, rtol=1e-4, atol=1e-5)
+
+
+def read_embeds(file: Path) -> tuple[list[str], torch.Tensor]:
+    """Names and embeddings (N, E), as a user reads them."""
+    if file.suffix == ".npz":
+        read = np.load(file)
+        return read["names"].tolist(), torch.from_numpy(read["embeddings"])
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table(file)
+        return table["name"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["names"]), opened.get_tensor("embeddings")
+
+
+def test_mistakes_of_embed(adapter, folder, tmp_path, capsys):
+    none = tmp_path / "none"
+    for arguments, message in [
+        ([adapter, folder, tmp_path / "a.csv"], "The file must end in .npz, .safetensors, .parquet, but got 'a.csv'."),
+        ([adapter, none, tmp_path / "a.npz"], f"There is no folder or file {str(none)!r}."),
+        ([none, folder, tmp_path / "a.npz"], f"There is no adapter folder {none}."),
+    ]:
+        assert main(["embed", *map(str, arguments), "--quiet"]) == 1
+        assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
+    assert not list(tmp_path.iterdir())

@@ -435,6 +435,47 @@ def search(
 
 
 @app.command()
+def embed(
+    adapter: options.Adapter,
+    given: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Images in it and below; or a text file with a text a line.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="A .npz, .safetensors or .parquet.")],
+    base_model: options.OtherBaseModel = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where embeddings of images are kept for the next time; default: the cache."),
+    ] = None,
+    batch_size: options.BatchSize = 32,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Write the embeddings of images or texts into a file."""
+    from .embed import embed as run
+    from .session import AdapterSource, Session
+
+    return _report(
+        lambda: run(
+            AdapterSource(adapter, revision, subfolder),
+            given,
+            output,
+            Session(device, token, quiet),
+            base_model=base_model,
+            index=index,
+            batch_size=batch_size,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
 def export(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER", help="Folders, or names on the Hub; of one base model.")

@@ -1,0 +1,122 @@
+"""``sep-peft embed``: writes the embeddings of a folder's images, or of a file's texts, into one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ..classifier.image_index import ImageIndex
+from ..classifier.images import other_endings, warn_left_out
+from ..tuner.files import replace_files
+from ..tuner.messages import shown
+from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
+
+
+def embed(
+    source: AdapterSource,
+    given: Path,
+    output: Path,
+    session: Session,
+    *,
+    base_model: str | None = None,
+    index: Path | None = None,
+    batch_size: int = 32,
+) -> Result:
+    """Write names and embeddings, of unit length, one a row.
+
+    Args:
+        source: of the adapter.
+        given: a folder, of which images in it and below are embedded, or a text file with a text a line.
+        output: a .npz, .safetensors or .parquet.
+        session: how to work.
+        base_model: name or folder of another base model than the one that the adapter names.
+        index: file that keeps the embeddings of images for the next time; None: one in the cache.
+        batch_size: images embedded at a time.
+
+    Raises:
+        FileNotFoundError: there is no such adapter, or nothing at `given`.
+        ImportError: pyarrow is missing for a .parquet.
+        OSError: the file cannot be written; one that was there is as it was.
+        ValueError: `output` has another ending, the folder holds no image that can be read, or a text does not fit.
+    """
+    write = _writer(output)
+    if not given.exists():
+        raise FileNotFoundError(f"There is no folder or file {str(given)!r}.")
+    adapter = load_adapter(source, base_model, session)
+    unreadable: dict[str, str] = {}
+    if given.is_dir():
+        warn_left_out(given, other_endings(given))
+        found = ImageIndex.of_folder(
+            given,
+            adapter.model,
+            adapter.processor,
+            file=index,
+            batch_size=batch_size,
+            progress=session.progress("batches"),
+        )
+        names, embeds, unreadable = list(found.names), found.embeds, found.unreadable
+        warn_unreadable(unreadable)
+    else:
+        names = _texts(given)
+        embeds = adapter.embed_texts(names)
+    with replace_files(output.parent) as temporary:
+        write(Path(temporary, output.name), names, embeds.float())
+    kind = "image" if given.is_dir() else "text"
+    data = {
+        "file": str(output),
+        "kind": kind,
+        "rows": len(names),
+        "size": embeds.shape[1],
+        "unreadable": listed({given / name: error for name, error in unreadable.items()}),
+    }
+    line = f"wrote {output}, {len(names)} {kind}{'' if len(names) == 1 else 's'}, {embeds.shape[1]} numbers each"
+    return Result(data, [line], code=1 if unreadable else 0)
+
+
+def _texts(file: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{str(file)!r} is no text in UTF-8. Pass a folder of images, or a text file with a text a line."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _writer(output: Path) -> Callable[[Path, Sequence[str], torch.Tensor], None]:
+    """What writes a file by its ending."""
+    if output.suffix not in WRITERS:
+        raise ValueError(f"The file must end in {', '.join(WRITERS)}, but got {shown(output.name)}.")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder, but a file of that name is to be written. Rename or remove it.")
+    if output.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ImportError("A .parquet needs the package pyarrow: pip install pyarrow. A .npz needs none.")
+    return WRITERS[output.suffix]
+
+
+def _write_npz(path: Path, names: Sequence[str], embeds: torch.Tensor) -> None:
+    np.savez(path, names=np.array(names, dtype=str), embeddings=embeds.numpy())
+
+
+def _write_safetensors(path: Path, names: Sequence[str], embeds: torch.Tensor) -> None:
+    """As examples/embed_folder.py writes a shard."""
+    save_file({"embeddings": embeds.contiguous()}, path, {"names": json.dumps(names)})
+
+
+def _write_parquet(path: Path, names: Sequence[str], embeds: torch.Tensor) -> None:
+    import pyarrow  # pyright: ignore[reportMissingImports]
+    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+
+    rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embeds.flatten().numpy()), embeds.shape[1])
+    parquet.write_table(pyarrow.table({"name": list(names), "embedding": rows}), path)
+
+
+#: Ending -> what writes such a file.
+WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors, ".parquet": _write_parquet}
