@@ -43,7 +43,7 @@ SMALL = [
     "--no-report",
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
-COMMANDS = [
+COMMANDS = "train train-pairs predict search embed export evaluate import-reference info push".split()
     "train",
     "train-pairs",
     "predict",

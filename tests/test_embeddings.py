@@ -331,4 +331,4 @@ def test_mistakes_of_embed(adapter, folder, tmp_path, capsys):
     ]:
         assert main(["embed", *map(str, arguments), "--quiet"]) == 1
         assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("a.*"))
