@@ -44,17 +44,6 @@ SMALL = [
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
 COMMANDS = "train train-pairs predict search embed export evaluate import-reference info push".split()
-    "train",
-    "train-pairs",
-    "predict",
-    "search",
-    "embed",
-    "export",
-    "evaluate",
-    "import-reference",
-    "info",
-    "push",
-]
 
 
 def base() -> str:
