@@ -3,8 +3,8 @@
 Training images themselves say nothing about scores: the adapter and the prototypes were fitted to them, and on images
 of few shots the adapter is nearly always right and sure of it. What it makes of an image that it did not see is found
 by training it anew, for a shorter time, without a part of the images: every image is then told by a model that did not
-see it. Shorter training overfits less, but a model of fewer images is wrong more often; measured, the two together give
-a temperature near that of test images (docs/scores.md).
+see it. Measured, a third of the steps gives a temperature as near to that of test images as all of them do
+(docs/scores.md).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class HeldOut:
 
     def _label_scores(self, scores: torch.Tensor) -> tuple[float, ...]:
         """Of calibrated scores (N, C), what a set's promise goes by: of held-out images the scores of their labels, by
-        which it is proved; after cross-fitting, where nothing is, expected ones, which come nearer to it."""
+        which it is proved; after cross-fitting, where nothing is, expected ones, which few images suffice for."""
         if self.source == "cross-fitting":
             return expected_scores(scores)
         return kept_scores(scores.gather(1, self.labels[:, None])[:, 0])
