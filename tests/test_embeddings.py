@@ -328,7 +328,9 @@ def test_mistakes_of_embed(adapter, folder, tmp_path, capsys):
         ([adapter, folder, tmp_path / "a.csv"], "The file must end in .npz, .safetensors, .parquet, but got 'a.csv'."),
         ([adapter, none, tmp_path / "a.npz"], f"There is no folder or file {str(none)!r}."),
         ([none, folder, tmp_path / "a.npz"], f"There is no adapter folder {none}."),
-    ]:
+        ([none, folder, "/proc/a.npz"], "/proc cannot be written (No such file or directory). Choose another folder, "
+         "or change its permissions."),
+    ]:  # fmt: skip
         assert main(["embed", *map(str, arguments), "--quiet"]) == 1
         assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
     assert not list(tmp_path.glob("a.*"))

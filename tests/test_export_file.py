@@ -155,6 +155,9 @@ def test_mistakes_of_export(tmp_path, capsys):
         (["me/a", "you/a", tmp_path / "a.onnx"], "Outputs are named after adapters, but two have one name: a, a. "
          "Rename one."),
         ([none, tmp_path / "a.onnx"], f"There is no adapter folder {none}."),
+        ([none, tmp_path / "a"], "An exported file must end in .onnx or .pt2, but got 'a'."),
+        ([none, "/proc/a.pt2"], "/proc cannot be written (No such file or directory). Choose another folder, or change "
+         "its permissions."),
     ]:  # fmt: skip
         assert main(["export", *map(str, arguments), "--quiet"]) == 1
         assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")

@@ -391,7 +391,8 @@ MISTAKES = {
         *({}, [("a.jpg", "cat"), ("b.jpg", LONG)], {}),
         "1 of 2 captions are longer than the 71 tokens that the text tower has room for beside the prompts (BOS and "
         f"EOS included). The first is '{LONG.strip()[:97]}...{LONG.strip()[-98:]}' of pair 1 ('b.jpg'), with 92. "
-        'Shorten them, use fewer prompts (num_text_prompts), or pass long_captions="cut".',
+        'Shorten them, use fewer prompts (num_text_prompts), or pass long_captions="cut"; on the command line '
+        "--text-prompts and --cut.",
     ),
     "unknown choice": (
         *({}, [("a.jpg", "cat")], {"long_captions": "drop"}),

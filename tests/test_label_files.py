@@ -59,6 +59,12 @@ def test_every_layout_is_read(name, tmp_path):
         ("a.csv", "image,labels\na.png,\n", "{file} has no label in any row."),
         ("a.csv", "image,dog\na.png,yes\n", "{file} needs a column of labels, labels, label, tags or classes, or one "
          "of 0 and 1 for each class, but line 2 has 'yes' in 'dog'."),
+        ("a.csv", "image,labels\na.png,dog\n./a.png,sea\n", "Line 3 of {file} names the image './a.png' again, after "
+         "line 2. Give an image one row with all its labels."),
+        ("a.csv", "image,labels\n../a.png,dog\n", "Line 2 of {file} needs a path below its folder, but '../a.png' "
+         "leads out of the folder."),
+        ("a.jsonl", r'{"image": "/etc/a\u001b.png", "labels": ["dog"]}', "Line 1 of {file} needs a path below its "
+         "folder, but '/etc/a\\x1b.png' leads out of the folder."),
         ("a.json", '[{"image": "a.png", "labels": ["dog", 3]}]', "Entry 0 of {file} needs a list of class names in "
          "labels, but has ['dog', 3]."),
         ("a.jsonl", '{"image": "a.png", "labels": ["dog"]}\n[]', "Line 2 of {file} must be an object with image and "

@@ -94,7 +94,14 @@ def test_the_adapter_without_classes_loads_and_searches(output, folder, tmp_path
     assert main([*search, "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)["found"]
     assert [entry["image"] for entry in found] == [str(images[index]) for index in similarity.argsort(descending=True)]
+    assert main(["info", str(output), "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)["scores"][-1]
+    ranks = [f"recall_{way}_{rank}" for way in ("image_to_text", "text_to_image") for rank in (1, 5, 10)]
+    assert list(score) == ["dataset", "split", *ranks]
     assert main(["info", str(output)]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("scores ")
+    assert f"; things test recall image to text 1 {score[ranks[0]]}, recall image to text 5 {score[ranks[1]]}," in line
 
 
 def test_the_card(output):

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import ImageProcessingMixin
 
 from ..tuner.current import chosen_adapters
+from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from ..tuner.messages import shown
 from ..tuner.modes import evaluating
@@ -102,12 +103,15 @@ def export_file(
 
     Raises:
         ImportError: a package for ONNX is missing.
+        OSError: nothing can be written at `path`; found out before the export.
         ValueError: `path` has another ending, there are no images, one cannot be read, `quantize` is unknown or not for
             this file, there is no such task, or a file could not tell what the image processor does.
         RuntimeError: the file gives something else than the model.
     """
     path = Path(path)
-    _check(path, images, quantize)
+    check_target(path, quantize)
+    if not len(images):
+        raise ValueError("There are no images to check the file with.")
     processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read images")
     preprocessing = Preprocessing.of(processor)
     module, outputs = _module(classifier, tasks, embed)
@@ -146,7 +150,14 @@ def export_file(
     )
 
 
-def _check(path: Path, images: Sequence[Any], quantize: str | None) -> None:
+def check_target(path: Path, quantize: str | None) -> None:
+    """Whether `export_file` can write there, found out before anything is loaded; arguments as there.
+
+    Raises:
+        ImportError: a package for ONNX is missing.
+        OSError: nothing can be written in the folder of `path`.
+        ValueError: `path` has another ending or is a folder, or `quantize` is unknown or not for this file.
+    """
     if path.suffix not in ENDINGS:
         raise ValueError(f"An exported file must end in {' or '.join(ENDINGS)}, but got {shown(path.name)}.")
     if path.is_dir():
@@ -155,10 +166,9 @@ def _check(path: Path, images: Sequence[Any], quantize: str | None) -> None:
         raise ValueError(f"quantize must be None or 'int8', but got {shown(quantize)}.")
     if quantize is not None and path.suffix != ".onnx":
         raise ValueError("Weights of 8 bits are for files of ONNX. Write a .onnx.")
-    if not len(images):
-        raise ValueError("There are no images to check the file with.")
     if path.suffix == ".onnx":
         check_packages()
+    try_folder(path.parent)
 
 
 def _module(

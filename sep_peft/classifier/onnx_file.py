@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
     passes.InlinePass()(made.model)
     # both passes of the tower transpose the same weights; once for both, and then in the file, where a quantizer looks
     passes.CommonSubexpressionEliminationPass()(made.model)
-    optimizer.optimize(made.model, input_size_limit=MAX_BYTES, output_size_limit=MAX_BYTES)
+    with quietly():
+        optimizer.optimize(made.model, input_size_limit=MAX_BYTES, output_size_limit=MAX_BYTES)
     passes.ClearMetadataAndDocStringPass()(made.model)  # which name files of this machine
     made.model.metadata_props[METADATA_KEY] = metadata
     onnx_ir.save(made.model, path)
@@ -104,9 +106,15 @@ class OnnxModel:
 
 
 @contextmanager
-def quietly():
-    """Without what exporters warn of inside torch and themselves."""
-    with warnings.catch_warnings():
+def quietly() -> Iterator[None]:
+    """Without what exporters warn of inside torch and themselves, and what they log of packages that are not there and
+    of operators that they leave as they are."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with ExitStack() as undo, warnings.catch_warnings():
+        for logger, level in zip(loggers, levels, strict=True):
+            undo.callback(logger.setLevel, level)
+            logger.setLevel(logging.ERROR)
         for kind in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", kind)
         yield

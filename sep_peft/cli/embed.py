@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ..classifier.image_index import ImageIndex
 from ..classifier.images import other_endings, warn_left_out
+from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from ..tuner.messages import shown
 from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
@@ -42,7 +43,8 @@ def embed(
     Raises:
         FileNotFoundError: there is no such adapter, or nothing at `given`.
         ImportError: pyarrow is missing for a .parquet.
-        OSError: the file cannot be written; one that was there is as it was.
+        OSError: the file cannot be written, found out before images are embedded where that can be; one that was there
+                is as it was.
         ValueError: `output` has another ending, the folder holds no image that can be read, or a text does not fit.
     """
     write = _writer(output)
@@ -98,6 +100,7 @@ def _writer(output: Path) -> Callable[[Path, Sequence[str], torch.Tensor], None]
         raise ValueError(f"{output} is a folder, but a file of that name is to be written. Rename or remove it.")
     if output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ImportError("A .parquet needs the package pyarrow: pip install pyarrow. A .npz needs none.")
+    try_folder(output.parent)
     return WRITERS[output.suffix]
 
 

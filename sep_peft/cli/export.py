@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..classifier.export_file import Exported, export_file, metadata_path
+from ..classifier.export_file import Exported, check_target, export_file, metadata_path
 from ..classifier.images import find_images
 from ..classifier.preprocessing import made_images
 from ..training.folders import find_parts
@@ -47,12 +47,13 @@ def export(
     Raises:
         FileNotFoundError: there is no such adapter.
         NotADirectoryError: there is no folder `images`.
-        ImportError, RuntimeError: as `export_file`.
+        ImportError, OSError, RuntimeError: as `export_file`; what is wrong with `output` is found out first.
         ValueError: as there; or two adapters have one name or different base models, or `quantize` comes without
             `images`.
     """
     if quantize is not None and images is None:
         raise ValueError("--quantize needs --images FOLDER, on which it is measured what it costs.")
+    check_target(output, quantize)
     paths = [] if images is None else _checked(images, session)
     sources = [replace(source, name=name) for name in adapters]
     names = _names(adapters)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub.constants import REPOCARD_NAME
 
-from ..classifier.card import LABEL_METRICS, METRIC, read_card
+from ..classifier.card import LABEL_METRICS, METRIC, RECALL_METRIC, read_card
 from ..classifier.files import MissingClassesError, load_classes
 from ..tuner.config import SEPConfig
 from ..tuner.files import WeightsOrigin, read_shapes
@@ -66,19 +66,34 @@ def _scores(source: AdapterSource, options: Mapping[str, Any]) -> list[dict]:
     except ValueError as error:
         warnings.warn(f"No scores are shown: {error}", stacklevel=2)
         return []
-    measures = {METRIC: "accuracy", **{name: measure for _, name, measure in LABEL_METRICS}}
     found: dict[tuple[str, str | None], dict] = {}
     for r in getattr(card.data, "eval_results", None) or ():
-        if r.metric_name in measures:
+        if (measure := _measure(str(r.metric_name))) is not None:
             own = found.setdefault(
                 (r.dataset_name, r.dataset_split), {"dataset": r.dataset_name, "split": r.dataset_split}
             )
-            own[measures[r.metric_name]] = r.metric_value
+            own[measure] = r.metric_value
     return list(found.values())
+
+
+def _measure(metric: str) -> str | None:
+    """What a metric of a model card is called here; None: it is none of ours."""
+    if metric.startswith(f"{RECALL_METRIC}, "):
+        return f"recall {metric.removeprefix(f'{RECALL_METRIC}, ')}".replace(" ", "_")
+    return {METRIC: "accuracy", **{name: measure for _, name, measure in LABEL_METRICS}}.get(metric)
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    """On one line; several measures are named."""
+    places = [str(score[key]) for key in ("dataset", "split")]
+    measures = {key.replace("_", " "): value for key, value in score.items() if key not in ("dataset", "split")}
+    if list(measures) == ["accuracy"]:
+        return " ".join([*places, str(measures["accuracy"])])
+    return " ".join([*places, ", ".join(f"{name} {value}" for name, value in measures.items())])
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        items = [" ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in value]
+        items = [_score(item) if isinstance(item, dict) else str(item) for item in value]
         return "; ".join(items) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -84,5 +84,6 @@ def _refusal(too_long: dict[str, int], pairs: Sequence[Pair], count: int, longes
     return (
         f"{len(too_long)} of {count} captions are longer than the {longest} tokens that the text tower has room for "
         f"beside the prompts (BOS and EOS included). The first is {shown(text)} of {place_of(pairs[index], index)}, "
-        f'with {length}. Shorten them, use fewer prompts (num_text_prompts), or pass long_captions="cut".'
+        f'with {length}. Shorten them, use fewer prompts (num_text_prompts), or pass long_captions="cut"; on the '
+        "command line --text-prompts and --cut."
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..classifier.images import find_images, is_hidden, is_image, other_endings, read_image, warn_left_out
-from ..tuner.messages import listed
+from ..tuner.messages import listed, shown
 
 
 #: Part of a data set -> names that its folder may have, in any case.
@@ -185,6 +186,19 @@ def without_unreadable(
         else:
             readable.append((path, name))
     return readable, broken
+
+
+def path_below(folder: Path, name: str) -> Path:
+    """The place below a folder that a file of a data set names, which may be a stranger's.
+
+    Raises:
+        ValueError: it leads out of the folder.
+    """
+    place = posixpath.normpath(name.replace(os.sep, "/"))
+    absolute = PurePosixPath(place).is_absolute() or PureWindowsPath(name).drive
+    if absolute or place == ".." or place.startswith("../") or "\0" in name:
+        raise ValueError(f"{shown(name)} leads out of the folder")
+    return folder / place
 
 
 def _existing(folder: str | os.PathLike) -> Path:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tuner.messages import listed, shown
-from .folders import PARTS
+from .folders import PARTS, path_below
 
 
 #: Image and the names of its classes, of which there may be none.
@@ -77,7 +77,8 @@ def read_label_file(path: str | os.PathLike) -> LabelFile:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, has no rows, lacks a column, or a row has no image, an unknown part, or labels
-            that are no names; the message names the row. Or no image trains with one of its labels.
+            that are no names, an image leads out of the file's folder or has two rows; the message names the row. Or no
+            row has a label.
     """
     path = Path(path)
     rows = _rows(path)
@@ -89,12 +90,20 @@ def read_label_file(path: str | os.PathLike) -> LabelFile:
             f"{path} needs a column of images, {_one_of(IMAGE_COLUMNS)}, but has {listed(rows[0].values)}."
         )
     parts: dict[str, LabelSamples] = {part: [] for part in PARTS}
+    places: dict[Path, str] = {}
     for row in rows:
         file = row.values.get(image)
         if not isinstance(file, str) or not file.strip():
             raise ValueError(f"{row.place} of {path} needs a path in {shown(image)}, but has {shown(file)}.")
+        place = _place(row, path, file.strip())
+        if place in places:
+            raise ValueError(
+                f"{row.place} of {path} names the image {shown(file)} again, after {places[place].lower()}. Give an "
+                "image one row with all its labels."
+            )
+        places[place] = row.place
         own = _labels(row, path, labels, {image, *([] if split is None else [split])})
-        parts[_part(row, path, split)].append((path.parent / file, own))
+        parts[_part(row, path, split)].append((place, own))
     names = sorted({name for samples in parts.values() for _, own in samples for name in own})
     if not names:
         raise ValueError(f"{path} has no label in any row.")
@@ -233,6 +242,17 @@ def _part(row: _Row, path: Path, column: str | None) -> str:
         if said.strip().lower() in names:
             return part
     raise ValueError(f"{row.place} of {path} needs train, val or test in {column}, but has {shown(said)}.")
+
+
+def _place(row: _Row, path: Path, file: str) -> Path:
+    """
+    Raises:
+        ValueError: it is not below the folder of the file of labels.
+    """
+    try:
+        return path_below(path.parent, file)
+    except ValueError as error:
+        raise ValueError(f"{row.place} of {path} needs a path below its folder, but {error}.") from error
 
 
 def _labels(row: _Row, path: Path, column: str | None, others: set[str]) -> tuple[str, ...]:

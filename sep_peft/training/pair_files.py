@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import posixpath
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from ..classifier.images import find_images, is_hidden, visible_files
 from ..tuner.messages import listed, shown
-from .folders import PARTS
+from .folders import PARTS, path_below
 from .pairs import Pair
 
 
@@ -228,13 +227,10 @@ def _image_in(folder: Path, name: Any) -> Path:
     """The image that a line names below the folder."""
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"the path of the image must be a text, but is {shown(name)}")
-    place = posixpath.normpath(name.replace(os.sep, "/"))
-    absolute = PurePosixPath(place).is_absolute() or PureWindowsPath(name).drive
-    if absolute or place == ".." or place.startswith("../") or "\0" in name:
-        raise ValueError(f"{shown(name)} leads out of the folder")
-    if not (folder / place).is_file():
+    image = path_below(folder, name)
+    if not image.is_file():
         raise ValueError(f"there is no image {shown(name)}")
-    return folder / place
+    return image
 
 
 def _texts(value: Any, what: str) -> list[str]:
