@@ -222,7 +222,12 @@ def train_and_write(folder: Path, processor, accelerator: Accelerator) -> None:
     """Train, and write what was trained and the rows of the history into files named by the number of processes."""
     model, pairs = make_model(), make_pairs(negatives=True)
     options = {"processor": processor, "eval_pairs": pairs, "accelerator": accelerator, "quiet": True}
-    history = fit_pairs(model, pairs, RECIPE, **options)
+    passes: list[int] = []
+    for tower in find_towers(model).values():
+        tower.base_layer.register_forward_hook(lambda *_: passes.append(1))
+    chunk_size = None if accelerator.num_processes == 1 else 1
+    history = fit_pairs(model, pairs, RECIPE, chunk_size=chunk_size, **options)
+    (folder / f"passes-{accelerator.process_index}.txt").write_text(f"{len(passes)}")
     if accelerator.is_main_process:
         save_file(trained(model), folder / f"{accelerator.num_processes}.safetensors")
         (folder / f"{accelerator.num_processes}.json").write_text(json.dumps(history.rows))
@@ -253,6 +258,8 @@ def test_two_processes_train_as_one(processor, tmp_path):
         process.join(120)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
+    # processes that hold layers together need each other for every pass
+    assert len({(tmp_path / f"passes-{rank}.txt").read_text() for rank in range(2)}) == 1
     one, two = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
     before = trained(make_model())
     moved = sum((one[name] - before[name]).square().sum() for name in one).sqrt()

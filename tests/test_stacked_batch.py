@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 from bundled import ASSETS, IMAGE_FILES
+from families import CASES
+from family_models import find_features
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_classifier import raises
 from small_clip import make_clip, make_images, make_texts, perturb
@@ -117,6 +119,40 @@ def test_one_frozen_pass_and_one_prompted_pass_a_form(model, names, batches):
         assert batches_of(tower, lambda: tower(pixel_values=IMAGES)) == batches
         whole = batches if batches[0] == 6 else [6, *batches]  # embeddings of both branches are asked for
         assert batches_of(tower, lambda: tower.embed(pixel_values=IMAGES)) == whole
+
+
+@pytest.mark.parametrize("kind", ["low", "full", "free"])
+@torch.no_grad()
+def test_texts_side_by_side_share_their_adapter(model, kind):
+    """Two texts for each name, as the models take texts (B, 2, L)."""
+    names, tower = (f"{kind} 1", f"{kind} 0", f"{kind} 1"), find_towers(model)["text"]
+    texts = {"input_ids": TEXTS["input_ids"].unflatten(0, (3, 2))}  # (6, L) -> (3, 2, L)
+    with chosen_adapters.set(names):
+        found, embeds = tower(**texts).pooler_output, tower.embed(**texts).prompted  # both (6, ...)
+    for row, name in enumerate(names):
+        with chosen_adapters.set(name):
+            alone, own = tower(**texts).pooler_output, tower.embed(**texts).prompted
+        rows = slice(2 * row, 2 * row + 2)
+        torch.testing.assert_close(found[rows], alone[rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embeds[rows], own[rows], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frames_of_a_video_share_its_adapter():
+    """The tower is handed videos, and its layers see their frames."""
+    case = CASES["videoprism vision alone"]
+    model = get_peft_model(case.build(), SEPConfig(num_vision_prompts=2, **case.options), adapter_name="one")
+    model.add_adapter("two", SEPConfig(num_vision_prompts=2, frozen_weight=0.2, **case.options))
+    for seed, name in enumerate(("one", "two")):
+        perturb(model, name, seed=seed)
+    names = ("two", "one", "two")
+    with chosen_adapters.set(names):
+        (found,) = find_features(model.eval(), case, "vision")
+    for row, name in enumerate(names):
+        (alone,) = run_alone(model, name, lambda: find_features(model, case, "vision"))
+        frames = len(found) // 3
+        rows = slice(row * frames, (row + 1) * frames)
+        torch.testing.assert_close(found[rows], alone[rows], rtol=1e-4, atol=2e-5)
 
 
 @torch.no_grad()

@@ -128,6 +128,7 @@ def test_texts_that_need_no_mask(name):
 
 
 def test_clip_needs_no_mask():
-    assert set(tower_of(adapt_once(CASES["clip"]), "text").texts.without_mask(CASES["clip"].text([6, 4]))) == {
-        "input_ids"
-    }
+    rules, texts = tower_of(adapt_once(CASES["clip"]), "text").texts, CASES["clip"].text([6, 4])
+    assert set(rules.without_mask(texts)) == {"input_ids"}
+    texts["attention_mask"][0, 2] = 0  # a token of the text itself, which no causal attention hides
+    assert "attention_mask" in rules.without_mask(texts)

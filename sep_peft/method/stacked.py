@@ -4,13 +4,14 @@ Fusions of low rank have few weights, so those of all inputs are laid side by si
 the batch what `torch.nn.Linear` does for one adapter. Fusions of full width go over their own inputs, one after
 another: their weights are larger than what a batch makes of them.
 
-Shapes: B inputs, n prompts, K tokens that a fusion reads, D width of a tower.
+Shapes: B inputs, n prompts, K tokens that a fusion reads, D width of a tower. A module may be told of fewer inputs than
+come: then each stands for as many side by side, such as the frames of a video.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,14 @@ from .attention import FusionAttention
 from .fusion import TokenFusion, fuse
 from .independent import LearnedPrompts
 from .low_rank import FactoredMap, LowRankLinear, has_weights, low_rank_attention
+
+
+_Item = TypeVar("_Item")
+
+
+def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """Each of the items as many times, side by side, as it takes for `count` of them."""
+    return [item for item in items for _ in range(count // len(items))]
 
 
 class PromptsOfInputs:
@@ -33,8 +42,8 @@ class PromptsOfInputs:
         self.prompts = prompts
 
     def __call__(self, batch_size: int) -> torch.Tensor:
-        """The prompts of each input, (B, n, D)."""
-        return torch.cat([prompts(1) for prompts in self.prompts])
+        """The prompts of each of B inputs, (B, n, D)."""
+        return torch.cat([prompts(1) for prompts in _spread(self.prompts, batch_size)])
 
 
 class FusionOfInputs:
@@ -49,19 +58,21 @@ class FusionOfInputs:
 
     def __call__(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """prompts (B, n, D) of the layer before and tokens (B, K, D) of each input -> prompts (B, n, D)."""
-        forms = {_form(fusion) for fusion in dict.fromkeys(self.fusions)}
+        fusions = _spread(self.fusions, len(prompts))
+        forms = {_form(fusion) for fusion in dict.fromkeys(fusions)}
         if len(forms) == 1 and None not in forms:
-            return fuse(_StackedFusion(self.fusions), prompts, tokens)
-        return self._one_after_another(prompts, tokens)
+            return fuse(_StackedFusion(fusions), prompts, tokens)
+        return _one_after_another(fusions, prompts, tokens)
 
-    def _one_after_another(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        parts, order = [], []
-        for fusion in dict.fromkeys(self.fusions):
-            own = [index for index, other in enumerate(self.fusions) if other is fusion]
-            parts.append(fusion(prompts[own], tokens[own]))
-            order += own
-        places = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(parts)[places]
+
+def _one_after_another(fusions: Sequence[TokenFusion], prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    parts, order = [], []
+    for fusion in dict.fromkeys(fusions):
+        own = [index for index, other in enumerate(fusions) if other is fusion]
+        parts.append(fusion(prompts[own], tokens[own]))
+        order += own
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts)[places]
 
 
 def _form(fusion: TokenFusion) -> tuple | None:

@@ -37,6 +37,7 @@ class PairStep:
     def __call__(
         self, model: nn.Module, batch: Mapping[str, torch.Tensor], share: Share, accelerator: Accelerator
     ) -> StepOutcome:
+        batch = _as_long_as_others(batch, share, accelerator)
         embeds: PairEmbeddings = model(**batch)
         logits, own = self._compared(embeds, batch, share, accelerator)
         contrast = self._contrast(logits, own)
@@ -70,6 +71,21 @@ class PairStep:
         text = 1 - (embeds.text * embeds.frozen_text).sum(dim=1)[: share.own]
         vision = 1 - (embeds.image * embeds.frozen_image).sum(dim=1)[: share.own]
         return self._recipe.text_weight * text.sum() + self._recipe.vision_weight * vision.sum()
+
+
+def _as_long_as_others(
+    batch: Mapping[str, torch.Tensor], share: Share, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """A batch with its last row repeated, which does not count, until it is as long as the longest of all processes.
+
+    Each process then runs the model for as many chunks, as it must where they hold its layers together.
+    """
+    most = -(-share.whole // accelerator.num_processes)
+
+    def longer(rows: torch.Tensor) -> torch.Tensor:
+        return rows if len(rows) >= most else torch.cat([rows, rows[-1:].expand(most - len(rows), *rows.shape[1:])])
+
+    return {name: longer(rows) for name, rows in batch.items()}
 
 
 def loss_of(vision: SEPTower, recipe: PairsRecipe) -> str:

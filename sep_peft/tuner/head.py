@@ -116,7 +116,8 @@ class Head:
             prompted: output of the prompted pass, changed in place.
             frozen: output of the frozen pass.
             inputs: of the tower.
-            frozen_weight: share of the frozen embedding; a number, or (B, 1).
+            frozen_weight: share of the frozen embedding; a number, or (B, 1), or of fewer inputs, each of which stands
+                for several side by side.
         """
         spec = self.spec
         if spec.reader is not None:
@@ -125,6 +126,8 @@ class Head:
             return
         a, b = self.pool(prompted, inputs), self.pool(frozen, inputs)
         projected_a, projected_b = self.project(a), self.project(b)
+        if isinstance(frozen_weight, torch.Tensor):
+            frozen_weight = frozen_weight.repeat_interleave(len(a) // len(frozen_weight), dim=0)  # (B, 1)
         share = frozen_share(projected_a, projected_b, frozen_weight)  # (B, 1)
         if spec.mixes_after_projection:
             embeds = _weighted(projected_a, projected_b, share)

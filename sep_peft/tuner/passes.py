@@ -113,7 +113,8 @@ class PromptedPass:
 
     Attributes:
         spec: of the tower.
-        prompts: (n, D), as they enter the first prompted layer, or (B, n, D) where each input has its own.
+        prompts: (n, D), as they enter the first prompted layer, or (B, n, D) where each input has its own, or several
+            side by side share theirs.
         fusions: layer index -> what makes the prompts anew before it, for all inputs or for each by itself.
         start_layer: index of the first prompted layer.
         last_layers: index of the last layer of the tower, or of each of its stages.
@@ -192,8 +193,7 @@ class PromptedPass:
         if index == self.start_layer:
             tokens = hidden if self.trunk is None else self.trunk.hidden
             prompt_index = self._prompt_index(tokens.shape[1])
-            prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # (n, D) or (B, n, D) -> (B, n, D)
-            hidden = insert_prompts(tokens, prompts, prompt_index)
+            hidden = insert_prompts(tokens, self._prompts_of_inputs(tokens.shape[0]), prompt_index)
             self.prompted_shape = (hidden.shape[0], hidden.shape[1])
             return hidden, prompt_index
         if not self.has_prompts_before(index):
@@ -205,6 +205,12 @@ class PromptedPass:
         if index in self.fusions:
             hidden = replace_prompts(hidden, self._new_prompts(index, hidden, prompt_index), prompt_index)
         return hidden, prompt_index
+
+    def _prompts_of_inputs(self, batch_size: int) -> torch.Tensor:
+        """The prompts as they enter, (B, n, D)."""
+        if self.prompts.ndim == 2:
+            return self.prompts.expand(batch_size, -1, -1)  # (n, D) -> (B, n, D)
+        return self.prompts.repeat_interleave(batch_size // len(self.prompts), dim=0)
 
     def _prompt_index(self, length: int) -> int:
         return length if self.spec.insert_at is None else self.spec.insert_at

@@ -56,15 +56,18 @@ class TextRules:
     def without_mask(self, inputs: Mapping[str, torch.Tensor]) -> TextInputs:
         """Texts (C, L) without their mask, where EOS says the same and causal attention hides what comes after it.
 
-        So it is where the model reads the EOS alone and all texts begin at the first place. To take a mask, models look
-        whether it masks anything, for which an accelerator is waited for, and no kernel of flash attention takes one.
+        So it is where the model reads the EOS alone and the mask shows all from the first place to it. To take a mask,
+        models look whether it masks anything, for which an accelerator is waited for, and no kernel of flash attention
+        takes one.
         """
         spec, eos = self.spec, self.eos(inputs)
         if eos is None or not spec.causal or spec.mlp_norm is None or spec.max_length_padding:
             return dict(inputs)
-        first, last = self.span(inputs)
         visible = inputs.get("attention_mask")
-        needless = not first.any() and torch.equal(last, eos) and (visible is None or visible.ndim == 2)
+        if visible is None or visible.ndim != 2:
+            return dict(inputs)
+        places, eos = torch.arange(visible.shape[1], device=visible.device), eos.to(visible.device)[:, None]  # (C, 1)
+        needless = bool(((eos >= 0) & (visible.ne(0) | (places > eos))).all())
         return {key: value for key, value in inputs.items() if key != "attention_mask" or not needless}
 
     def check_room(self, inputs: Mapping[str, torch.Tensor], settings: TowerSettings | None) -> None:
