@@ -13,6 +13,7 @@ from fresh import usual
 from torch import nn
 
 from sep_peft.classifier import on_the_way, value_sample
+from sep_peft.classifier.on_the_way import OnTheWay
 from sep_peft.classifier.value_sample import ValueSample
 
 
@@ -110,6 +111,13 @@ def test_a_change_on_an_accelerator_is_seen_one_look_late(monkeypatch):
     assert not sample.has_changed(waits=False)
     there.append(True)
     assert sample.has_changed(waits=False)
+
+
+def test_a_device_without_streams_is_waited_for(monkeypatch):
+    """As that of Apple, whose module of torch has events and no streams."""
+    monkeypatch.setattr(on_the_way, "at_hand", lambda tensor: False)
+    monkeypatch.delattr(torch.cpu, "current_stream")
+    assert OnTheWay(torch.tensor(3.0)).get() == 3
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text])

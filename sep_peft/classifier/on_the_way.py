@@ -11,12 +11,14 @@ class OnTheWay:
     """A copy of a tensor on the host, which is there when the accelerator comes to it.
 
     Args:
-        tensor: on any device; of one on the CPU there is no copy.
+        tensor: on any device; of one on the CPU there is no copy. A device whose values cannot come later, such as
+            Apple's, is waited for.
     """
 
     def __init__(self, tensor: torch.Tensor):
-        self._value = tensor.to("cpu", non_blocking=True)
-        self._event = None if at_hand(tensor) else _event(tensor.device)
+        later = not at_hand(tensor) and can_come_later(tensor.device)
+        self._value = tensor.to("cpu", non_blocking=later)
+        self._event = _event(tensor.device) if later else None
 
     def get(self) -> torch.Tensor | None:
         """The value; None while it is on the way."""
