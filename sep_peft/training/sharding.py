@@ -33,7 +33,9 @@ def shard_base(model: nn.Module, device: torch.device | str | None = None) -> in
     Returns:
         parameters that this process keeps of those that are shared out.
 
-    From here on a call of the model is a matter of all processes: one that calls it alone waits for the others.
+    From here on a call of the model is a matter of all processes: one that calls it alone waits for the others, and all
+    must make as many calls. Where a step draws class texts (`Recipe.class_sample`) that holds on accelerators alone: on
+    the CPU each process encodes the texts of its own images in as many chunks as their lengths ask for.
 
     Raises:
         RuntimeError: there are not several processes that train together.
