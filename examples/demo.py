@@ -24,6 +24,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from sep_peft import SEPClassifier
+from sep_peft.classifier.calibration import Calibration
+from sep_peft.classifier.classes import TaskClasses
 from sep_peft.classifier.images import read_image
 from sep_peft.tuner.messages import one_line, printable
 
@@ -93,15 +95,18 @@ class Demo:
         """A task's name -> what `predict` calls it."""
         return None if name == self.own else name
 
+    def classes(self, task: str) -> TaskClasses:
+        """Of a task."""
+        return self.classifier.classes if self.task(task) is None else self.classifier.tasks[task].classes
+
     def names(self, task: str) -> list[str]:
         """Classes of a task."""
-        own = self.task(task) is None
-        return self.classifier.class_names if own else list(self.classifier.tasks[task].classes.names)
+        return list(self.classes(task).names)
 
     def can_reject(self, task: str) -> bool:
         """Whether a task was calibrated for an answer of none of these."""
-        classes = self.classifier.classes if self.task(task) is None else self.classifier.tasks[task].classes
-        return classes.calibration is not None and classes.calibration.least_energy is not None
+        calibration = self.classes(task).calibration
+        return isinstance(calibration, Calibration) and calibration.least_energy is not None
 
     def read(self, path: str) -> Image.Image:
         """
@@ -121,16 +126,17 @@ class Demo:
         return read_image(content)
 
     def answer(self, image: Image.Image, task: str, reject: bool) -> tuple[str, dict[str, float]]:
-        """What is said of an image, and its best scores.
+        """What is said of an image, and its best scores; all classes that are named, where there may be several.
 
         Raises:
             ValueError: as `predict`.
         """
-        name = self.task(task)
-        ranking = self.classifier.predict(image, task=name)
+        name, several = self.task(task), self.classes(task).multi_label
+        ranking = self.classifier.predict(image, task=name, min_score=0 if several else None)
         scores = {printable(entry["label"]): entry["score"] for entry in ranking[:SHOWN_CLASSES]}
         known = self.classifier.predict(image, task=name, unknown=reject and self.can_reject(task))
-        return printable(ranking[0]["label"]) if known else NONE_OF_THESE, scores
+        said = known if several else known and ranking[:1]
+        return ", ".join(printable(entry["label"]) for entry in said) or NONE_OF_THESE, scores
 
     def drawings(self, image: Image.Image, task: str) -> tuple[Image.Image, Image.Image | None]:
         """What decided for the best class, and what SEP selected; None where it selects nothing.

@@ -15,12 +15,14 @@ import pytest
 import torch
 from browser import WIDTHS, open_browser
 from bundled import ASSETS, IMAGE_FILES, NAMES, shallow_clip
+from labelled import make_classifier
 from peft import get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier.calibration import Calibration
+from sep_peft.classifier.label_calibration import LabelCalibration, LabelScale
 
 
 #: A name that acts where a page takes it for HTML or Markdown.
@@ -188,6 +190,16 @@ def test_tasks_with_one_name(demo_file, adapters, tmp_path):
     loaded = demo_file.Demo.load([adapters[0], str(other)], None, 1000)
     assert loaded.tasks == ["caltech", "caltech (2)"]
     assert loaded.names("caltech (2)") == NAMES
+
+
+def test_several_labels_an_image(demo_file):
+    classifier, image = make_classifier().eval(), Image.open(IMAGE_FILES[0])
+    for threshold in (0.0, 1.0):
+        scale = LabelScale(1.0, (0.0,), (threshold,))
+        classifier.calibrate(LabelCalibration(scale, scale, scale))
+        said, scores = (shown := demo_file.Demo(classifier, "own", 1_000_000)).answer(image, "own", reject=True)
+        assert said == (demo_file.NONE_OF_THESE if threshold else ", ".join(scores)) and len(scores) == 3
+        assert all(drawing is not None for drawing in shown.drawings(image, "own"))
 
 
 def test_no_adapter(demo_file, monkeypatch, capsys):

@@ -122,7 +122,13 @@ def large_image() -> bytes:
 
 
 ERRORS = {
-    "no image": ("caltech", {"content": b"<b>no image</b>"}, 422, "unreadable_image", "The image cannot be read: "),
+    "no image": (
+        "caltech",
+        {"content": b"<b>no image</b>"},
+        422,
+        "unreadable_image",
+        "The image <15 bytes> cannot be read: ",
+    ),
     "nothing": ("caltech", {"content": b""}, 422, "invalid_request", "The request has no body; send an image file."),
     "bytes": ("caltech", {"content": bytes(1_000_001)}, 413, "image_too_large", "The image has more than 1,000,000"),
     "chunks": (

@@ -17,6 +17,7 @@ from transformers import AutoProcessor, CLIPImageProcessor, CLIPModel, SiglipIma
 
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier import export_file as files
+from sep_peft.classifier.adapter import Adapter
 from sep_peft.classifier.calibration import Calibration
 from sep_peft.classifier.export_file import export_file
 from sep_peft.classifier.preprocessing import Preprocessing, made_images
@@ -49,7 +50,7 @@ def test_a_stranger_gets_the_classifiers_scores(classifier, exported):
     said = json.loads(extra["sep_peft.json"])
     assert said == json.loads((exported.parent / "task.pt2.json").read_text())
     (output,) = said["outputs"]
-    assert output["labels"] == NAMES and output["templates"] == ["a photo of a {}."]
+    assert output["labels"] == NAMES and not output["multi_label"] and output["templates"] == ["a photo of a {}."]
     assert output["calibration"]["temperature"] == 2.5 and said["weights"] == "fp32"
     assert said["input"] == {"name": "pixel_values", "shape": ["batch", 3, 64, 64], "dtype": "float32"}
     steps = said["preprocessing"]
@@ -84,6 +85,8 @@ def test_what_is_refused_leaves_what_was_there(classifier, exported, monkeypatch
     ]:
         with raises(message):
             export_file(exported.parent / name, classifier, **({"images": IMAGE_FILES} | options))
+    with raises("An adapter without classes has no scores. Pass embed=True, or a classifier."):
+        export_file(exported, Adapter(classifier.model, classifier.processor), IMAGE_FILES)
     program = torch.export.load(exported)
     with monkeypatch.context() as patch:
         patch.setattr(files, "_program", lambda *_: program)

@@ -23,6 +23,7 @@ import sep_peft
 from sep_peft import CardDetails, ClassScore, Score, SEPClassifier, SEPConfig, TaskClasses
 from sep_peft.classifier.calibration import Calibration
 from sep_peft.classifier.card import CONFUSION_FILE, END, REPOSITORY, START, make_card
+from sep_peft.tuner.messages import acts
 
 
 CLASSES = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), ("cup", "desk_lamp"), ("a photo of a {}.",))
@@ -229,6 +230,18 @@ def test_odd_names_of_folders_are_strings_of_python(name):
     block = re.search(r"^```python\n(.*?)^```$", card_of(subfolder=name).text, re.DOTALL | re.MULTILINE)[1]
     arguments = re.search(r"from_pretrained\((.*)\)\n", block)[1]
     assert ast.literal_eval(arguments.removeprefix('"ann/household", subfolder=')) == name
+
+
+def test_names_do_not_act_on_a_terminal():
+    name = "red\x1b[31m, \u202eturned, \x9bC1"
+    classes = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), (name, "cup"), (f"{name} {{}}",))
+    scores = [Score(name, 50.0, split=name)]
+    card = make_card(classes, SEPConfig(), "CLIPModel", CardDetails(title=name, scores=scores, license="mit"))
+    assert {c for c in card.text if acts(c)} == {"\n"}
+    shown_name = r"red\x1b[31m, \u202eturned, \x9bC1"
+    page = shown(card)
+    assert page.texts["h1"] == [shown_name] and page.texts["td"][0] == f"{shown_name}, {shown_name}"
+    assert [text for text in page.texts["code"] if "\n" not in text] == [shown_name, "cup", f"{shown_name} {{}}"]
 
 
 @pytest.mark.parametrize("place", ["names", "templates", "title", "description", "protocol", "limits", "dataset"])

@@ -1,4 +1,4 @@
-"""The page of examples/web in headless Chromium gives Python's answer; `.ci/run` calls it by name.
+"""The pages of examples/web and examples/serve_page in headless Chromium; `.ci/run` calls it by name.
 
 onnxruntime-web comes from npm's registry, once, into the cache.
 
@@ -7,6 +7,7 @@ python -m pytest tests/web_in_browser.py
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -116,6 +118,44 @@ def test_the_page_gives_pythons_answer(classifier, address, tmp_path):
             assert browser.errors() == [] and browser.overflow() == 0 and browser.broken_images() == []
             assert all(asked.startswith(address.rpartition("/")[0]) for asked in browser.requests())
             browser.screenshot(tmp_path / f"web-{width}.png")
+
+
+class Served(Handler):
+    """The server's page, and answers that a server might give: of one label that acts as HTML, or of none."""
+
+    answers: ClassVar[list] = []
+
+    def do_GET(self) -> None:
+        self._say({"tasks": ["task"]}) if self.path == "/tasks" else super().do_GET()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._say({"task": "task", "answers": self.answers})
+
+    def _say(self, data) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(data).encode())
+
+
+def test_the_servers_page_shows_any_answer():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Served, directory=str(ASSETS.parent / "serve_page")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    label = "<img src=x onerror=document.title='owned'>"
+    with open_browser() as browser:
+        browser.open(f"http://127.0.0.1:{server.server_port}/index.html")
+        wait(lambda: browser.run("return document.querySelectorAll('option').length"), browser)
+        browser.driver.find_element("css selector", "#file").send_keys(str(IMAGE_FILES[0]))
+        for answers, said in (([{"label": label, "score": 0.5}], label), ([], "none of these")):
+            Served.answers = answers
+            browser.driver.find_element("css selector", "#ask").click()
+            wait(lambda said=said: browser.run("return document.querySelector('#said').textContent") == said, browser)
+            rows = browser.run(
+                "return [...document.querySelectorAll('#answers:not([hidden]) th')].map(e => e.textContent)"
+            )
+            assert rows == [answer["label"] for answer in answers]
+        assert browser.run("return document.title") == "What is in the image?" and browser.errors() == []
+    server.shutdown()
 
 
 def wait(what, browser) -> None:

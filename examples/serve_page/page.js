@@ -28,7 +28,7 @@ function show(answers) {
     return row;
   });
   document.querySelector("#answers tbody").replaceChildren(...rows);
-  find("answers").hidden = false;
+  find("answers").hidden = !answers.length;
 }
 
 find("file").addEventListener("change", () => {
@@ -54,7 +54,7 @@ find("form").addEventListener("submit", async (event) => {
     const asFile = { body: file, headers: { "Content-Type": "application/octet-stream" } };
     const address = `predict/${encodeURIComponent(find("task").value)}`;
     const { answers } = await ask(address, { method: "POST", ...(url ? asJson : asFile) });
-    say(answers[0].label);
+    say(answers[0]?.label ?? "none of these"); // a task of several labels an image may name none
     show(answers);
   } catch (error) {
     say(error.message, true);

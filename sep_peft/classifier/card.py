@@ -457,14 +457,14 @@ def package_versions() -> dict[str, str]:
 
 def plain(text: str) -> str:
     """A name as Markdown that shows it as it is, on one line, in a cell of a table as well."""
-    text = html.escape(" ".join(text.split()), quote=False)  # no tag, comment or entity is left
+    text = html.escape(one_line(text), quote=False)  # no tag, comment or entity is left
     text = re.sub(r"[\\`*\[\]|~]", r"\\\g<0>", text)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word an underscore stands for itself
 
 
 def code(text: str) -> str:
     """A name as code; with what a code span cannot hold, as HTML."""
-    if re.search("[`<]|^$", text) or text != " ".join(text.split()):
+    if re.search("[`<]|^$", text) or text != one_line(text):
         return f"<code>{plain(text)}</code>"
     return f"`{text}`"
 

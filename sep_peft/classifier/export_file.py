@@ -29,6 +29,7 @@ from .processors import processor_part
 
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
     from .classifier import SEPClassifier
 
 
@@ -78,7 +79,7 @@ def metadata_path(path: Path) -> Path:
 
 def export_file(
     path: str | os.PathLike,
-    classifier: SEPClassifier,
+    classifier: SEPClassifier | Adapter,
     images: Sequence[Any],
     *,
     tasks: Sequence[str] | None = None,
@@ -93,7 +94,8 @@ def export_file(
 
     Args:
         path: a .onnx, or a .pt2 of torch.export.
-        classifier: its present classes, with the active adapter. Weights are written in fp32, and the classifier is
+        classifier: its present classes, with the active adapter; or an adapter without classes, of which there are
+            embeddings alone. Weights are written in fp32, and the classifier is
             left on the CPU in fp32.
         images: as `read_image` takes them, to check the file with, and to quantize it.
         tasks: of the classifier, each an output by its name; the frozen pass is run once for all. None: the
@@ -104,14 +106,17 @@ def export_file(
     Raises:
         ImportError: a package for ONNX is missing.
         OSError: nothing can be written at `path`; found out before the export.
-        ValueError: `path` has another ending, there are no images, one cannot be read, `quantize` is unknown or not for
-            this file, there is no such task, or a file could not tell what the image processor does.
+        ValueError: `path` has another ending, there are no images, one cannot be read, there are no classes to score,
+            `quantize` is unknown or not for this file, there is no such task, or a file could not tell what the image
+            processor does.
         RuntimeError: the file gives something else than the model.
     """
     path = Path(path)
     check_target(path, quantize)
     if not len(images):
         raise ValueError("There are no images to check the file with.")
+    if not (embed and tasks is None) and not hasattr(classifier, "classes"):
+        raise ValueError("An adapter without classes has no scores. Pass embed=True, or a classifier.")
     processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read images")
     preprocessing = Preprocessing.of(processor)
     module, outputs = _module(classifier, tasks, embed)
@@ -172,12 +177,13 @@ def check_target(path: Path, quantize: str | None) -> None:
 
 
 def _module(
-    classifier: SEPClassifier, tasks: Sequence[str] | None, embed: bool
+    classifier: SEPClassifier | Adapter, tasks: Sequence[str] | None, embed: bool
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """What is exported, and output -> its classes, or the width of its embeddings later."""
+    if tasks is None and embed:
+        return ImageEmbedder(classifier.model), {"embeds": None}
+    classifier = cast("SEPClassifier", classifier)
     if tasks is None:
-        if embed:
-            return ImageEmbedder(classifier.model), {"embeds": None}
         return ImageScorer(classifier), {"scores": classifier.classes}
     found = {name: classifier.tasks[name] for name in tasks}
     weights: dict[str, Any] = {}
@@ -241,7 +247,7 @@ def _agreement(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _metadata(
-    classifier: SEPClassifier,
+    classifier: SEPClassifier | Adapter,
     preprocessing: Preprocessing,
     outputs: Mapping[str, Any],
     shape: torch.Size,
@@ -266,6 +272,7 @@ def _metadata(
 def _of_classes(classes: Any) -> dict[str, Any]:
     return {
         "labels": list(classes.names),
+        "multi_label": classes.multi_label,
         "templates": list(classes.templates),
         "descriptions": [list(texts) for texts in classes.description_texts],
         "calibration": None if classes.calibration is None else asdict(classes.calibration),

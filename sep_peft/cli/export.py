@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 
+from ..classifier.classifier import SEPClassifier
 from ..classifier.export_file import Exported, check_target, export_file, metadata_path
 from ..classifier.images import find_images
 from ..classifier.preprocessing import made_images
 from ..training.folders import find_parts
 from ..tuner.config import SEPConfig
 from ..tuner.messages import shown
-from .session import AdapterSource, Result, Session, check_images, load_classifier
+from .session import AdapterSource, Result, Session, check_images, load_adapter, load_classifier
 
 
+#: What a classifier that was loaded calls its own adapter.
+DEFAULT = "default"
 #: Images of a folder that a file is checked with, at most; they are taken from all of it.
 CHECKED_IMAGES = 512
 
@@ -59,15 +62,26 @@ def export(
     names = _names(adapters)
     if base_model is None:
         _check_bases(sources, session)
-    classifier = load_classifier(sources[0], base_model, session)
-    tasks = None
-    if len(adapters) > 1:
-        tasks = names
-        classifier.add_task(names[0], classifier.classes, "default")
-        for each, name in zip(sources[1:], names[1:], strict=True):
-            classifier.load_task(each.name, name, subfolder=each.subfolder, **each.hub_options(session))
+    if len(adapters) == 1:
+        tasks, load = None, load_adapter if embed else load_classifier  # embeddings need no classes
+        classifier = load(sources[0], base_model, session)
+    else:
+        tasks, classifier = names, _with_tasks(sources, names, base_model, session)
     found = export_file(output, classifier, paths or made_images(), tasks=tasks, embed=embed, quantize=quantize)
     return _result(found, paths)
+
+
+def _with_tasks(
+    sources: Sequence[AdapterSource], names: Sequence[str], base_model: str | None, session: Session
+) -> SEPClassifier:
+    """A classifier that has all adapters as tasks; one that is called as a classifier's own is its own."""
+    own = names.index(DEFAULT) if DEFAULT in names else 0
+    classifier = load_classifier(sources[own], base_model, session)
+    classifier.add_task(names[own], classifier.classes, DEFAULT)
+    for index, (each, name) in enumerate(zip(sources, names, strict=True)):
+        if index != own:
+            classifier.load_task(each.name, name, subfolder=each.subfolder, **each.hub_options(session))
+    return classifier
 
 
 def _checked(folder: Path, session: Session) -> list[Path]:
