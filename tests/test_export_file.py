@@ -81,8 +81,10 @@ def test_what_is_refused_leaves_what_was_there(classifier, exported, monkeypatch
         ("task.pt2", {"quantize": "int8"}, "Weights of 8 bits are for files of ONNX. Write a .onnx."),
         ("task.onnx", {"quantize": "int4"}, "quantize must be None or 'int8', but got 'int4'."),
         ("task.pt2", {"images": []}, "There are no images to check the file with."),
+        ("task.pt2", {"tasks": ["birds", "pixel_values"]}, "The input is called pixel_values, so no output can be. "
+         "Rename the task."),
         ("task.pt2", {"tasks": ["birds"]}, "There is no task 'birds'; the tasks are []."),
-    ]:
+    ]:  # fmt: skip
         with raises(message):
             export_file(exported.parent / name, classifier, **({"images": IMAGE_FILES} | options))
     with raises("An adapter without classes has no scores. Pass embed=True, or a classifier."):

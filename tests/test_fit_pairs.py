@@ -393,6 +393,10 @@ MISTAKES = {
         *({}, [("a.jpg", "cat"), ("b.jpg", ["dog", " "])], {}),
         "One of the captions of pair 1 ('b.jpg') is blank. Write what the image shows, or leave it out.",
     ),
+    "surrogate": (
+        *({}, [("a.jpg", "cat \ud800")], {}),
+        "One of the captions of pair 0 ('a.jpg') is no text that UTF-8 can hold: 'cat \\ud800'. Leave it out.",
+    ),
     "no caption": ({}, [("a.jpg", [])], {}, "Pair 0 ('a.jpg') has no caption."),
     "long": (
         *({}, [("a.jpg", "cat"), ("b.jpg", LONG)], {}),

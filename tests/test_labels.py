@@ -10,6 +10,7 @@ import torch
 from labelled import NAMES, RECIPE, make_classifier, mosaics
 from shallow_classifier import same, weights
 from small_classifier import contents, raises
+from transformers import pipeline
 
 from sep_peft import SEPClassifier
 from sep_peft.classifier.export import ImageScorer
@@ -81,6 +82,9 @@ def test_a_saved_classifier_says_that_it_is_of_several_labels(trained, tmp_path)
     trained.save_pretrained(tmp_path)
     loaded = SEPClassifier.from_pretrained(tmp_path)
     assert loaded.classes.multi_label and loaded.classes.calibration == trained.classes.calibration
+    every = loaded.predict(VAL[0][0], min_score=0.0)
+    zero_shot = pipeline("zero-shot-image-classification", model=str(tmp_path))
+    assert scores_of(zero_shot(VAL[0][0], candidate_labels=NAMES)) == pytest.approx(scores_of(every), abs=1e-5)
     assert not any(p.requires_grad for p in loaded.parameters())
     image = VAL[0][0]
     assert loaded.predict(image, min_score=0.0) == trained.predict(image, min_score=0.0)

@@ -59,6 +59,10 @@ WRONG = {
     "number": ({"image": 5, "text": "a"}, "the path of the image must be a text, but is 5"),
     "blank": ({"image": "a.jpg", "captions": ["a", " "]}, "a caption is blank"),
     "none": ({"image": "a.jpg", "captions": []}, "it has no caption"),
+    "surrogate": (
+        {"image": "a.jpg", "text": "a \ud800"},
+        "a caption is no text that UTF-8 can hold: 'a \\ud800'",
+    ),
     "no text": ({"image": "a.jpg", "text": 5}, "a caption must be a text or a list of texts, but is 5"),
     "negative": (
         {"image": "a.jpg", "text": "a", "negatives": ["a"]},

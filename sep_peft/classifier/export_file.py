@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Version of the layout of what a file says of itself.
 FORMAT_VERSION = 1
+#: What a file calls its input.
+INPUT = "pixel_values"
 #: Endings of the files that are written.
 ENDINGS = (".onnx", ".pt2")
 #: Where it lies in a .pt2, and beside any file, so that it can be read without reading the file.
@@ -107,8 +109,8 @@ def export_file(
         ImportError: a package for ONNX is missing.
         OSError: nothing can be written at `path`; found out before the export.
         ValueError: `path` has another ending, there are no images, one cannot be read, there are no classes to score,
-            `quantize` is unknown or not for this file, there is no such task, or a file could not tell what the image
-            processor does.
+            `quantize` is unknown or not for this file, there is no such task, one is called as the input, or a file
+            could not tell what the image processor does.
         RuntimeError: the file gives something else than the model.
     """
     path = Path(path)
@@ -117,6 +119,8 @@ def export_file(
         raise ValueError("There are no images to check the file with.")
     if not (embed and tasks is None) and not hasattr(classifier, "classes"):
         raise ValueError("An adapter without classes has no scores. Pass embed=True, or a classifier.")
+    if tasks is not None and INPUT in tasks:
+        raise ValueError(f"The input is called {INPUT}, so no output can be. Rename the task.")
     processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read images")
     preprocessing = Preprocessing.of(processor)
     module, outputs = _module(classifier, tasks, embed)
@@ -260,7 +264,7 @@ def _metadata(
         "sep_peft": __version__,
         "base_model": base_model_name(cast(PeftModel, classifier.model)),
         "weights": quantize or "fp32",
-        "input": {"name": "pixel_values", "shape": ["batch", *shape[1:]], "dtype": "float32"},
+        "input": {"name": INPUT, "shape": ["batch", *shape[1:]], "dtype": "float32"},
         "preprocessing": preprocessing.to_json(),
         "outputs": [
             {"name": name, "kind": "embeds"} if embed else {"name": name, "kind": "scores", **_of_classes(classes)}

@@ -122,6 +122,14 @@ class SEPZeroShot(ZeroShotImageClassificationPipeline):
         model.ask(names, template)
         return {"candidate_labels": labels, "logits": model(**model_inputs).logits}
 
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The candidate labels with their scores, best first; where an image may have several, each has a sigmoid."""
+        if not cast(ImageClassifier, self.model).classifier.classes.multi_label:
+            return super().postprocess(model_outputs)
+        scores = model_outputs["logits"][0].sigmoid().tolist()  # (1, C) -> C
+        found = zip(scores, model_outputs["candidate_labels"], strict=True)
+        return [{"score": score, "label": label} for score, label in sorted(found, key=lambda pair: -pair[0])]
+
 
 class Refused:
     """In the place of a model that could not be loaded, because transformers would try another class."""

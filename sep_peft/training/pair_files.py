@@ -19,7 +19,7 @@ from typing import Any
 from ..classifier.images import find_images, is_hidden, visible_files
 from ..tuner.messages import listed, shown
 from .folders import PARTS, path_below
-from .pairs import Pair
+from .pairs import Pair, is_unicode
 
 
 METADATA = "metadata.jsonl"
@@ -239,6 +239,8 @@ def _texts(value: Any, what: str) -> list[str]:
         raise ValueError(f"a {what} must be a text or a list of texts, but is {shown(value)}")
     if any(not text.strip() for text in texts):
         raise ValueError(f"a {what} is blank")
+    if bad := next((text for text in texts if not is_unicode(text)), None):
+        raise ValueError(f"a {what} is no text that UTF-8 can hold: {shown(bad)}")
     return [text.strip() for text in texts]
 
 

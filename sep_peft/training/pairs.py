@@ -86,6 +86,11 @@ def fingerprint_of(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text; with half of a pair of surrogates, as JSON may have, it cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _texts(texts: Any, part: str, name: str) -> tuple[str, ...]:
     """Captions or negatives, without white space around them, each once."""
     if not isinstance(texts, (tuple, list)):
@@ -95,4 +100,8 @@ def _texts(texts: Any, part: str, name: str) -> tuple[str, ...]:
             raise TypeError(f"The {part} of {name} must be texts, but one is {shown(text)}.")
         if not text.strip():
             raise ValueError(f"One of the {part} of {name} is blank. Write what the image shows, or leave it out.")
+        if not is_unicode(text):
+            raise ValueError(
+                f"One of the {part} of {name} is no text that UTF-8 can hold: {shown(text)}. Leave it out."
+            )
     return tuple(dict.fromkeys(text.strip() for text in texts))
