@@ -285,7 +285,9 @@ def test_mistakes_of_search(adapter, folder, tmp_path, capsys):
         ([adapter, none, "x"], f"There is no folder {str(none)!r}."),
         ([none, folder, "x"], f"There is no adapter folder {none}."),
         ([adapter, folder, " "], "A text is blank. Write what an image shows."),
-    ]:
+        ([adapter, folder, "x", "--index", "/proc/index"], "/proc cannot be written (No such file or directory). Choose "
+         "another folder, or change its permissions."),
+    ]:  # fmt: skip
         assert main(["search", *map(str, arguments), "--quiet"]) == 1
         assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
 
@@ -320,6 +322,17 @@ def read_embeds(file: Path) -> tuple[list[str], torch.Tensor]:
         return table["name"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
     with safe_open(file, "pt") as opened:
         return json.loads(opened.metadata()["names"]), opened.get_tensor("embeddings")
+
+
+def test_embed_of_names_that_are_no_utf_8(adapter, tmp_path, capsys):
+    pytest.importorskip("pyarrow", reason="a .parquet needs the package pyarrow")
+    folder, file = tmp_path / "images", tmp_path / "a.parquet"
+    folder.mkdir()
+    shutil.copy(IMAGE_FILES[0], os.fsencode(folder) + b"/\xff\x1b.jpg")
+    index = ["--index", str(tmp_path / "index.safetensors")]
+    assert main(["embed", str(adapter), str(folder), str(file), *index, "--quiet"]) == 1
+    message = r"A .parquet holds UTF-8, which '\udcff\x1b.jpg' is not. Write a .npz or .safetensors."
+    assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n") and not file.exists()
 
 
 def test_mistakes_of_embed(adapter, folder, tmp_path, capsys):

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from .embeddings import check_batch_size, embed_images
 from .images import find_images
@@ -78,6 +79,7 @@ class ImageIndex:
         if not folder.is_dir():
             raise NotADirectoryError(f"There is no folder {str(folder)!r}.")
         file = index_file(folder) if file is None else Path(file)
+        try_folder(file.parent)  # before all is embedded
         probe = embed_images(model, processor, [_probe()], 1, adapter)[0]  # (E,)
         known, found, unreadable = _read(file, probe), {}, {}
         marks = {path.relative_to(folder).as_posix(): _mark(path) for path in find_images(folder)}

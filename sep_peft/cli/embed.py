@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ..classifier.image_index import ImageIndex
 from ..classifier.images import other_endings, warn_left_out
+from ..training.pairs import is_unicode
 from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from ..tuner.messages import shown
@@ -117,6 +118,8 @@ def _write_parquet(path: Path, names: Sequence[str], embeds: torch.Tensor) -> No
     import pyarrow  # pyright: ignore[reportMissingImports]
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
+    if odd := next((name for name in names if not is_unicode(name)), None):
+        raise ValueError(f"A .parquet holds UTF-8, which {shown(odd)} is not. Write a .npz or .safetensors.")
     rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embeds.flatten().numpy()), embeds.shape[1])
     parquet.write_table(pyarrow.table({"name": list(names), "embedding": rows}), path)
 
