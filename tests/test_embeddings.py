@@ -285,8 +285,8 @@ def test_mistakes_of_search(adapter, folder, tmp_path, capsys):
         ([adapter, none, "x"], f"There is no folder {str(none)!r}."),
         ([none, folder, "x"], f"There is no adapter folder {none}."),
         ([adapter, folder, " "], "A text is blank. Write what an image shows."),
-        ([adapter, folder, "x", "--index", "/proc/index"], "/proc cannot be written (No such file or directory). Choose "
-         "another folder, or change its permissions."),
+        ([adapter, folder, "x", "--index", "/proc/index"], "/proc cannot be written (No such file or directory). "
+         "Choose another folder, or change its permissions."),
     ]:  # fmt: skip
         assert main(["search", *map(str, arguments), "--quiet"]) == 1
         assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n")
