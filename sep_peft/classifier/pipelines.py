@@ -135,6 +135,7 @@ class Refused:
     """In the place of a model that could not be loaded, because transformers would try another class."""
 
     config = PreTrainedConfig()
+    device = torch.device("cpu")  # which `pipeline` asks for where it was given a device_map
 
     def __init__(self, error: Exception):
         self.error = error
