@@ -47,6 +47,7 @@ def test_an_adapter_is_trained_measured_and_asked_by_a_file_of_labels(file, tmp_
         for value in measures.values():
             assert f"{value:.1f}" in card and f"{value:.1f}" in page
     assert "It names which of 3 classes an image has, several or none" in card and "Most wrong" in page
+    assert ">None<" not in page  # a file of labels has no shots
 
     report = tmp_path / "page.html"
     code, out, err = run(capsys, "evaluate", adapter, file, "--report", report, "--quiet", "--json")

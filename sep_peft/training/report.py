@@ -95,7 +95,7 @@ def write_report(
             the test images. Empty: not known.
         history: of the training; None: not known.
         unreadable: image -> what is wrong with it, of those that were left out; None: none were.
-        facts: what else to say, such as {"command": "sep-peft train ..."}; None: nothing.
+        facts: what else to say, such as {"command": "sep-peft train ..."}, without those that are None; None: nothing.
 
     Raises:
         OSError: the file cannot be written; one that was there is as it was.
