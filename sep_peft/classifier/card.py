@@ -370,45 +370,31 @@ def _joined(first: str | Sequence[str] | None, second: Sequence[str]) -> list[st
 
 
 def _result(score: Score) -> EvalResult:
-    return EvalResult(
-        task_type=TASK,
-        dataset_type=score.dataset_id or score.dataset,
-        dataset_name=score.dataset,
-        dataset_split=score.split,
-        metric_type="accuracy",
-        metric_name=METRIC,
-        metric_value=round(score.accuracy, 2),
-    )
+    return _eval_result(score, "accuracy", METRIC, score.accuracy, score.dataset_id)
 
 
 def _recall_results(score: RecallScore) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=score.dataset,
-            dataset_name=score.dataset,
-            dataset_split=score.split,
-            metric_type="recall",
-            metric_name=f"{RECALL_METRIC}, {name.replace('_', ' ')}",
-            metric_value=round(share, 2),
-        )
-        for name, share in score.adapted.items()
-    ]
+    names = {name: f"{RECALL_METRIC}, {name.replace('_', ' ')}" for name in score.adapted}
+    return [_eval_result(score, "recall", names[name], share) for name, share in score.adapted.items()]
 
 
 def _label_results(score: LabelScore) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=score.dataset,
-            dataset_name=score.dataset,
-            dataset_split=score.split,
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(getattr(score.adapted, measure), 2),
-        )
-        for kind, name, measure in LABEL_METRICS
-    ]
+    return [_eval_result(score, kind, name, getattr(score.adapted, measure)) for kind, name, measure in LABEL_METRICS]
+
+
+def _eval_result(
+    score: Score | RecallScore | LabelScore, kind: str, name: str, value: float, dataset_id: str | None = None
+) -> EvalResult:
+    """One number of a score, as the Hub lists it."""
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=dataset_id or score.dataset,
+        dataset_name=score.dataset,
+        dataset_split=score.split,
+        metric_type=kind,
+        metric_name=name,
+        metric_value=round(value, 2),
+    )
 
 
 # text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from .text import one_line
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -94,27 +95,22 @@ def load_base_model(name: str, session: Session) -> torch.nn.Module:
 
 
 def load_classifier(source: AdapterSource, base_model: str | None, session: Session) -> SEPClassifier:
-    check_path(source.name)  # before a base model is loaded for it
-    options = {"subfolder": source.subfolder, **source.hub_options(session)}
-    if base_model is None:
-        classifier = SEPClassifier.from_pretrained(source.name, **options)
-    else:
-        base, processor = load_base(base_model, session)
-        classifier = SEPClassifier.from_pretrained(source.name, model=base, processor=processor, **options)
-    return session.place(classifier)
+    return session.place(_load(SEPClassifier.from_pretrained, source, base_model, session))
 
 
 def load_adapter(source: AdapterSource, base_model: str | None, session: Session) -> Adapter:
     """An adapter without its classes, of which it may have none."""
-    check_path(source.name)  # before a base model is loaded for it
-    options = {"subfolder": source.subfolder, **source.hub_options(session)}
-    if base_model is None:
-        adapter = Adapter.from_pretrained(source.name, **options)
-    else:
-        base, processor = load_base(base_model, session)
-        adapter = Adapter.from_pretrained(source.name, model=base, processor=processor, **options)
+    adapter = _load(Adapter.from_pretrained, source, base_model, session)
     session.place(adapter.model)
     return adapter
+
+
+def _load(load: Callable[..., Loaded], source: AdapterSource, base_model: str | None, session: Session) -> Loaded:
+    check_path(source.name)  # before a base model is loaded for it
+    options: dict[str, Any] = {"subfolder": source.subfolder, **source.hub_options(session)}
+    if base_model is not None:
+        options["model"], options["processor"] = load_base(base_model, session)
+    return load(source.name, **options)
 
 
 def check_images(samples: Any, session: Session) -> tuple[Any, dict[Path, str]]:

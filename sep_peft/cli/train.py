@@ -32,6 +32,7 @@ from ..training.label_report import write_label_report
 from ..training.report import has_drawings, write_report
 from ..training.run_log import REPORT_FILE, RUN_FOLDER
 from ..tuner.config import SEPConfig
+from .ending import interrupted, protocol, saved_result
 from .measured import between, class_scores, not_tested, untested
 from .measured_labels import label_class_scores, label_scores, total_line
 from .options import SHOTS
@@ -126,12 +127,17 @@ def train(
             cache=cache,
         )
     except TrainingInterrupted as interruption:
-        return _interrupted(interruption, save, details, images, broken)
+        return interrupted(
+            interruption,
+            save,
+            details,
+            lambda saved, details, history: _trained(saved, images, details, broken, history, None),
+        )
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
     adapted = measure("SEP")
     with cast(PeftModel, classifier.model).disable_adapter():
         zero_shot = measure("zero-shot")
-    details = replace(details, protocol=_protocol(recipe, history, held_out, keep))
+    details = replace(details, protocol=protocol(str(recipe), history, held_out, keep))
     details = _with_scores(details, name, images, adapted, zero_shot)
     part = evaluation.main_part(adapted)
     if report and part is not None and not several and has_drawings():
@@ -160,31 +166,6 @@ def _with_report(result: Result, path: Path, classifier: SEPClassifier, *measure
         warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
         return replace(result, data=result.data | {"report": None})
     return replace(result, data=result.data | {"report": str(path)}, lines=[*result.lines, f"report: {path}"])
-
-
-def _interrupted(
-    interruption: TrainingInterrupted,
-    save: Callable[..., Saved],
-    details: CardDetails,
-    images: ImageFolder | LabelFile,
-    broken: dict[Path, str],
-) -> Result:
-    """Save what there is; nothing is measured, because whoever interrupts waits for the end."""
-    code = 143 if interruption.history.stopped == "SIGTERM" else 130
-    if not interruption.history.rows:
-        data = {"adapter": None, "history": interruption.history.to_json()}
-        return Result(data, [f"{interruption}, so there is nothing to save"], code)
-    saved = save(details=replace(details, protocol=f"{details.protocol}; {interruption}"))
-    result = _trained(saved, images, details, broken, interruption.history, None)
-    return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
-
-
-def _protocol(recipe: Recipe, history: History, held_out: Sequence[Any] | None, keep: Literal["best", "last"]) -> str:
-    """How it was trained, for the model card."""
-    ended = "" if history.stopped is None else f"; stopped by {history.stopped} {history}"
-    if held_out is None or keep == "last":
-        return f"{recipe}{ended}"
-    return f"{recipe}{ended}; the weights of epoch {history.best}, the best on {len(held_out)} images of val"
 
 
 def _with_scores(
@@ -246,9 +227,7 @@ def _trained(
     if history.stopped == "patience":
         lines.append(f"stopped by patience {history}")
     lines += untested(folder, calibration)
-    if saved.error is not None:
-        warn(f"the adapter is in {saved.folder}, because saving where it was asked for failed: {saved.error}")
-    return Result(data, lines, code=0 if saved.error is None else 1)
+    return saved_result(saved, data, lines)
 
 
 def _evaluate_parts(

@@ -26,8 +26,9 @@ from ..training.pair_files import PairFolder, read_pair_folder, read_pairs
 from ..training.pairs import Pair
 from ..training.retrieval import evaluate_pairs
 from ..tuner.config import SEPConfig
+from .ending import interrupted, protocol, saved_result
 from .saving import Saved, check_output, save_somewhere, saved_bytes
-from .session import Result, Session, listed, load_base, warn, warn_unreadable
+from .session import Result, Session, listed, load_base, warn_unreadable
 
 
 #: Images that are held out to validate on where nothing says otherwise: a tenth, but at most so many.
@@ -115,19 +116,16 @@ def train_pairs(
             quiet=session.quiet,
         )
     except TrainingInterrupted as interruption:
-        code = 143 if interruption.history.stopped == "SIGTERM" else 130
-        if not interruption.history.rows:
-            data = {"adapter": None, "history": interruption.history.to_json()}
-            return Result(data, [f"{interruption}, so there is nothing to save"], code)
-        saved = save(details=replace(details, protocol=f"{details.protocol}; {interruption}"))
-        result = told(saved, [], interruption.history)
-        return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
+        return interrupted(interruption, save, details, lambda saved, _, history: told(saved, [], history))
     options = {"batch_size": recipe.batch_size, "long_captions": long_captions}
     scores = [
         _score(name, part, evaluate_pairs(model, found, processor, **options, progress=session.progress(part)))
         for part, found in pairs.tests.items()
     ]
-    saved = save(details=replace(details, protocol=_protocol(recipe, history, pairs, keep), recall_scores=scores))
+    plan = f"{len(pairs.train)} images; {recipe}"
+    saved = save(
+        details=replace(details, protocol=protocol(plan, history, pairs.tests.get("val"), keep), recall_scores=scores)
+    )
     result = told(saved, scores, history)
     if history.stopped == "time":
         return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
@@ -178,15 +176,6 @@ def _score(name: str, part: str, found) -> RecallScore:
     return RecallScore(name, part, found.images, found.captions, found.adapted.named(), found.frozen.named())
 
 
-def _protocol(recipe: PairsRecipe, history: History, pairs: PairFolder, keep: str) -> str:
-    """How it was trained, for the model card."""
-    ended = "" if history.stopped is None else f"; stopped by {history.stopped} {history}"
-    counted = f"{len(pairs.train)} images; {recipe}{ended}"
-    if "val" not in pairs.tests or keep == "last":
-        return counted
-    return f"{counted}; the weights of epoch {history.best}, the best on {len(pairs.tests['val'])} images of val"
-
-
 def _told(
     saved: Saved, scores: list[RecallScore], history: History, pairs: PairFolder, broken: Mapping[Path, str]
 ) -> Result:
@@ -209,9 +198,7 @@ def _told(
         ]
     if history.stopped == "patience":
         lines.append(f"stopped by patience {history}")
-    if saved.error is not None:
-        warn(f"the adapter is in {saved.folder}, because saving where it was asked for failed: {saved.error}")
-    return Result(data, lines, code=0 if saved.error is None else 1)
+    return saved_result(saved, data, lines)
 
 
 def _shares(named: Mapping[str, float]) -> str:
