@@ -14,10 +14,12 @@ from small_classifier import make_classifier, raises
 from sep_peft.training import shard_base
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_two_processes_train_as_one(drawn, tmp_path):
+    """With drawn classes each of them encodes as many texts as its own images have classes, which are not as many."""
     script = Path(__file__).with_name("sharded_in_processes.py")
-    processes = usual().start_group(2, script, str(tmp_path))
-    main(tmp_path)
+    processes = usual().start_group(2, script, str(tmp_path), str(drawn))
+    main(tmp_path, drawn)
     for process in processes:
         result = process.result()
         assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ from fresh import usual
 from torch import nn
 
 from sep_peft.classifier import on_the_way, value_sample
-from sep_peft.classifier.on_the_way import OnTheWay
+from sep_peft.classifier.on_the_way import OnTheWay, send
 from sep_peft.classifier.value_sample import ValueSample
 
 
@@ -118,6 +118,17 @@ def test_a_device_without_streams_is_waited_for(monkeypatch):
     monkeypatch.setattr(on_the_way, "at_hand", lambda tensor: False)
     monkeypatch.delattr(torch.cpu, "current_stream")
     assert OnTheWay(torch.tensor(3.0)).get() == 3
+
+
+def test_a_device_without_streams_has_read_what_it_is_sent():
+    """Or it would read memory in which something else stands by then."""
+
+    class Sent:
+        def to(self, device, *, non_blocking):
+            return device.type, non_blocking
+
+    assert send(Sent(), torch.device("mps")) == ("mps", False)
+    assert send(Sent(), torch.device("cuda")) == ("cuda", True)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text])

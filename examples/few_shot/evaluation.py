@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from embeddings import Embeddings, both_images, combined_logits
 from frozen import FrozenEmbeddings, takes_frozen
 from images import batches
+from pixels import KeptPixels
 from protocols import Measurement
 from readers import ImageSet, Sample
 from tqdm import tqdm
@@ -27,6 +28,7 @@ def measure(
     workers: int = 0,
     kept: Embeddings | None = None,
     known: FrozenEmbeddings | None = None,
+    seen: KeptPixels | None = None,
 ) -> dict[str, Any] | None:
     """Measure a classifier that has the classes of the evaluation; every process takes its share of the images.
 
@@ -34,6 +36,7 @@ def measure(
         kept: gets the embeddings of the images of this process; None: they are not kept.
         known: frozen embeddings of test images, of the classifier's base model, which are used and added to; None: all
             are computed.
+        seen: test images that were read before, which are used and added to; None: all are read.
 
     Returns:
         accuracy in percent, counts, the expected calibration error in percent, for each image whether it was right, as
@@ -48,7 +51,7 @@ def measure(
         return None
     classifier.eval()
     samples = evaluation.data.splits[evaluation.split][accelerator.process_index :: accelerator.num_processes]
-    loader = batches(evaluation.data, samples, image_processor, shifted=evaluation.shift, workers=workers)
+    loader = batches(evaluation.data, samples, image_processor, shifted=evaluation.shift, workers=workers, kept=seen)
     places, scores, told, unreadable, embedded, rest = [], [], [], [], [], iter(samples)
     place = accelerator.process_index
     for pixels, labels, broken in tqdm(

@@ -47,8 +47,9 @@ def frozen_pass(classifier, pixels: torch.Tensor) -> torch.Tensor:
 
 def takes_frozen(classifier) -> bool:
     """Whether a classifier predicts by the frozen embedding as well, or by it alone."""
-    adapted = isinstance(classifier, AdaptedClassifier) and classifier.needs_frozen
-    return isinstance(classifier, SEPClassifier) or type(classifier) is PlainClassifier or adapted
+    if isinstance(classifier, AdaptedClassifier):
+        return classifier.needs_frozen
+    return isinstance(classifier, SEPClassifier | PlainClassifier)
 
 
 @functools.cache

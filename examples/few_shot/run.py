@@ -20,6 +20,7 @@ from embeddings import FILE, Embeddings, has_embeddings
 from evaluation import features, measure
 from frozen import frozen_embeddings
 from methods import Method, build_classifier, read_method
+from pixels import kept_pixels
 from protocols import PROTOCOLS, Plan, held_out_domains, limited
 from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
@@ -44,7 +45,10 @@ def main() -> None:
         name: read_dataset(find(HERE / "data_sets", name), args.data_root) for name in (*args.dataset, *args.targets)
     }
     places = [(name, domain) for name in args.dataset for domain in held_out_domains(args.held_out, data[name])]
-    for (dataset, domain), shots, method, seed in itertools.product(places, args.shots, methods, args.seeds):
+    cells = list(itertools.product(places, args.shots, methods, args.seeds))
+    if len(cells) == 1:
+        args.keep_images = 0  # nobody asks for them again
+    for (dataset, domain), shots, method, seed in cells:
         plan = make_plan(args, data, dataset, shots, seed, domain)
         place = Path(dataset).stem + (f"-without-{domain}" if domain else "")
         path = args.output / args.protocol / place / method.name / f"shots_{shots}" / f"seed_{seed}"
@@ -117,6 +121,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-embeddings", action="store_true", help="keep all embeddings, for heads.py")
     parser.add_argument("--save-adapters", action="store_true", help="keep the trained adapters")
     parser.add_argument("--cache", type=Path, help="folder for what cached methods cache; default: memory")
+    parser.add_argument(
+        "--keep-images", type=float, default=2, metavar="GIB", help="memory for test images, so that each is read once"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
 
@@ -201,6 +208,8 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         (classifier if method.learner == "sep" else classifier.model).save_pretrained(folder / "adapter")
     results, trained, kept = {}, classifier.classes, None
     known = frozen_embeddings(args.model, args.attention, args.precision, args.data_root)
+    seen = kept_pixels(args.model, args.data_root, int(args.keep_images * 2**30))
+    seen.keep_only(evaluation.data.name for evaluation in plan.evaluations)
     if args.save_embeddings and has_embeddings(classifier):
         kept = Embeddings(classifier)
         classifier.eval()
@@ -213,7 +222,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         else:
             margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
             classifier.set_classes(evaluation.data.classes, **margin)
-        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers, kept, known)
+        results[evaluation.name] = measure(classifier, evaluation, images, accelerator, args.workers, kept, known, seen)
     if kept is not None:
         kept.write(folder / FILE)
     return {

@@ -28,7 +28,7 @@ from .coupled import coupled_texts
 from .following import Following
 from .label_calibration import LabelCalibration, LabelScale, Sigmoids
 from .logits import ClassWeights, OwnTexts
-from .on_the_way import at_hand
+from .on_the_way import at_hand, send
 from .text_chunks import TextChunks
 from .value_sample import ValueSample, versions
 
@@ -315,25 +315,28 @@ class ClassEncoder(Following):
         compute = partial(self._cached_mixed, settings, frozen_embeds)
         kept = self.sample.embeds((adapter, settings.frozen_weight, self._autocast()), watched, compute, frozen_embeds)
         drawn = torch.tensor(self.sample.draw(size, seed))
-        return drawn.to(frozen_embeds.device, non_blocking=True), kept
+        return send(drawn, frozen_embeds.device), kept
 
     @untraced
     def _names_of(self, drawn: torch.Tensor, own: torch.Tensor) -> tuple[TextChunks, torch.Tensor, torch.Tensor]:
         """Texts of the classes that are drawn (S,) and of the images' own (B,).
 
         Each of them is there once where labels can be read. On an accelerator they are as many as there are indices,
-        and as long as the longest of all classes, so that nobody waits for a label or a length.
+        and as long as the longest of all classes, so that nobody waits for a label or a length. Where processes hold
+        the tower together they are one chunk, whatever their number and length: all processes must then call it
+        equally often, and each has other images.
 
         Returns:
             the texts, their classes (T,), and where among them those of `drawn` and `own` are, (S + B,).
         """
         wanted = torch.cat([drawn, own])  # (S + B,)
-        known = at_hand(wanted)
+        known, together = at_hand(wanted), held_together(self.tower)
         every = torch.arange(len(wanted), device=wanted.device)
         classes, places = wanted.unique(return_inverse=True) if known else (wanted, every)
         names = [name for name in self.following if name.startswith(TEXT_PREFIX)]
         inputs = {name.removeprefix(TEXT_PREFIX): self.following[name][classes] for name in names}
-        return TextChunks(self.tower, inputs, self.chunk_size, by_length=known), classes, places
+        size = len(classes) if together else self.chunk_size
+        return TextChunks(self.tower, inputs, size, by_length=known and not together), classes, places
 
     @untraced
     def _keep(self, classes: torch.Tensor, embeds: torch.Tensor) -> None:
@@ -392,6 +395,11 @@ def _check_width(prototypes: torch.Tensor, size: int) -> None:
             f"The prototypes of the classes have {prototypes.shape[1]} entries, but the model's embeddings {size}: "
             "they were made with another base model."
         )
+
+
+def held_together(module: nn.Module) -> bool:
+    """Whether several processes hold the parameters of a module together, as FSDP2 lets them."""
+    return any(hasattr(parameter, "to_local") for parameter in module.parameters())  # which a DTensor has
 
 
 def padding_of(model: nn.Module) -> dict[str, Any]:

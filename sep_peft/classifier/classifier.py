@@ -46,6 +46,7 @@ from .inputs import check_images, check_labels, check_targets, check_trunk
 from .label_calibration import LabelCalibration
 from .label_training import TrainedSigmoids
 from .logits import ClassWeights, class_logits, zero_shot_logits
+from .on_the_way import send
 from .prediction import Task, check_answers, image_embeds, predict_batch
 from .processors import processor_part
 from .strength import with_frozen_weight
@@ -934,7 +935,7 @@ def _share(loss: torch.Tensor, labels: torch.Tensor, whole: torch.Tensor | int |
     if whole is None:
         return loss
     if isinstance(whole, torch.Tensor):  # Trainer hands the count to replicas of DataParallel as (1, 1) -> ()
-        whole = whole.to(loss.device, non_blocking=True).reshape(())
+        whole = send(whole, loss.device).reshape(())
     return loss * (len(labels) / whole)
 
 

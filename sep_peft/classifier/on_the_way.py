@@ -38,6 +38,15 @@ def _event(device: torch.device) -> Any:
     return event
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. The host does not wait for the copy, but where the device could read it too late.
+
+    A device with streams takes what lies in pageable memory before the host goes on. Apple's, which has none, would
+    read that memory later, when something else may stand there.
+    """
+    return tensor.to(device, non_blocking=can_come_later(device))
+
+
 def can_come_later(device: torch.device) -> bool:
     """Whether a value of this accelerator can be on the way: its module of torch has streams and events."""
     module = getattr(torch, device.type, None)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
+from ..classifier.on_the_way import send
 from ..method.base_recipe import BaseRecipe
 from .data import EpochDataset, epoch_order
 from .optimizer import count_steps, make_optimizer, make_schedule, trainable
@@ -128,7 +129,7 @@ class Epochs:
         sums, seen, own_seen = torch.zeros(2, device=self.device), 0, 0  # of the loss and of right answers
         steps = min(self.per_epoch, self.steps - epoch * self.per_epoch)
         for batch, share in self._timed(self._batches(steps)):
-            batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+            batch = {key: send(value, self.device) for key, value in batch.items()}
             loss, right = self.step(self.model, batch, share, self.accelerator)
             self.prepared.step()
             self.prepared.zero_grad()

@@ -34,8 +34,7 @@ def shard_base(model: nn.Module, device: torch.device | str | None = None) -> in
         parameters that this process keeps of those that are shared out.
 
     From here on a call of the model is a matter of all processes: one that calls it alone waits for the others, and all
-    must make as many calls. Where a step draws class texts (`Recipe.class_sample`) that holds on accelerators alone: on
-    the CPU each process encodes the texts of its own images in as many chunks as their lengths ask for.
+    must make as many calls. The steps of `fit` and Trainer do, those that draw class texts (`Recipe.class_sample`) too.
 
     Raises:
         RuntimeError: there are not several processes that train together.

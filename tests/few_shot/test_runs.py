@@ -12,6 +12,7 @@ import drift
 import frozen
 import heads
 import pytest
+import readers
 import run as run_script
 import shifts
 from accelerate.state import AcceleratorState
@@ -115,17 +116,22 @@ def test_killed_run_goes_on_and_ends_the_same(command, run_here, tmp_path):
         run_here(command(whole, "--precision", "bf16"))
 
 
-def test_the_frozen_pass_over_test_images_runs_once_for_all_methods(command, run_here, scripts, tmp_path, monkeypatch):
+def test_all_methods_share_test_images_and_the_frozen_pass(command, run_here, scripts, tmp_path, monkeypatch):
     alone, together = tmp_path / "alone", tmp_path / "together"
     frozen.frozen_embeddings.cache_clear()
     run_here(command(alone))
     frozen.frozen_embeddings.cache_clear()
     calls, compute = [], frozen.frozen_pass
     monkeypatch.setattr(frozen, "frozen_pass", lambda *args: calls.append(args) or compute(*args))
+    opened, read = [], readers.read_image
+    monkeypatch.setattr(readers, "read_image", lambda path: opened.append(path) or read(path))
     options = command(together)
     at = options.index("--method") + 1
-    run_here([*options[:at], scripts / "methods" / "zero-shot.json", *options[at:]])
+    others = [scripts / "methods" / f"{name}.json" for name in ("zero-shot", "tip-adapter")]
+    run_here([*options[:at], *others, *options[at:]])
     assert len(calls) == 2  # of base and of new classes
+    tested = [path for path in opened if path.parent.parent.name == "test"]
+    assert len(tested) == len(set(tested)) == 16
     (shared,) = (together / "base-to-new" / "four" / "tiny").rglob("results.json")
     own = results(alone)["results"]
     for name, found in json.loads(shared.read_text())["results"].items():
