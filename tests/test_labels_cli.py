@@ -44,8 +44,12 @@ def test_an_adapter_is_trained_measured_and_asked_by_a_file_of_labels(file, tmp_
     card, page = (adapter / "README.md").read_text(), (adapter / "run" / "report.html").read_text()
     test = trained["scores"][1]
     for measures in (test["adapted"], test["zero_shot"]):
-        for value in measures.values():
+        intervals = measures.pop("intervals")
+        for name, value in measures.items():
             assert f"{value:.1f}" in card and f"{value:.1f}" in page
+            low, high = intervals[name]
+            assert low <= value <= high and f"{low:.1f} to {high:.1f}" in page
+            assert f"{value:.1f} ({low:.1f} to {high:.1f})" in card or measures is test["zero_shot"]
     assert "It names which of 3 classes an image has, several or none" in card and "Most wrong" in page
     assert ">None<" not in page  # a file of labels has no shots
 
@@ -54,10 +58,13 @@ def test_an_adapter_is_trained_measured_and_asked_by_a_file_of_labels(file, tmp_
     assert code == 0, err
     found = json.loads(out)
     assert {name: found[name] for name in test["adapted"]} == pytest.approx(test["adapted"])
-    assert found["zero_shot"] == pytest.approx(test["zero_shot"]) and found["rare"] == NAMES
+    assert found["zero_shot"].pop("intervals") and found["zero_shot"] == pytest.approx(test["zero_shot"])
+    assert found["rare"] == NAMES and found["intervals"]["micro_f1"][0] <= found["micro_f1"]
     assert "most wrong" not in out and report.is_file()
     code, out, _ = run(capsys, "evaluate", adapter, file, "--quiet", "--no-zero-shot")
-    assert out.startswith(f"mAP {test['adapted']['mean_average_precision']:.1f} % with SEP; micro F1 ")
+    low, high = found["intervals"]["mean_average_precision"]
+    measured = f"{test['adapted']['mean_average_precision']:.1f} % ({low:.1f} to {high:.1f})"
+    assert out.startswith(f"mAP {measured} with SEP; micro F1 ")
 
     image = file.parent / "test0.png"
     code, out, _ = run(capsys, "predict", adapter, image, "--min-score", 0, "--quiet", "--json")

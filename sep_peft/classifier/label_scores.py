@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class LabelMeasures:
         mean_average_precision: mAP, over the classes.
         micro_f1: F1 of all classes counted together.
         macro_f1: mean of the F1 of the classes.
+        intervals: name of one of these -> both ends of its 95 % bootstrap interval; empty: not known.
 
     Raises:
         ValueError: a value outside of 0 to 100.
@@ -21,11 +23,12 @@ class LabelMeasures:
     mean_average_precision: float
     micro_f1: float
     macro_f1: float
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):
-        for field in fields(self):
-            if not 0 <= (value := getattr(self, field.name)) <= 100:
-                raise ValueError(f"{field.name} must be in percent, between 0 and 100, but got {value!r}.")
+        for name in ("mean_average_precision", "micro_f1", "macro_f1"):
+            if not 0 <= (value := getattr(self, name)) <= 100:
+                raise ValueError(f"{name} must be in percent, between 0 and 100, but got {value!r}.")
 
 
 @dataclass(frozen=True)

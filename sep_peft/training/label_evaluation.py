@@ -13,6 +13,7 @@ from ..classifier.classifier import SEPClassifier
 from ..tuner.messages import listed, shown
 from . import metrics
 from .label_files import LabelSamples
+from .label_intervals import label_intervals
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ class LabelEvaluation:
     def macro_f1(self) -> float:
         """Mean of the F1 of the classes that an image has, in percent."""
         return 100 * self.counts.f1()[self.counts.have > 0].mean().item()
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Name of each measure of all classes together -> its 95 % bootstrap interval in percent; see
+        `label_intervals`."""
+        return label_intervals(self.scores, self.named, self.targets)
 
     @cached_property
     def per_class(self) -> dict[str, ClassMeasures]:

@@ -121,8 +121,12 @@ def bootstrap_interval(right: Sequence[int], count: Sequence[int], seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor(count, dtype=torch.double).expand(DRAWS, -1)
     drawn = torch.binomial(counts, torch.tensor(right, dtype=torch.double) / counts, generator=generator) / counts
-    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    low, high = (100 * drawn.mean(dim=1)).quantile(ends).tolist()
+    return interval_of(100 * drawn.mean(dim=1))
+
+
+def interval_of(draws: torch.Tensor) -> tuple[float, float]:
+    """Both ends of the middle 95 % of what was measured in each draw of a bootstrap, (D,)."""
+    low, high = draws.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return low, high
 
 
