@@ -229,6 +229,16 @@ def test_zero_shot_knows_no_rule():
         )
 
 
+@pytest.mark.parametrize(("asked", "said"), [({"unknown": True}, "unknown=True"), ({"coverage": 0.5}, "coverage")])
+def test_a_mixed_batch_is_refused_before_an_image_is_read(asked, said, imaged):
+    """The classes of the task have a calibration, but zero-shot takes no part in it."""
+    imaged.finish_training().calibrate(KNOWN)
+    imaged.add_task("trained", imaged.classes, "default").add_task("plain", imaged.classes, "__base__")
+    with raises(said + NEEDS):
+        imaged.predict(["no such image.jpg", "nor this.jpg"], task=["trained", "plain"], **asked)
+    assert len(imaged.predict(IMAGE_FILES[:1], task=["trained"], **asked)) == 1
+
+
 def test_the_rule_is_that_of_the_names_that_were_trained(imaged):
     imaged.finish_training().calibrate(KNOWN)
     imaged.set_classes(["lobster", "crab"]).set_classes(NAMES)

@@ -237,7 +237,9 @@ def test_names_do_not_act_on_a_terminal():
     classes = TaskClasses(make_texts([4, 3]), (make_texts([5, 4]),), (name, "cup"), (f"{name} {{}}",))
     scores = [Score(name, 50.0, split=name)]
     card = make_card(classes, SEPConfig(), "CLIPModel", CardDetails(title=name, scores=scores, license="mit"))
-    assert {c for c in card.text if acts(c)} == {"\n"}
+    assert {c for c in str(card) if acts(c)} == {"\n"}
+    (result,) = ModelCard(str(card)).data.eval_results  # the metadata are escaped as YAML reads them
+    assert (result.dataset_name, result.dataset_split) == (name, name)
     shown_name = r"red\x1b[31m, \u202eturned, \x9bC1"
     page = shown(card)
     assert page.texts["h1"] == [shown_name] and page.texts["td"][0] == f"{shown_name}, {shown_name}"

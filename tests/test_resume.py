@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from small_classifier import make_classifier, raises
 from transformers.models.clip.modeling_clip import CLIPAttention
 
 from sep_peft import SEPClassifier
+from sep_peft.method.pairs_recipe import PairsRecipe
 from sep_peft.training import History, Limits, Recipe, TrainingInterrupted, train
 from sep_peft.training.checkpoint import CHECKPOINT_FILE, ENTRY, history_in, read_entry
 from sep_peft.training.optimizer import trainable
@@ -145,6 +146,48 @@ def test_a_checkpoint_of_another_training(tmp_path):
         ):
             run(classifier, path, recipe, settings=settings)
         assert same(weights(classifier), before)
+
+
+def without(path: Path, *names: str) -> None:
+    """Makes a checkpoint one of a training that did not know these settings."""
+    tensors, data = load_file(path), read_entry(path)
+    for name in names:
+        del data["made_for"][name]
+    save_file(tensors, path, metadata={ENTRY: json.dumps(data)})
+
+
+def test_a_training_goes_on_that_was_begun_without_a_setting(unbroken, tmp_path):
+    """With the value that does nothing; another value is another training."""
+    path = tmp_path / "file"
+    with pytest.raises(Killed):
+        run(make(), path, callbacks=[After(1, die)])
+    without(path, *Recipe.UNKNOWN)
+    differ = "agreement_weight, class_sample"
+    with raises(
+        f"{path} is a checkpoint of another training ({differ} differ). Go on as it was begun, or remove the file."
+    ):
+        run(make(), path, replace(RECIPE, agreement_weight=1.0))
+    resumed = make()
+    unknown = {"class_sample": None}  # which draws none of two classes
+    run(resumed, path, replace(RECIPE, zero_shot_margin=3.0, calibration_folds=0), unknown=unknown)
+    assert same(weights(resumed), unbroken[1][3])
+
+
+#: What the first checkpoints named of each recipe.
+NAMED = {
+    Recipe: "epochs batch_size learning_rate prototype_learning_rate adam_epsilon weight_decay warmup_epochs max_steps "
+    "smallest_crop views text_weight vision_weight prototype_weight prototype_logit_weight seed",
+    PairsRecipe: "epochs batch_size learning_rate adam_epsilon weight_decay warmup_epochs max_steps smallest_crop "
+    "mirror text_weight vision_weight loss seed",
+}
+
+
+@pytest.mark.parametrize("recipe", [Recipe, PairsRecipe])
+def test_each_setting_that_was_added_says_what_a_training_without_it_did(recipe):
+    assert set(recipe().of_steps) == {*NAMED[recipe].split(), *recipe.UNKNOWN}
+    own = {field.name: field.default for field in fields(recipe)}
+    neutral = {name: value for name, value in recipe.UNKNOWN.items() if name != "class_sample"}
+    assert all(own[name] == value for name, value in neutral.items())  # so that defaults go on
 
 
 def cut(path: Path) -> None:

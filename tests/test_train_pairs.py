@@ -104,6 +104,16 @@ def test_the_adapter_without_classes_loads_and_searches(output, folder, tmp_path
     assert f"; things test recall image to text 1 {score[ranks[0]]}, recall image to text 5 {score[ranks[1]]}," in line
 
 
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_a_command_that_needs_classes_says_which_do_not(command, output, tmp_path, capsys):
+    given = {"predict": ASSETS / "caltech101", "export": tmp_path / "a.pt2"}[command]
+    assert main([command, str(output), str(given)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"sep-peft: error: {output} has no classes to tell, as an adapter of `sep-peft train-pairs` has none. Use "
+        "`sep-peft embed`, `sep-peft search` or `sep-peft export --embed`, or train with `sep-peft train`."
+    )
+
+
 def test_the_card(output):
     text = (output / "README.md").read_text()
     assert "It finds images by texts and texts by images: an adapter of a CLIP" in text

@@ -59,8 +59,13 @@ class Answers:
         if self.top_k is not None:
             raise ValueError(f"coverage chooses how many classes to name. Leave out top_k, which is {self.top_k}.")
 
-    def check(self, classes: TaskClasses, calibration: Calibration | LabelCalibration | None) -> None:
+    def check(self, classes: TaskClasses, calibration: Calibration | LabelCalibration | LabelScale | None) -> None:
         """
+        Args:
+            classes: to tell apart.
+            calibration: of their logits, or where an image may have several of them the scale of these logits; None:
+                there is none, as for zero-shot.
+
         Raises:
             ValueError: a set or the rule is asked for, and the calibration has nothing to go by, or an
                 image may have several of them; or their scores are not known.
@@ -68,7 +73,7 @@ class Answers:
         if classes.multi_label:
             self._check_labels(calibration)
             return
-        assert not isinstance(calibration, LabelCalibration), "which is of several labels"
+        assert calibration is None or isinstance(calibration, Calibration), "others are of several labels"
         for name, asked, known in (
             ("unknown=True", self.unknown, calibration is not None and calibration.least_energy is not None),
             ("coverage", self.coverage is not None, calibration is not None and calibration.label_scores),

@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..tuner.config import SEPConfig
 from ..tuner.messages import one_line
 from ..version import __version__
+from .card_data import PrintableCard, PrintableCardData
 from .classes import TaskClasses
 from .label_scores import LabelClassScore, LabelScore
 
@@ -238,8 +239,8 @@ def make_card(
         the card, with the metadata and the text of `old` that its owner wrote.
     """
     before, after = _own_text(old)
-    data = _metadata(details, ModelCardData(**old.data.to_dict()) if old else ModelCardData(), folder)
-    return ModelCard.from_template(
+    data = _metadata(details, PrintableCardData(**(old.data.to_dict() if old else {})), folder)
+    return PrintableCard.from_template(
         data,
         template_path=str(PAIRS_TEMPLATE_FILE if classes is None else TEMPLATE_FILE),
         before=before or "\n",
@@ -313,10 +314,10 @@ def card_for_hub(card: ModelCard, repo_id: str, base_model: str, old: ModelCard 
         if old is not None and not before.strip() and not after.strip():
             before, after = (own or "\n" for own in _own_text(old))
         text = f"{before}{START}{_renamed(ours, repo_id, base_model)}{END}{after}"
-    data = ModelCardData(**{**(old.data.to_dict() if old else {}), **card.data.to_dict()})
+    data = PrintableCardData(**{**(old.data.to_dict() if old else {}), **card.data.to_dict()})
     data.library_name, data.base_model = HUB_LIBRARY, base_model
     data["base_model_relation"] = "adapter"
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    return PrintableCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def _renamed(ours: str, repo_id: str, base_model: str) -> str:

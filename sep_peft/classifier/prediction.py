@@ -120,8 +120,10 @@ def check_answers(answers: Answers, tasks: Sequence[Task]) -> None:
         ValueError: `top_k` is below 1 or above the number of classes of a task, or the classes of a task have no
             calibration for what is asked.
     """
-    for classes in {id(task.classes): task.classes for task in tasks}.values():
-        answers.check(classes, classes.calibration)
+    for task in dict.fromkeys(tasks):
+        encoder = task.encoder
+        with chosen_adapters.set(task.adapter):  # zero-shot has no calibration, whatever its classes have
+            answers.check(task.classes, encoder.label_scale if task.classes.multi_label else encoder.calibration)
     top_k = answers.top_k
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
         raise TypeError(f"top_k must be None or a whole number, but got {shown(top_k)}.")

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ..classifier.adapter import Adapter
 from ..classifier.classifier import SEPClassifier
-from ..classifier.files import naming_base_model
+from ..classifier.files import MissingClassesError, naming_base_model
 from ..training.folders import without_unreadable
 from ..tuner.find_file import check_path
 from .text import one_line
@@ -95,7 +95,17 @@ def load_base_model(name: str, session: Session) -> torch.nn.Module:
 
 
 def load_classifier(source: AdapterSource, base_model: str | None, session: Session) -> SEPClassifier:
-    return session.place(_load(SEPClassifier.from_pretrained, source, base_model, session))
+    """
+    Raises:
+        ValueError: the adapter has no classes, or cannot be loaded.
+    """
+    try:
+        return session.place(_load(SEPClassifier.from_pretrained, source, base_model, session))
+    except MissingClassesError as error:
+        raise ValueError(
+            f"{source.name} has no classes to tell, as an adapter of `sep-peft train-pairs` has none. Use `sep-peft "
+            "embed`, `sep-peft search` or `sep-peft export --embed`, or train with `sep-peft train`."
+        ) from error
 
 
 def load_adapter(source: AdapterSource, base_model: str | None, session: Session) -> Adapter:

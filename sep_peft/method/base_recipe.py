@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, asdict, dataclass
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class BaseRecipe:
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
     """
+
+    #: Settings that no step of a training reads.
+    AFTERWARDS: ClassVar[frozenset[str]] = frozenset()
+    #: Setting -> the value with which a training is one that does not know it. A training that was begun without the
+    #: setting goes on with this value alone, so each that is added needs one.
+    UNKNOWN: ClassVar[Mapping[str, Any]] = {"average_center": None, "average_width": 0.05}
 
     epochs: int = 30
     batch_size: int = 32
@@ -69,6 +75,11 @@ class BaseRecipe:
         value = getattr(self, name)
         if not allowed(value):
             raise ValueError(f"{name} must be {description}, but got {value!r}.")
+
+    @property
+    def of_steps(self) -> dict[str, Any]:
+        """Name -> value of every setting that the steps of a training follow."""
+        return {name: value for name, value in asdict(self).items() if name not in self.AFTERWARDS}
 
     @property
     def mirrors(self) -> bool:

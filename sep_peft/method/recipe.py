@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base_recipe import BaseRecipe, is_int, is_number
 
@@ -74,6 +75,14 @@ class Recipe(BaseRecipe):
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
     """
+
+    AFTERWARDS: ClassVar[frozenset[str]] = frozenset({"zero_shot_margin", "calibration_folds"})
+    UNKNOWN: ClassVar[Mapping[str, Any]] = {
+        **BaseRecipe.UNKNOWN,
+        **dict.fromkeys(REGULARIZER_WEIGHTS, 0.0),
+        "negative_focus": 0.0,
+        "class_sample": 0,
+    }
 
     _: KW_ONLY
     prototype_learning_rate: float | None = 1e-3

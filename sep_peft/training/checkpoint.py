@@ -64,11 +64,21 @@ class Checkpoint:
         made_for: what must be the same for a training that goes on, as JSON knows it.
         optimizer: whose state is kept.
         parts: name -> what else has a state of numbers (`state_dict`, `load_state_dict`), such as the schedule.
+        unknown: name -> value of what a file may not name in `made_for`, because the training that wrote it did not
+            know it.
     """
 
-    def __init__(self, path: str | os.PathLike, made_for: Mapping[str, Any], optimizer, parts: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        made_for: Mapping[str, Any],
+        optimizer,
+        parts: Mapping[str, Any],
+        unknown: Mapping[str, Any] | None = None,
+    ):
         self.path = Path(path)
-        self._made_for = json.loads(json.dumps(dict(made_for)))  # as it is read: tuples are lists
+        # as they are read: tuples are lists
+        self._made_for, self._unknown = json.loads(json.dumps([dict(made_for), dict(unknown or {})]))
         self._optimizer, self._parts = optimizer, dict(parts)
 
     def save(self, state: TrainingState) -> None:
@@ -119,7 +129,8 @@ class Checkpoint:
         data, tensors = read_entry(self.path), load_file(self.path)
         found = {name: value for name, value in tensors.items() if name.startswith(PARAMETERS)}
         expected = {**self._made_for, "parameters": {PARAMETERS + name: p.shape for name, p in parameters.items()}}
-        made_for = {**data["made_for"], "parameters": {name: value.shape for name, value in found.items()}}
+        begun_with = {**self._unknown, **data["made_for"]}
+        made_for = {**begun_with, "parameters": {name: value.shape for name, value in found.items()}}
         if differ := sorted(name for name, value in expected.items() if made_for.get(name) != value):
             raise ValueError(
                 f"{self.path} is a checkpoint of another training ({', '.join(differ)} differ). Go on as it was begun, "

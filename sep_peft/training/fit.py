@@ -154,6 +154,7 @@ def fit(
             recipe,
             checkpoint=checkpoint,
             settings=_settings(classifier, held_out),
+            unknown={"class_sample": None} if classifier.drawn_classes(recipe) == len(names) else None,
             validation=validation,
             callbacks=callbacks,
             limits=limits,

@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +49,7 @@ def train(
     accelerator: Accelerator | None = None,
     checkpoint: str | os.PathLike | None = None,
     settings: Mapping[str, Any] | None = None,
+    unknown: Mapping[str, Any] | None = None,
     validation: Validation | None = None,
     callbacks: Sequence[Callback] = (),
     limits: Limits | None = None,
@@ -73,6 +73,8 @@ def train(
         checkpoint: a file that is written whole after every epoch, and gone on from where it is there: bit for bit, as
             if nothing had happened. None: no file. One that cannot be written is warned of, and training goes on.
         settings: what must be as it was for a training that goes on, beside recipe and images, as JSON knows it.
+        unknown: name -> value of a setting with which a training is one that does not know it, where the recipe's
+            `UNKNOWN` does not say so; None: it does.
         validation: measures the classifier after every epoch; None: nothing does.
         callbacks: called with the history after every epoch, in the main process; see `History.stop`.
         limits: when to end before the recipe does, and with which weights; None: `Limits()`.
@@ -92,8 +94,9 @@ def train(
     """
     accelerator, limits = accelerator or Accelerator(device_placement=False), limits or Limits()
     run = Epochs(classifier, images, recipe, accelerator, workers, step)
-    made_for = asdict(recipe) | {"images": len(images), "samples": images.fingerprint} | dict(settings or {})
-    file = None if checkpoint is None else Checkpoint(checkpoint, made_for, run.optimizer, run.parts)
+    made_for = recipe.of_steps | {"images": len(images), "samples": images.fingerprint} | dict(settings or {})
+    unknown = {**recipe.UNKNOWN, **(unknown or {})}
+    file = None if checkpoint is None else Checkpoint(checkpoint, made_for, run.optimizer, run.parts, unknown)
     state = TrainingState(History(-(-run.steps // run.per_epoch)), run.snapshot())
     if file is not None and (found := file.load(run.parameters)) is not None:
         state = found
