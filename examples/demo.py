@@ -106,7 +106,7 @@ class Demo:
     def can_reject(self, task: str) -> bool:
         """Whether a task was calibrated for an answer of none of these."""
         calibration = self.classes(task).calibration
-        return isinstance(calibration, Calibration) and calibration.least_energy is not None
+        return isinstance(calibration, Calibration) and calibration.knows_strangers
 
     def read(self, path: str) -> Image.Image:
         """

@@ -10,17 +10,26 @@ import pytest
 import torch
 from bundled import IMAGE_FILES, NAMES
 from small_classifier import make_classifier, raises
-from small_clip import make_clip
+from small_clip import make_clip, make_texts
 
 from sep_peft import SEPClassifier
 from sep_peft.classifier.answers import Answers
-from sep_peft.classifier.calibration import EXPECTED_SCORES, KEPT_SCORES, Calibration, expected_scores, kept_scores
+from sep_peft.classifier.calibration import (
+    KEPT_SCORES,
+    Calibration,
+    fit_temperature,
+    kept_scores,
+    nearness,
+    typical_logits,
+)
+from sep_peft.classifier.classes import TaskClasses
 from sep_peft.classifier.prediction import Task, predict_batch
 from sep_peft.training.calibrate import HeldOut
 
 
 LOGITS = torch.tensor([[4.0, 1.0, 0.0, -1.0], [1.0, 1.5, 1.2, 0.9], [-6.0, -5.0, -9.0, -7.0]])
 CLASSES = make_classifier().classes
+CLASSES_OF_3 = TaskClasses(make_texts([3, 4, 5]))
 KNOWN = Calibration(2.0, least_energy=0.5, label_scores=(0.05, 0.2, 0.3, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9))
 
 
@@ -78,37 +87,23 @@ def test_many_scores_are_thinned_out_and_promise_no_more():
     assert kept_scores(scores[:5]) == tuple(scores[:5].sort().values.tolist())
 
 
-def test_expected_scores_are_those_that_labels_drawn_by_the_scores_get():
-    """A hundred labels for each image, drawn by its scores, in the place of all that may be drawn."""
-    scores = (3 * torch.randn(200, 5, generator=torch.Generator().manual_seed(6))).double().softmax(dim=1)
-    labels = torch.multinomial(scores, 100, replacement=True, generator=torch.Generator().manual_seed(7))
-    drawn = scores.gather(1, labels).flatten()
-    expected = expected_scores(scores)
-    assert len(expected) == EXPECTED_SCORES and list(expected) == sorted(expected)
-    for coverage in (0.5, 0.8, 0.9, 0.95):
-        least = Calibration(1.0, label_scores=expected).least_score(coverage)
-        assert (drawn >= least).double().mean().item() == pytest.approx(coverage, abs=0.01)
-        assert scores[scores >= least].sum().item() / 200 >= coverage - 1e-9
-    assert expected_scores(torch.eye(3)) == (1.0,) * EXPECTED_SCORES
-
-
-def test_few_images_keep_a_promise_nearer_by_expected_scores():
-    """With scores that are right, of twenty images: how far the share in sets of 0.8 is from it, over many draws."""
-    generator, missed = torch.Generator().manual_seed(8), {"kept": [], "expected": []}
-    for _ in range(60):
-        scores = (2 * torch.randn(220, 4, generator=generator)).softmax(dim=1)
-        own = scores.gather(1, torch.multinomial(scores, 1, generator=generator))[:, 0]
-        for name, found in {"kept": kept_scores(own[:20]), "expected": expected_scores(scores[:20])}.items():
-            least = Calibration(1.0, label_scores=found).least_score(0.8)
-            missed[name].append((own[20:] >= least).double().mean().item() - 0.8)
-    spread = {name: torch.tensor(values).square().mean().sqrt().item() for name, values in missed.items()}
-    assert spread["expected"] < 0.6 * spread["kept"]
-
-
-def test_after_cross_fitting_scores_are_expected_ones():
-    logits = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(9))
-    found = HeldOut(logits, logits, logits.argmax(dim=1), "cross-fitting").calibration()
-    assert found.label_scores == pytest.approx(expected_scores((logits / found.temperature).softmax(dim=1)))
+def test_after_cross_fitting_sets_go_by_the_scores_of_labels():
+    """They hold what they promise whatever the temperature is, as no rule does that goes by the scores alone."""
+    generator, held = torch.Generator().manual_seed(3), {1.0: 0, 4.0: 0}
+    for scale in held:
+        for _ in range(40):
+            logits = 2 * torch.randn(259, 4, generator=generator)
+            labels = torch.multinomial((logits / scale).softmax(dim=1), 1, generator=generator)[:, 0]
+            own = logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            calibration = Calibration(1.0, source="cross-fitting", label_scores=kept_scores(own[:59]))
+            found = labels_of(Answers(coverage=0.8).of(logits[59:], CLASSES, calibration))
+            held[scale] += sum(label in own for label, own in zip(labels[59:].tolist(), found, strict=True))
+    assert held[1.0] / 8000 == pytest.approx(0.8, abs=0.03) and held[4.0] / 8000 == pytest.approx(0.8, abs=0.03)
+    logits = 3 * torch.randn(50, 4, generator=generator)
+    labels = logits.argmax(dim=1)
+    own = (logits / fit_temperature(logits, labels)).softmax(dim=1).amax(dim=1)
+    found = HeldOut(logits, logits, labels, "cross-fitting").calibration()
+    assert found.label_scores == pytest.approx(own.sort().values)
 
 
 # none of these
@@ -122,23 +117,58 @@ def test_by_score():
     assert all(Answers(min_score=0.0).of(LOGITS, CLASSES, None))
 
 
-def test_by_energy():
-    """Of calibrated logits."""
+def test_by_nearness():
+    """An image is of a class if its logit is not far below what the class's images typically get."""
+    typical = (3.0, 2.0, 0.0, -1.0)
+    near = [max(value - own for value, own in zip(row, typical, strict=True)) for row in LOGITS.tolist()]
+    calibration = replace(KNOWN, typical_logits=typical, least_nearness=1.1)
+    found = labels_of(Answers(unknown=True).of(LOGITS, CLASSES, calibration))
+    assert near == pytest.approx([1.0, 1.9, -6.0]) and list(map(bool, found)) == [False, True, False]
+    both = labels_of(Answers(unknown=True, coverage=0.8).of(LOGITS, CLASSES, calibration))
+    assert both[::2] == [[], []] and both[1] == labels_of(Answers(coverage=0.8).of(LOGITS, CLASSES, calibration))[1]
+
+
+def test_without_typical_logits_by_energy():
+    """As adapters have it that were saved with an energy alone."""
     energies = [math.log(sum(math.exp(value) for value in row)) for row in LOGITS.tolist()]
     found = labels_of(Answers(unknown=True).of(LOGITS, CLASSES, KNOWN))
     assert [bool(own) for own in found] == [energy >= KNOWN.least_energy for energy in energies] == [True, True, False]
-    both = labels_of(Answers(unknown=True, coverage=0.8).of(LOGITS, CLASSES, KNOWN))
-    assert both[2] == [] and both[:2] == labels_of(Answers(coverage=0.8).of(LOGITS, CLASSES, KNOWN))[:2]
+
+
+def test_classes_of_few_images_are_typical_of_all():
+    logits = torch.tensor([[5.0, 0.0, 1.0], [3.0, 1.0, 9.0], [2.0, 7.0, 0.0], [1.0, 9.0, 2.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    mean = (5 + 3 + 7 + 9) / 4
+    expected = [(5 + 3 + 8 * mean) / 10, (7 + 9 + 8 * mean) / 10, mean]
+    assert typical_logits(logits, labels) == pytest.approx(expected)
+    assert typical_logits(logits, labels, weight=0.5)[:2] == pytest.approx(
+        [(8 + mean / 2) / 2.5, (16 + mean / 2) / 2.5]
+    )
+
+
+def test_a_class_that_takes_everything_does_not_take_strangers():
+    """They give it as large a logit as other classes get from their own images, but for this class it is small."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(3).repeat(60)
+    everything = torch.tensor([5.0, 0.0, 0.0])
+    logits = 12 * torch.nn.functional.one_hot(labels, 3) + everything + 0.5 * torch.randn(180, 3, generator=generator)
+    strange = 2.5 * everything + 0.5 * torch.randn(60, 3, generator=generator)
+    found = HeldOut(logits, logits, labels, "held-out images").calibration()
+    answers = Answers(unknown=True).of(strange / found.temperature, CLASSES_OF_3, found)
+    assert found.accuracy == 100 and found.least_energy is None and answers == [[]] * 60
+    energies = logits.logsumexp(dim=1)
+    assert (strange.logsumexp(dim=1) >= energies.quantile(0.05)).sum() > 50  # by which hardly any is told
 
 
 def test_what_is_found_on_held_out_images():
     logits = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(5))
     labels = logits.argmax(dim=1)
     found = HeldOut(logits, logits, labels, "held-out images").calibration()
-    energies = (logits / found.temperature).logsumexp(dim=1)
-    assert (energies >= found.least_energy).float().mean() == pytest.approx(0.95)
-    scores = (logits / found.temperature).softmax(dim=1)
-    own = sorted(row[label] for row, label in zip(scores.tolist(), labels.tolist(), strict=True))
+    calibrated = logits / found.temperature
+    assert found.typical_logits == pytest.approx(typical_logits(calibrated, labels))
+    kept = nearness(calibrated, found.typical_logits) >= found.least_nearness
+    assert kept.float().mean() == pytest.approx(0.95)
+    own = sorted(row[label] for row, label in zip(calibrated.softmax(dim=1).tolist(), labels.tolist(), strict=True))
     assert found.label_scores == pytest.approx(own, abs=1e-6) and found.accuracy == 100
 
 
@@ -150,8 +180,9 @@ def test_predict(imaged):
     middle = sorted(prediction[0]["score"] for prediction in plain)[2]
     sure = imaged.predict(IMAGE_FILES, min_score=middle, top_k=1)
     assert [len(each) for each in sure] == [int(each[0]["score"] >= middle) for each in plain]
-    for energy, kept in ((-1e6, 4), (1e6, 0)):
-        imaged.calibrate(Calibration(1.0, least_energy=energy))
+    for least, kept in ((-1e6, 4), (1e6, 0)):
+        rule = {"typical_logits": (0.0,) * len(NAMES), "least_nearness": least}
+        imaged.calibrate(Calibration(1.0, **rule))
         assert [len(each) for each in imaged.predict(IMAGE_FILES, unknown=True)] == [kept] * 4
 
 
@@ -159,10 +190,13 @@ def test_predict(imaged):
 
 
 def test_saved_and_loaded(tmp_path):
-    make_classifier().calibrate(KNOWN).save_pretrained(tmp_path)
-    assert SEPClassifier.from_pretrained(tmp_path, model=make_clip()).classes.calibration == KNOWN
+    count = len(make_classifier().classes)
+    for known in (KNOWN, replace(KNOWN, typical_logits=(0.5,) * count, least_nearness=-1.5)):
+        make_classifier().calibrate(known).save_pretrained(tmp_path)
+        assert SEPClassifier.from_pretrained(tmp_path, model=make_clip()).classes.calibration == known
 
 
+TOGETHER = "typical_logits and least_nearness of the calibration belong together, but one of them is missing."
 SCORES = "label_scores of the calibration must be"
 
 
@@ -176,6 +210,15 @@ SCORES = "label_scores of the calibration must be"
         ({"label_scores": [0.5, float("nan")]}, "NaN"),
         ({"label_scores": [0.5, 0.25]}, f"{SCORES} at most 1000 and ascend, but are 2: (0.5, 0.25)."),
         ({"label_scores": [0] * 1001}, f"{SCORES} at most 1000 and ascend, but are 1001: (0, 0, 0, 0, 0, 0, ...)."),
+        ({"typical_logits": "0"}, "typical_logits of the calibration must be finite numbers, but got '0'."),
+        ({"typical_logits": [True]}, "typical_logits of the calibration must be finite numbers, but got (True,)."),
+        ({"typical_logits": [0.5]}, TOGETHER),
+        ({"least_nearness": 0.5}, TOGETHER),
+        (
+            {"typical_logits": [0.5], "least_nearness": 0},
+            f"typical_logits of the calibration must be of {len(CLASSES)} classes, but are of 1.",
+        ),
+        ({"least_nearness": []}, "least_nearness of the calibration must be a finite number, but got []."),
         ({"accuracy": 101}, "accuracy of the calibration must be in percent, between 0 and 100, but got 101."),
     ],
 )

@@ -30,6 +30,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier.answers import energies
+from sep_peft.classifier.calibration import Calibration, nearness
 from sep_peft.training import LabelledImages, Recipe, fit
 from sep_peft.training.calibrate import HeldOut, cross_fit, values_of
 from sep_peft.training.calibrate import logits_of as held_out_logits
@@ -40,8 +41,8 @@ HERE = Path(__file__).parent
 COVERAGES = (0.8, 0.9, 0.95)
 COLUMNS = (
     *("model", "data", "shots", "seed", "accuracy", "ECE", "calibrated", "by chance", "NLL", "calibrated"),
-    *("coverage of 80, 90, 95 % (classes)", "AUROC: energy", "score", "zero-shot"),
-    *("FPR95: energy", "score", "zero-shot", "known kept"),
+    *("coverage of 80, 90, 95 % (classes)", "AUROC: nearness", "energy", "score", "zero-shot"),
+    *("FPR95: nearness", "energy", "score", "zero-shot", "known kept"),
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
@@ -143,6 +144,7 @@ def compare(found: dict[str, torch.Tensor]) -> dict[str, Any]:
     """
     parts = (found[f"held_out.{name}"] for name in ("logits", "new_logits", "labels"))
     calibration = HeldOut(*parts, "cross-fitting").calibration()
+    assert isinstance(calibration, Calibration), "of one label an image"
     logits, base, labels = (found[f"test.{name}"] for name in ("logits", "base", "labels"))
     plain, scores = logits.softmax(dim=1), (logits / calibration.temperature).softmax(dim=1)
     sets = {}
@@ -158,19 +160,21 @@ def compare(found: dict[str, torch.Tensor]) -> dict[str, Any]:
         "chance": error_by_chance(scores),
         "nll": [negative_log_likelihood(each, labels) for each in (plain, scores)],
         "sets": sets,
-        "kept": 100 * (energies(logits / calibration.temperature) >= calibration.least_energy).float().mean().item(),
     }
+    known = rules(logits, base, calibration)
+    row["kept"] = 100 * (known[0] >= calibration.least_nearness).float().mean().item()
     if "unknown.logits" in found:
-        strange = rules(found["unknown.logits"], found["unknown.base"], calibration.temperature)
-        pairs = zip(rules(logits, base, calibration.temperature), strange, strict=True)
+        pairs = zip(known, rules(found["unknown.logits"], found["unknown.base"], calibration), strict=True)
         row["unknown"] = [{"auroc": auroc(*pair), "fpr95": false_positives(*pair)} for pair in pairs]
     return row
 
 
-def rules(logits: torch.Tensor, base: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
-    """Energy of calibrated logits, their largest score, and zero-shot's, each (N,): large for images of a class."""
-    logits = logits / temperature
-    return energies(logits), logits.softmax(dim=1).amax(dim=1), base.softmax(dim=1).amax(dim=1)
+def rules(logits: torch.Tensor, base: torch.Tensor, calibration: Calibration) -> tuple[torch.Tensor, ...]:
+    """Nearness of calibrated logits, their energy and largest score, and that of zero-shot, each (N,): large for images
+    of a class."""
+    logits = logits / calibration.temperature
+    scores = (each.softmax(dim=1).amax(dim=1) for each in (logits, base))
+    return nearness(logits, calibration.typical_logits), energies(logits), *scores
 
 
 def auroc(known: torch.Tensor, strange: torch.Tensor) -> float:
@@ -227,7 +231,7 @@ def shown(row: dict[str, Any]) -> str:
     columns += [f"{value:.3f}" for value in row["nll"]] + [sets]
     unknown = row.get("unknown")
     for key in ("auroc", "fpr95"):
-        columns += ["" if unknown is None else f"{each[key]:.1f}" for each in unknown or [None] * 3]
+        columns += ["" if unknown is None else f"{each[key]:.1f}" for each in unknown or [None] * 4]
     return "| " + " | ".join(map(str, [*columns, f"{row['kept']:.1f}"])) + " |"
 
 

@@ -1,15 +1,18 @@
 """What is said of an image: its best classes, a set that holds its class as often as is promised, or none of these.
 
-**None of these.** The rule is the energy of the logits divided by the temperature, ``log sum exp`` over the classes:
-Liu, Wang, Owens and Li, "Energy-based Out-of-distribution Detection" (NeurIPS 2020). Images whose energy is below that
-of nearly all held-out images look like no class. It was compared with the energy of the plain logits, the largest one,
-the largest cosine to a prototype and the largest score (Hendrycks and Gimpel, ICLR 2017) on training images alone, told
-with and without their own class (docs/scores.md).
+**None of these.** The rule compares the logit of each class with the one that images of this class typically get, and
+takes the class that is ahead by most: standardized logits, as Jung, Lee, Gwak, Choi and Choo, "Standardized Max Logits"
+(ICCV 2021), with the means of classes of few images drawn to that of all, and one spread. Some classes give large
+logits to many images, and what is of no class goes to those. Images for which every class is further behind than it is
+for nearly all held-out images look like no class. It was compared with the energy of Liu, Wang, Owens and Li (NeurIPS
+2020), cosines, distances and the largest score (Hendrycks and Gimpel, ICLR 2017) on training images alone
+(docs/scores.md). A calibration without typical logits goes by the energy.
 
 **Sets.** Split conformal prediction with the score of the class itself as its conformity: Sadinle, Lei and Wasserman,
 "Least Ambiguous Set-Valued Classifiers" (JASA 2019), after Vovk, Gammerman and Shafer (2005). Of n held-out images and
 a new one that is drawn like them each is equally likely to have the lowest score, and so on. After cross-fitting the
-expected scores of labels take the place of theirs.
+held-out images are those of all parts together, as in cross-conformal prediction: Vovk, "Cross-conformal predictors"
+(Annals of Mathematics and Artificial Intelligence, 2015).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration, is_number
+from .calibration import Calibration, is_number, nearness
 from .classes import TaskClasses
 from .label_calibration import LabelCalibration, LabelScale
 
@@ -75,7 +78,7 @@ class Answers:
             return
         assert calibration is None or isinstance(calibration, Calibration), "others are of several labels"
         for name, asked, known in (
-            ("unknown=True", self.unknown, calibration is not None and calibration.least_energy is not None),
+            ("unknown=True", self.unknown, calibration is not None and calibration.knows_strangers),
             ("coverage", self.coverage is not None, calibration is not None and calibration.label_scores),
         ):
             if asked and not known:
@@ -161,9 +164,17 @@ class Answers:
         rejected = torch.zeros_like(counts, dtype=torch.bool)
         if self.min_score is not None:
             rejected |= scores[:, 0] < self.min_score
-        if calibration is not None and calibration.least_energy is not None and self.unknown:
-            rejected |= energies(logits) < calibration.least_energy
+        if calibration is not None and self.unknown:
+            rejected |= _is_strange(logits, calibration)
         return counts.masked_fill(rejected, 0)
+
+
+def _is_strange(logits: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+    """Which samples of calibrated logits (B, C) look like no class, (B,)."""
+    if calibration.least_nearness is not None:
+        return nearness(logits, calibration.typical_logits) < calibration.least_nearness
+    assert calibration.least_energy is not None, "checked before"
+    return energies(logits) < calibration.least_energy
 
 
 def energies(logits: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,9 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
 KNOWN_SHARE = 0.95
 #: Scores of held-out images that are kept, at most.
 KEPT_SCORES = 1000
-#: Places in the order of expected scores that are kept.
-EXPECTED_SCORES = 199
+#: How many images of a class the mean over all counts for, where a class is compared with its own images; chosen on
+#: training images alone (docs/scores.md).
+TYPICAL_WEIGHT = 8
 #: Where the images of a calibration came from.
 SOURCES = ("held-out images", "cross-fitting")
 
@@ -38,11 +39,14 @@ class Calibration:
         source: "held-out images", or "cross-fitting" for training images, each seen by a model that was trained on
             others.
         accuracy: share of these images that were told, in percent; None: not known.
-        least_energy: an image whose calibrated logits have less looks like no class; `KNOWN_SHARE` of these images have
-            more. None: not known.
+        least_energy: where there are no `typical_logits`: an image whose calibrated logits have less energy looks like
+            no class. None: not known.
         label_scores: what these images, or at most `KEPT_SCORES` places in their order, give to their own class, from 0
-            to 1, ascending: as `kept_scores` finds it on held-out images, or as `expected_scores` does after
-            cross-fitting; empty: not known.
+            to 1, ascending, as `kept_scores` finds it; empty: not known.
+        typical_logits: of each class the calibrated logit that its own images get, as `typical_logits` finds it; empty:
+            not known.
+        least_nearness: an image whose `nearness` is less looks like no class; `KNOWN_SHARE` of these images have more.
+            None: there are no `typical_logits`.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -55,6 +59,8 @@ class Calibration:
     accuracy: float | None = None
     least_energy: float | None = None
     label_scores: tuple[float, ...] = ()
+    typical_logits: tuple[float, ...] = ()
+    least_nearness: float | None = None
 
     def __post_init__(self):
         for name in ("temperature", "new_class_temperature"):
@@ -73,10 +79,11 @@ class Calibration:
                 "accuracy of the calibration must be in percent, between 0 and 100, but got "
                 f"{reprlib.repr(self.accuracy)}."
             )
-        if self.least_energy is not None and not _is_finite(self.least_energy):
-            raise ValueError(
-                f"least_energy of the calibration must be a finite number, but got {reprlib.repr(self.least_energy)}."
-            )
+        for name in ("least_energy", "least_nearness"):
+            value = getattr(self, name)
+            if value is not None and not _is_finite(value):
+                raise ValueError(f"{name} of the calibration must be a finite number, but got {reprlib.repr(value)}.")
+        self._check_typical()
         scores = self.label_scores
         if not isinstance(scores, tuple) or not all(_is_finite(score) and 0 <= score <= 1 for score in scores):
             raise ValueError(
@@ -91,6 +98,32 @@ class Calibration:
             raise ValueError(
                 f"source of the calibration must be one of {', '.join(SOURCES)}, but got {reprlib.repr(self.source)}."
             )
+
+    def _check_typical(self) -> None:
+        typical = self.typical_logits
+        if not isinstance(typical, tuple) or not all(map(_is_finite, typical)):
+            raise ValueError(
+                f"typical_logits of the calibration must be finite numbers, but got {reprlib.repr(typical)}."
+            )
+        if bool(typical) != (self.least_nearness is not None):
+            raise ValueError(
+                "typical_logits and least_nearness of the calibration belong together, but one of them is missing."
+            )
+
+    def check_classes(self, count: int) -> None:
+        """
+        Raises:
+            ValueError: it is of another number of classes.
+        """
+        if self.typical_logits and len(self.typical_logits) != count:
+            raise ValueError(
+                f"typical_logits of the calibration must be of {count} classes, but are of {len(self.typical_logits)}."
+            )
+
+    @property
+    def knows_strangers(self) -> bool:
+        """Whether it tells images that look like none of the classes."""
+        return self.least_nearness is not None or self.least_energy is not None
 
     def for_new_classes(self) -> Calibration:
         """That of classes that take the place of these."""
@@ -109,7 +142,7 @@ class Calibration:
 
         Of n held-out images and a new one drawn like them, each is equally likely to give its class the lowest score,
         the second lowest and so on; so the k-th lowest of the n misses a share of ``k / (n + 1)``. Where n is too small
-        for a promise, every class is in the set. Expected scores are used alike.
+        for a promise, every class is in the set.
         """
         place = math.floor((len(self.label_scores) + 1) * (1 - coverage) + 1e-9)
         return self.label_scores[place - 1] if place else 0.0
@@ -131,8 +164,8 @@ class Calibration:
             raise ValueError(f"calibration of the class list has unknown entries: {reprlib.repr(unknown)}.")
         if "temperature" not in data:
             raise ValueError("calibration of the class list lacks temperature.")
-        scores = data.get("label_scores", [])
-        return cls(**{**data, "label_scores": tuple(scores) if isinstance(scores, list) else scores})
+        own = {name: data[name] for name in ("label_scores", "typical_logits") if name in data}
+        return cls(**{**data, **{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}})
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -182,17 +215,24 @@ def kept_scores(scores: torch.Tensor, most: int = KEPT_SCORES) -> tuple[float, .
     return tuple(ordered.tolist())
 
 
-def expected_scores(scores: torch.Tensor, count: int = EXPECTED_SCORES) -> tuple[float, ...]:
-    """What images like these N give to their own class if scores are right: `count` places in its order, ascending.
+def typical_logits(logits: torch.Tensor, labels: torch.Tensor, weight: float = TYPICAL_WEIGHT) -> tuple[float, ...]:
+    """What images of each class give to it, (C,): their mean, drawn to that of all images where they are few.
 
-    Every class of an image is its own as often as its score (N, C) says. That is N C numbers in the place of N, which
-    change far less from one draw of few images to another than what their N labels happen to get, and are wrong as far
-    as scores are. The j-th of m places has at most a share of ``j / (m + 1)`` below it.
+    Args:
+        logits: (N, C), calibrated, of images that training did not see.
+        labels: (N,), their classes.
+        weight: how many images of a class the mean of all counts for.
     """
-    ordered = scores.double().flatten().sort().values
-    shares = ordered.cumsum(0) / len(scores)
-    places = torch.arange(1, count + 1, dtype=torch.float64, device=scores.device) / (count + 1)
-    return tuple(ordered[torch.searchsorted(shares, places, right=True).clamp_max(len(ordered) - 1)].tolist())
+    labels = labels.long()
+    own = logits.double().gather(1, labels[:, None])[:, 0]  # (N,)
+    sums = own.new_zeros(logits.shape[1]).index_add_(0, labels, own)
+    counts = labels.bincount(minlength=logits.shape[1])
+    return tuple(((sums + weight * own.mean()) / (counts + weight)).tolist())
+
+
+def nearness(logits: torch.Tensor, typical: Sequence[float]) -> torch.Tensor:
+    """By how much calibrated logits (B, C) exceed those that are typical of their classes, the most over all, (B,)."""
+    return (logits - torch.tensor(typical, dtype=logits.dtype, device=logits.device)).amax(dim=-1)
 
 
 def is_number(value: Any) -> bool:

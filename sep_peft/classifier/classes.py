@@ -105,7 +105,7 @@ class TaskClasses:
         if self.calibration is not None and isinstance(self.calibration, LabelCalibration) != self.multi_label:
             kind = type(self.calibration).__name__
             raise ValueError(f"A {kind} does not fit classes with multi_label={self.multi_label}.")
-        if isinstance(self.calibration, LabelCalibration):
+        if self.calibration is not None:
             self.calibration.check_classes(count)
         if self.multi_label and self.zero_shot_margin:
             raise ValueError(

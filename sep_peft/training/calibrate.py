@@ -23,8 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..classifier.answers import energies
-from ..classifier.calibration import KNOWN_SHARE, Calibration, expected_scores, fit_temperature, kept_scores
+from ..classifier.calibration import KNOWN_SHARE, Calibration, fit_temperature, kept_scores, nearness, typical_logits
 from ..classifier.classifier import SEPClassifier
 from ..classifier.label_calibration import LabelCalibration, fit_scale, is_rare
 from ..classifier.logits import ClassWeights, class_logits, zero_shot_logits
@@ -64,23 +63,18 @@ class HeldOut:
         temperature = fit_temperature(self.logits, self.labels)
         right = (self.logits.argmax(dim=1) == self.labels).sum().item()
         logits = self.logits / temperature
-        scores = logits.softmax(dim=1).clamp(0, 1)
+        scores = logits.softmax(dim=1).clamp(0, 1).gather(1, self.labels[:, None].long())[:, 0]  # of their labels, (N,)
+        typical = typical_logits(logits, self.labels)
         return Calibration(
             temperature,
             fit_temperature(self.new_logits, self.labels),
             len(self.labels),
             self.source,
             100 * right / len(self.labels),
-            energies(logits).quantile(1 - KNOWN_SHARE).item(),
-            self._label_scores(scores),
+            label_scores=kept_scores(scores),
+            typical_logits=typical,
+            least_nearness=nearness(logits, typical).quantile(1 - KNOWN_SHARE).item(),
         )
-
-    def _label_scores(self, scores: torch.Tensor) -> tuple[float, ...]:
-        """Of calibrated scores (N, C), what a set's promise goes by: of held-out images the scores of their labels, by
-        which it is proved; after cross-fitting, where nothing is, expected ones, which few images suffice for."""
-        if self.source == "cross-fitting":
-            return expected_scores(scores)
-        return kept_scores(scores.gather(1, self.labels[:, None])[:, 0])
 
     def _of_labels(self) -> LabelCalibration:
         assert self.zero_shot is not None, "of several labels it is always there"

@@ -36,7 +36,7 @@ def test_a_cell(tmp_path, monkeypatch, capsys):
     assert (row["classes"], row["images"], row["cell"]["shots"]) == (3, 12, 2)
     assert row["unknown"][0]["auroc"] == pytest.approx(50)  # the same images
     printed = capsys.readouterr().out
-    assert printed.count("|") == 3 * 19 and f"| {row['accuracy']:.1f} | {row['error'][0]:.1f} |" in printed
+    assert printed.count("|") == 3 * 21 and f"| {row['accuracy']:.1f} | {row['error'][0]:.1f} |" in printed
     monkeypatch.setattr(calibration, "measure", None)
     calibration.main()
     assert capsys.readouterr().out == printed
