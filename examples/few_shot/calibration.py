@@ -144,7 +144,7 @@ def compare(found: dict[str, torch.Tensor]) -> dict[str, Any]:
     """
     parts = (found[f"held_out.{name}"] for name in ("logits", "new_logits", "labels"))
     calibration = HeldOut(*parts, "cross-fitting").calibration()
-    assert isinstance(calibration, Calibration), "of one label an image"
+    assert isinstance(calibration, Calibration) and calibration.least_nearness is not None, "of one label an image"
     logits, base, labels = (found[f"test.{name}"] for name in ("logits", "base", "labels"))
     plain, scores = logits.softmax(dim=1), (logits / calibration.temperature).softmax(dim=1)
     sets = {}
