@@ -43,7 +43,7 @@ SMALL = [
     "--no-report",
 ]
 BETWEEN = r"\(\d+\.\d to \d+\.\d\)"
-COMMANDS = "train train-pairs predict search embed export evaluate import-reference info push".split()
+COMMANDS = "train train-pairs predict search duplicates embed export evaluate import-reference info push".split()
 
 
 def base() -> str:
@@ -183,8 +183,8 @@ def test_unreadable_images_are_named_counted_and_left_out(run, images, tmp_path)
     assert (code, result["training_images"], result["scores"][0]["images"]) == (0, 9, 12)
     assert [entry["image"] for entry in result["unreadable"]] == [str(path) for path in broken]
     for path in broken:
-        assert f"sep-peft: warning: The image {path!r} cannot be read: " in err
-    assert err.count("sep-peft: warning: 1 images cannot be read and are left out\n") == 2
+        assert f"sep-peft: warning: The image {str(path)!r} cannot be read: " in err
+    assert err.count("sep-peft: warning: 1 image cannot be read and is left out\n") == 2
 
 
 def test_a_class_whose_images_are_all_unreadable(run, images, tmp_path):
@@ -546,8 +546,12 @@ OPTIONS = {
         *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--unknown"),
         *("--min-score", "--coverage", "--batch-size"),
     ],
-    "search": [*FROM_HUB, "FOLDER", "QUERY", "--base-model", "--top-k", "--index", "--batch-size"],
-    "embed": [*FROM_HUB, "FOLDER", "FILE", "--base-model", "--index", "--batch-size"],
+    "search": [
+        *(*FROM_HUB, "FOLDER", "QUERY", "--base-model", "--top-k", "--index", "--batch-size", "--compare-base"),
+        "--page",
+    ],
+    "duplicates": [*FROM_HUB, "FOLDER", "--base-model", "--threshold", "--index", "--batch-size", "--page"],
+    "embed": [*FROM_HUB, "FOLDER", "FILE", "--base-model", "--index", "--cut", "--batch-size"],
     "export": [*FROM_HUB, "FILE", "--base-model", "--embed", "--quantize", "--images"],
     "evaluate": [
         *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),

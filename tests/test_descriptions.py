@@ -138,7 +138,7 @@ def test_some_of_the_classes_have_their_own(plain):
     ("change", "message"),
     [
         ({"texts": [["a"]]}, "input_ids must have shape (1, tokens), but got (3, 12)."),
-        ({"texts": [["a", "b", "c"]]}, "There are descriptions of 1 classes for 2 class names."),
+        ({"texts": [["a", "b", "c"]]}, "There are descriptions of 1 class for 2 class names."),
         ({"texts": "abc"}, "texts of descriptions must be lists of texts, but got 'abc'."),
         ({"texts": [["a", "b"], "c"]}, "texts of descriptions must be lists of texts, but got [['a', 'b'], 'c']."),
         ({"texts": [["a", "b"], [3]]}, "A description must be a text that is not blank, but got 3."),

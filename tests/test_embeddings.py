@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -26,7 +27,12 @@ from sep_peft import ImageEmbedder, SEPClassifier, SEPConfig, max_text_length
 from sep_peft.classifier import image_index
 from sep_peft.classifier.image_index import ImageIndex
 from sep_peft.cli.app import main
-from sep_peft.training import Recipe
+from sep_peft.cli.search import is_image_query
+from sep_peft.training import Recipe, image_pages
+
+
+#: Name of a file that would do something, were it HTML, and that turns the direction of writing.
+EVIL = "<img src=x onerror=alert(1)>\u202e.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +116,7 @@ def test_what_cannot_be_embedded(classifier):
         classifier.embed_texts("red " * 200)
     room = max_text_length(classifier.model)
     assert room == 77 - 6
-    with pytest.warns(UserWarning, match=f"^1 of 2 texts are longer than {room} tokens; their ends are not read.$"):
+    with pytest.warns(UserWarning, match=f"^1 of 2 texts is longer than {room} tokens; its end is not read.$"):
         embeds = classifier.embed_texts(["red " * 200, "pizza"], truncate=True)
     fitting = classifier.embed_texts(["red " * (room - 2), "pizza"], truncate=True)  # with BOS and EOS
     torch.testing.assert_close(embeds, fitting)
@@ -190,7 +196,11 @@ def rewrite(file: Path, **changes) -> None:
     save_file(tensors, file, metadata={"marks": changes["marks"]} if "marks" in changes else None)
 
 
-FOUR = json.dumps(dict.fromkeys("abcd", "1 1"))
+def keep_marks(file: Path, change) -> None:
+    """Other embeddings under the right names."""
+    with safe_open(file, "pt") as opened:
+        marks = opened.metadata()["marks"]
+    rewrite(file, embeddings=change(load_file(file)["embeddings"]), marks=marks)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +216,11 @@ FOUR = json.dumps(dict.fromkeys("abcd", "1 1"))
             file, embeddings=torch.full((4, 128), torch.nan), marks='{"a": 1, "b": 1, "c": 1, "d": 1}'
         ),
         lambda file: rewrite(file, probe=torch.ones(3), marks='{"a": 1, "b": 1, "c": 1, "d": 1}'),
+        lambda file: keep_marks(file, lambda embeds: 2 * embeds),
+        lambda file: keep_marks(file, lambda embeds: embeds.to(torch.float8_e4m3fn)),
+        lambda file: keep_marks(file, lambda embeds: embeds[:, :64].contiguous()),
     ],
-    ids=["empty", "cut", "no marks", "deep", "other names", "list", "NaN", "other probe"],
+    ids=["empty", "cut", "no marks", "deep", "other names", "list", "NaN", "other probe", "long", "float8", "narrow"],
 )
 def test_a_file_that_is_none_of_ours_is_made_anew(damage, classifier, folder, tmp_path):
     file = tmp_path / "index.safetensors"
@@ -239,6 +252,37 @@ def test_unreadable_images_are_named_and_left_out(classifier, folder, tmp_path):
     with raises(f"There is no folder {str(tmp_path / 'none')!r}.", NotADirectoryError):
         index(classifier, tmp_path / "none")
     assert not (tmp_path / "other.safetensors").exists()
+    with raises(f"An index is a file, but {str(empty)!r} is a folder. Name a file in it.", IsADirectoryError):
+        index(classifier, folder, file=empty)
+
+
+def test_an_image_that_goes_away_meanwhile(classifier, folder, tmp_path, monkeypatch):
+    """Before it is looked at, or before it is read."""
+    gone = folder / "a.jpg"
+    monkeypatch.setattr(image_index, "find_images", lambda _: [gone, *sorted(folder.glob("?/*.jpg"))])
+    found = index(classifier, folder, file=tmp_path / "index.safetensors", progress=lambda steps: remove(folder, steps))
+    assert found.names == ("b/barrel.jpg", "c/cougar_face.jpg", "s/sunflower.jpg")
+    reason = "cannot be read: there is no such file."
+    assert found.unreadable == {"p/pizza.jpg": f"The image {str(folder / 'p' / 'pizza.jpg')!r} {reason}"}
+
+
+def remove(folder: Path, steps):
+    (folder / "p" / "pizza.jpg").unlink()
+    return steps
+
+
+def test_what_was_embedded_before_an_interruption_is_kept(classifier, folder, tmp_path):
+    def interrupt(steps):
+        yield from list(steps)[:2]
+        raise KeyboardInterrupt
+
+    file = tmp_path / "index.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        index(classifier, folder, file=file, batch_size=1, progress=interrupt)
+    expected = classifier.embed(sorted(folder.glob("?/*.jpg")))
+    found = index(classifier, folder, file=file)
+    assert found.embedded == 2
+    torch.testing.assert_close(found.embeds, expected)
 
 
 def test_every_folder_has_its_own_file_in_the_cache(tmp_path, monkeypatch):
@@ -279,12 +323,71 @@ def test_search(classifier, adapter, folder, tmp_path, capsys):
     assert "\x1b" not in err and re.search(r"sep-peft: warning: The image .+broken.+ cannot be read", err)
 
 
+def test_search_beside_the_base_model_with_a_page(classifier, adapter, folder, tmp_path, capsys):
+    """Both lists, each by its own embeddings; the page names nothing that acts and asks nobody for anything."""
+    (folder / "p" / "pizza.jpg").rename(folder / EVIL)
+    page, query = tmp_path / "pages" / "found.html", "a <b>pizza</b> {{ 7 * 7 }}"
+    arguments = [adapter, folder, query, "--index", tmp_path / "index", "--top-k", 3, "--compare-base", "--page", page]
+    assert main(["search", *map(str, arguments), "--quiet", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["page"] == str(page)
+    with classifier.model.disable_adapter():
+        base = classifier.embed_texts(query) @ classifier.embed(data["found_by_base_model"][0]["image"])
+    assert data["found_by_base_model"][0]["similarity"] == pytest.approx(float(base), abs=1e-5)
+    assert data["found"][0]["similarity"] != pytest.approx(float(base), abs=1e-4)
+    assert sorted(path.name for path in tmp_path.glob("index*")) == ["index", "index-base"]
+    source = page.read_text("utf-8")
+    text = html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", source, flags=re.DOTALL))
+    assert f"\u201c{query}\u201d" in text and "4 images searched" in text and "Found by the base model" in text
+    assert "place 1 by the base model" in text or "not found by the base model" in text
+    for found in (data["found"], data["found_by_base_model"]):
+        for each in found:
+            name = os.path.relpath(each["image"], folder).replace("\u202e", r"\u202e")
+            assert f"{each['similarity']:.3f}" in text and name in text
+    assert source.count("data:image/jpeg") == 6
+    assert not re.search(r"<script|<b>pizza|\u202e|https?://|url\(|@import", source)
+
+    shutil.copy(IMAGE_FILES[0], tmp_path / "query.jpg")
+    arguments = [adapter, folder, tmp_path / "query.jpg", "--index", tmp_path / "index", "--page", page, "--quiet"]
+    assert main(["search", *map(str, arguments)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[-1] == f"page: {page}" and lines[0].endswith("barrel.jpg")
+    assert "the image that was searched by" in page.read_text("utf-8")
+
+
+def test_an_image_that_went_away_has_no_thumbnail(folder, tmp_path):
+    found = {"with SEP": [("b/barrel.jpg", 0.5), ("gone.jpg", 0.25)]}
+    image_pages.write_search_page(tmp_path / "page.html", "a barrel", folder, found, images=1)
+    source = (tmp_path / "page.html").read_text("utf-8")
+    assert source.count("data:image") == 1 and "cannot be read any more" in source and "1 image searched" in source
+
+
+def test_what_is_meant_as_an_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lamp").mkdir()
+    shutil.copy(IMAGE_FILES[0], tmp_path / "barrel")
+    asked = ["https://x/a", "barrel", "lamp", "./lamp", "a lamp", "a lamp.", "half and/or half"]
+    assert [is_image_query(query) for query in asked] == [True, True, False, True, False, False, False]
+    with raises("There is no image 'lmap.JPG'. Pass a file that is there, or a text.", FileNotFoundError):
+        is_image_query("lmap.JPG")
+
+
 def test_mistakes_of_search(adapter, folder, tmp_path, capsys):
     none = tmp_path / "none"
+    (tmp_path / "text.txt").write_text("no image")
+    unreadable = f"The image {str(tmp_path / 'text.txt')!r} cannot be read: it is empty, damaged or of no format that "
+    unreadable += "Pillow reads."
     for arguments, message in [
         ([adapter, none, "x"], f"There is no folder {str(none)!r}."),
         ([none, folder, "x"], f"There is no adapter folder {none}."),
         ([adapter, folder, " "], "A text is blank. Write what an image shows."),
+        ([none, folder, tmp_path / "text.txt"], unreadable),
+        ([none, folder, "lmap.png"], "There is no image 'lmap.png'. Pass a file that is there, or a text."),
+        ([none, folder, "x", "--page", folder], f"--page takes the name of a file, but {folder} is a folder."),
+        ([none, folder, "x", "--page", "/proc/a.html"], "/proc cannot be written (No such file or directory). Choose "
+         "another folder, or change its permissions."),
+        ([adapter, folder, "x", "--index", folder], f"An index is a file, but {str(folder)!r} is a folder. Name a file "
+         "in it."),
         ([adapter, folder, "x", "--index", "/proc/index"], "/proc cannot be written (No such file or directory). "
          "Choose another folder, or change its permissions."),
     ]:  # fmt: skip
@@ -335,9 +438,31 @@ def test_embed_of_names_that_are_no_utf_8(adapter, tmp_path, capsys):
     assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n") and not file.exists()
 
 
+def test_long_lines_of_texts_are_named_or_cut(classifier, adapter, tmp_path, capsys):
+    file, texts = tmp_path / "texts.txt", ["pizza", "red " * 70, "red " * 200, "a lamp"]
+    file.write_text("\n\n".join(texts))
+    arguments = ["embed", str(adapter), str(file), str(tmp_path / "a.npz"), "--quiet"]
+    assert main(arguments) == 1
+    message = (
+        f"{str(file)!r} has texts of more than 71 tokens (BOS and EOS included), for which there is no room beside the "
+        "prompts: line 3 with 72, line 5 with 202. Shorten them, or pass --cut."
+    )
+    assert capsys.readouterr() == ("", f"sep-peft: error: {message}\n") and not (tmp_path / "a.npz").exists()
+    assert main([*arguments, "--cut"]) == 0
+    out, err = capsys.readouterr()
+    assert "wrote" in out and err == (
+        "sep-peft: warning: 2 of 4 texts are longer than 71 tokens; their ends are not read.\n"
+    )
+    fitting = classifier.embed_texts(["pizza", "red " * 69, "red " * 69, "a lamp"])
+    torch.testing.assert_close(read_embeds(tmp_path / "a.npz")[1], fitting, rtol=1e-4, atol=1e-5)
+
+
 def test_mistakes_of_embed(adapter, folder, tmp_path, capsys):
     none = tmp_path / "none"
+    (tmp_path / "blank.txt").write_text(" \n\n")
     for arguments, message in [
+        ([adapter, tmp_path / "blank.txt", tmp_path / "a.npz"], f"{str(tmp_path / 'blank.txt')!r} is blank. Write a "
+         "text in each line."),
         ([adapter, folder, tmp_path / "a.csv"], "The file must end in .npz, .safetensors, .parquet, but got 'a.csv'."),
         ([adapter, none, tmp_path / "a.npz"], f"There is no folder or file {str(none)!r}."),
         ([none, folder, tmp_path / "a.npz"], f"There is no adapter folder {none}."),

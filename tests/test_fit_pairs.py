@@ -400,7 +400,7 @@ MISTAKES = {
     "no caption": ({}, [("a.jpg", [])], {}, "Pair 0 ('a.jpg') has no caption."),
     "long": (
         *({}, [("a.jpg", "cat"), ("b.jpg", LONG)], {}),
-        "1 of 2 captions are longer than the 71 tokens that the text tower has room for beside the prompts (BOS and "
+        "1 of 2 captions is longer than the 71 tokens that the text tower has room for beside the prompts (BOS and "
         f"EOS included). The first is '{LONG.strip()[:97]}...{LONG.strip()[-98:]}' of pair 1 ('b.jpg'), with 92. "
         'Shorten them, use fewer prompts (num_text_prompts), or pass long_captions="cut"; on the command line '
         "--text-prompts and --cut.",
@@ -444,7 +444,7 @@ def test_mistakes_are_found_before_anything_is_loaded(model, pairs, options, mes
 def test_long_captions_are_cut_with_a_warning(processor):
     pairs = [replace(pair, captions=(LONG,)) if index == 1 else pair for index, pair in enumerate(make_pairs(3))]
     model = make_model()
-    with pytest.warns(UserWarning, match="1 of 4 captions are longer than 71 tokens; their ends are not read."):
+    with pytest.warns(UserWarning, match="1 of 4 captions is longer than 71 tokens; its end is not read."):
         captions = Captions(model, processor, pairs, "cut")
     assert captions.inputs["input_ids"].shape == (4, 71)
 

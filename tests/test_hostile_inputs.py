@@ -157,7 +157,7 @@ def test_files_that_are_no_image(name, imaged, tmp_path):
     content, reason = FILES[name]
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    assert_refused(path, f"The image {path!r} cannot be read: {reason}", imaged)
+    assert_refused(path, f"The image {str(path)!r} cannot be read: {reason}", imaged)
     if name in ("PNG: a bomb", "a page of HTML"):
         assert_refused(content, f"The image <{len(content)} bytes> cannot be read: {reason}", imaged)
 
@@ -166,7 +166,7 @@ def test_files_that_are_no_image(name, imaged, tmp_path):
 def test_what_is_no_file_of_an_image(name, imaged, tmp_path):
     other = OTHERS[name]
     image = other.make(tmp_path)
-    called = repr(image) if isinstance(image, Path) else other.called
+    called = repr(str(image)) if isinstance(image, Path) else other.called
     assert_refused(image, f"The image {called} cannot be read: {other.reason}", imaged)
 
 
@@ -184,7 +184,7 @@ ARGUMENTS = {
     "top_k: a text": ({"top_k": "1"}, TypeError, "top_k must be None or a whole number, but got '1'."),
     "top_k: none": ({"top_k": 0}, ValueError, "top_k must be between 1 and 4, the number of classes, but got 0."),
     "task: a number": ({"task": 5}, TypeError, "task must be a name or a list of names, but got 5."),
-    "task: too few": ({"task": []}, ValueError, "task must be one name or one for each of 1 images, but got 0."),
+    "task: too few": ({"task": []}, ValueError, "task must be one name or one for each of 1 image, but got 0."),
 }
 
 

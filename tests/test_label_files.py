@@ -54,7 +54,7 @@ def test_every_layout_is_read(name, tmp_path):
         ("a.csv", "image,labels\n,dog\n", "Line 2 of {file} needs a path in 'image', but has ''."),
         ("a.csv", "image,labels,split\na.png,dog,later\n", "Line 2 of {file} needs train, val or test in split, but "
          "has 'later'."),
-        ("a.csv", "image,labels\na.png\n", "{file} cannot be read as CSV: line 2 has 1 values for 2 columns."),
+        ("a.csv", "image,labels\na.png\n", "{file} cannot be read as CSV: line 2 has 1 value for 2 columns."),
         ("a.csv", "image,labels,Labels\na.png,b,c\n", "{file} cannot be read as CSV: two columns are called 'labels'."),
         ("a.csv", "image,labels\na.png,\n", "{file} has no label in any row."),
         ("a.csv", "image,dog\na.png,yes\n", "{file} needs a column of labels, labels, label, tags or classes, or one "

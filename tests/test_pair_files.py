@@ -10,7 +10,7 @@ import pytest
 from small_classifier import raises
 
 from sep_peft.training import Pair, read_pairs
-from sep_peft.training.pair_files import MAX_LINE, read_pair_folder
+from sep_peft.training.pair_files import MAX_LINE, MAX_TEXT_FILE, read_pair_folder
 
 
 def write(folder: Path, *lines, name: str = "pairs.jsonl", images: tuple[str, ...] = ("a.jpg", "b/c.png")) -> Path:
@@ -115,6 +115,24 @@ def test_nothing(tmp_path):
         read_pairs(tmp_path)
 
 
+def test_what_is_no_json_lines(tmp_path):
+    """One message, where each line of the file would be a mistake."""
+    example = '{"file_name": "a.jpg", "text": "a cat"}'
+    table = write(tmp_path, "image,labels", "a.jpg,cat;dog", name="labels.csv")
+    with raises(
+        f"'{table}' is a table, but images with captions are read from JSON lines, such as {example}. Labels, of which "
+        "an image may have several, are for `sep-peft train`, which takes a .csv."
+    ):
+        read_pairs(table)
+    for text in (f"[{example}]", f"[\n  {example},\n  {example}\n]", "["):
+        (tmp_path / "pairs.json").write_text(text, "utf-8-sig")
+        with raises(
+            f"'{tmp_path / 'pairs.json'}' is one list, but images with captions are read from JSON lines: an object "
+            f"such as {example} in each line, without brackets around them and commas after them."
+        ):
+            read_pairs(tmp_path / "pairs.json")
+
+
 # folders
 
 
@@ -124,7 +142,7 @@ def test_a_folder_of_the_package_datasets(tmp_path):
         found = read_pair_folder(tmp_path)
     assert (found.train, found.tests, found.layout) == ([Pair(tmp_path / "a.jpg", ("a cat",))], {}, "metadata.jsonl")
     assert [str(each.message) for each in told] == [
-        f"1 images in '{tmp_path}' have no caption in metadata.jsonl and are left out: 'b/c.png'."
+        f"1 image in '{tmp_path}' has no caption in metadata.jsonl and is left out: 'b/c.png'."
     ]
 
 
@@ -143,11 +161,13 @@ def test_mistakes_in_files_of_text(tmp_path):
     write(tmp_path, "a cat", name="x.txt")
     write(tmp_path, " ", name="a.txt")
     write(tmp_path, "a dog", name="b/c.txt", images=("b/c.jpg",))
-    (tmp_path / "d.jpg").touch()
-    (tmp_path / "d.txt").write_bytes(b"\xff")
+    for name, content in (("d", b"\xff"), ("e", b"a" * (MAX_TEXT_FILE + 1))):
+        (tmp_path / f"{name}.jpg").touch()
+        (tmp_path / f"{name}.txt").write_bytes(content)
     with raises(
         f"'{tmp_path}' cannot be read: 'a.txt': it is blank; 'b/c.txt': 2 images are beside it; 'd.txt': it is no "
-        "UTF-8 (invalid start byte at byte 0); 'x.txt': there is no image beside it."
+        f"UTF-8 (invalid start byte at byte 0); 'e.txt': it has {MAX_TEXT_FILE + 1} bytes, but at most {MAX_TEXT_FILE} "
+        "are read; 'x.txt': there is no image beside it."
     ):
         read_pairs(tmp_path)
 

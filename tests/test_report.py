@@ -23,9 +23,10 @@ from transformers import CLIPModel
 from sep_peft import SEPClassifier, SEPConfig
 from sep_peft.classifier.calibration import Calibration
 from sep_peft.classifier.explain import explain
+from sep_peft.classifier.near_duplicates import worse_copy
 from sep_peft.cli.app import command_line, main
 from sep_peft.training import History, evaluate, report, write_report
-from sep_peft.training.duplicates import near_duplicates, worse_copy
+from sep_peft.training.duplicates import near_duplicates
 from sep_peft.training.evaluation import Evaluation
 from sep_peft.training.findings import find, not_tested, uneven
 from sep_peft.training.plots import curves

@@ -12,7 +12,7 @@ import sep_peft
 
 
 PACKAGE = Path(sep_peft.__file__).parent
-#: Room -> rooms that it may import from. What lies beside the rooms (`version`, `tracing`) is for all.
+#: Room -> rooms that it may import from. What lies beside the rooms (`version`, `tracing`, `words`) is for all.
 ROOMS = {
     "method": set(),
     "families": set(),
@@ -22,7 +22,7 @@ ROOMS = {
     "cli": {"training", "classifier", "tuner", "method"},
 }
 #: Files beside the rooms that every room may import.
-COMMON = {"version", "tracing"}
+COMMON = {"version", "tracing", "words"}
 #: Room -> foreign packages that it must do without.
 WITHOUT = {"method": {"peft", "transformers"}, "families": {"peft", "transformers"}}
 FILES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

@@ -64,7 +64,7 @@ def test_what_is_saved_and_told(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "adapter", *options)) == 0
     printed, err = capsys.readouterr()
     data = json.loads(printed)
-    assert "1 images cannot be read and are left out" in err and "val recall" in err
+    assert "1 image cannot be read and is left out" in err and "val recall" in err
     assert (data["training_images"], data["layout"]) == (4, ".txt beside each image")
     assert [(score["split"], score["images"], score["captions"]) for score in data["scores"]] == [
         ("val", 2, data["scores"][0]["captions"]),

@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..tuner.config import SEPConfig
 from ..tuner.messages import one_line
 from ..version import __version__
+from ..words import counted
 from .card_data import PrintableCard, PrintableCardData
 from .classes import TaskClasses
 from .label_scores import LabelClassScore, LabelScore
@@ -264,6 +265,7 @@ def make_card(
         plain=plain,
         code=code,
         own_words=own_words,
+        counted=counted,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..method.heads import ClassHead, check_logit_weight
 from ..tuner.messages import listed, shown
+from ..words import are, counted
 from .calibration import Calibration, is_number
 from .descriptions import Descriptions
 from .label_calibration import LabelCalibration
@@ -77,7 +78,8 @@ class TaskClasses:
             object.__setattr__(self, "names", tuple(f"class {i}" for i in range(count)))
         check_class_names(self.names)
         if len(self.names) != count:
-            raise ValueError(f"There are {len(self.names)} class names for {count} texts of class_inputs.")
+            names = counted(len(self.names), "class name")
+            raise ValueError(f"There {are(len(self.names))} {names} for {counted(count, 'text')} of class_inputs.")
         if self.templates:
             check_templates(self.templates)
         if self.descriptions is not None:

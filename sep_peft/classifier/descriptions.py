@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..tuner.messages import listed, shown
+from ..words import counted
 from .tokenized import check_inputs, check_text, to_lists, to_tensors
 
 
@@ -90,7 +91,10 @@ class Descriptions:
             ValueError: they are of another number of classes than `names`, or one without a template has none.
         """
         if len(self.texts) != len(names):
-            raise ValueError(f"There are descriptions of {len(self.texts)} classes for {len(names)} class names.")
+            raise ValueError(
+                f"There are descriptions of {counted(len(self.texts), 'class', 'classes')} for "
+                f"{counted(len(names), 'class name')}."
+            )
         bare = [name for name, of_class in zip(names, self.texts, strict=True) if not of_class]
         if bare and not with_templates:
             raise ValueError(f"Without a template every class needs a description, but {listed(bare)} have none.")

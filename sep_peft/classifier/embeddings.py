@@ -16,6 +16,7 @@ from ..tuner.messages import shown
 from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device
+from ..words import are, counted
 from .class_encoder import TEXT_CHUNK_SIZE, padding_of
 from .images import read_image
 from .prediction import image_embeds
@@ -72,6 +73,21 @@ def max_text_length(model: nn.Module, adapter: str | None = None) -> int:
     return cast(Any, tower.base_layer).config.max_position_embeddings  # the prompts take none of its positions
 
 
+def too_long(model: nn.Module, processor: Any, texts: Sequence[str], adapter: str | None = None) -> dict[int, int]:
+    """Index -> tokens, of the texts that have more than `max_text_length`.
+
+    Args:
+        model, processor, texts, adapter: as for `embed_texts`.
+
+    Raises:
+        ValueError: the processor has no tokenizer.
+    """
+    tokenizer = processor_part(processor, "tokenizer", PreTrainedTokenizerBase, "to read texts")
+    longest = padding_of(model).get("max_length", max_text_length(model, adapter))
+    lengths = map(len, tokenizer([*texts], verbose=False)["input_ids"])
+    return {index: length for index, length in enumerate(lengths) if length > longest}
+
+
 @torch.no_grad()
 def embed_texts(
     model: nn.Module, processor: Any, texts: Sequence[str], adapter: str | None = None, truncate: bool = False
@@ -97,7 +113,7 @@ def embed_texts(
     if truncate:
         longest = options.setdefault("max_length", max_text_length(model, adapter))
         options["truncation"] = True
-        _warn_of_cuts([len(ids) for ids in tokenizer([*texts], verbose=False)["input_ids"]], longest)
+        _warn_of_cuts(len(too_long(model, processor, texts, adapter)), len(texts), longest)
     encoded: Mapping[str, torch.Tensor] = tokenizer([*texts], return_tensors="pt", **options)
     inputs = {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}  # each (N, L)
     tower = find_towers(model)["text"]
@@ -111,14 +127,16 @@ def embed_texts(
         return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight).cpu()
 
 
-def _warn_of_cuts(lengths: Sequence[int], longest: int) -> None:
+def _warn_of_cuts(cut: int, count: int, longest: int) -> None:
     """
     Args:
-        lengths: of the texts, in tokens.
+        cut: texts that are longer than `longest` tokens.
+        count: of all texts.
         longest: tokens that are read.
     """
-    if cut := sum(length > longest for length in lengths):
-        message = f"{cut} of {len(lengths)} texts are longer than {longest} tokens; their ends are not read."
+    if cut:
+        ends = "its end is" if cut == 1 else "their ends are"
+        message = f"{cut} of {counted(count, 'text')} {are(cut)} longer than {longest} tokens; {ends} not read."
         warnings.warn(message, stacklevel=5)  # where `SEPClassifier.embed_texts` was called
 
 

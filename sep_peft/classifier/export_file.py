@@ -20,6 +20,7 @@ from ..tuner.files import replace_files
 from ..tuner.messages import shown
 from ..tuner.modes import evaluating
 from ..version import __version__
+from ..words import counted
 from .export import ImageEmbedder, ImageScorer, ImageTasks
 from .files import base_model_name
 from .images import read_image
@@ -137,7 +138,7 @@ def export_file(
         if not difference <= LARGEST_DIFFERENCE:
             raise RuntimeError(
                 f"The file differs from the model by {difference:.2g}, more than {LARGEST_DIFFERENCE:.2g}, on "
-                f"{len(pixels)} images; nothing was written."
+                f"{counted(len(pixels), 'image')}; nothing was written."
             )
         if quantize is not None:
             quantize_onnx(written)

@@ -60,8 +60,8 @@ class ImageIndex:
         """The index of a folder as it is now.
 
         Images whose name, size and time of change are those in the file keep their embeddings; if another model made
-        these, which is found out by an image that is embedded each time, all are made anew. What is written is whole:
-        batches that were embedded before an interruption are lost.
+        these, which is found out by an image that is embedded each time, all are made anew. What is written is whole;
+        after an error or Ctrl-C it holds what was embedded before.
 
         Args:
             folder: images in it and below are taken, hidden ones not.
@@ -71,6 +71,7 @@ class ImageIndex:
 
         Raises:
             NotADirectoryError: there is no such folder.
+            IsADirectoryError: `file` is a folder.
             ValueError: it holds no image that can be read, or `batch_size` is below 1.
             OSError: the file cannot be written.
         """
@@ -79,20 +80,24 @@ class ImageIndex:
         if not folder.is_dir():
             raise NotADirectoryError(f"There is no folder {str(folder)!r}.")
         file = index_file(folder) if file is None else Path(file)
+        if file.is_dir():
+            raise IsADirectoryError(f"An index is a file, but {str(file)!r} is a folder. Name a file in it.")
         try_folder(file.parent)  # before all is embedded
         probe = embed_images(model, processor, [_probe()], 1, adapter)[0]  # (E,)
-        known, found, unreadable = _read(file, probe), {}, {}
-        marks = {path.relative_to(folder).as_posix(): _mark(path) for path in find_images(folder)}
+        known, found, unreadable, marks = _read(file, probe), {}, {}, _marks(folder)
         missing = [name for name, mark in marks.items() if known.get(name, ("",))[0] != mark]
-        for start in progress(range(0, len(missing), batch_size)):
-            for name, embed in _embed(missing[start : start + batch_size], folder, model, processor, adapter):
-                (unreadable if isinstance(embed, str) else found)[name] = embed
-        found |= {name: known[name][1] for name in marks if name not in found and name not in unreadable}
-        if not found:
+        found |= {name: known[name][1] for name in marks.keys() - set(missing)}
+        try:
+            for start in progress(range(0, len(missing), batch_size)):
+                for name, embed in _embed(missing[start : start + batch_size], folder, model, processor, adapter):
+                    (unreadable if isinstance(embed, str) else found)[name] = embed
+        finally:  # what was embedded before an interruption is kept
+            names = tuple(name for name in marks if name in found)
+            if names:
+                embeds = torch.stack([found[name] for name in names])  # N x (E,) -> (N, E)
+                _write(file, {name: marks[name] for name in names}, embeds, probe)
+        if not names:
             raise ValueError(f"{str(folder)!r} holds no image that can be read.")
-        names = tuple(name for name in marks if name in found)
-        embeds = torch.stack([found[name] for name in names])  # N x (E,) -> (N, E)
-        _write(file, {name: marks[name] for name in names}, embeds, probe)
         return cls(folder, names, embeds, unreadable, len(missing) - len(unreadable))
 
     def search(self, embed: torch.Tensor, top_k: int = 10) -> list[tuple[str, float]]:
@@ -124,10 +129,22 @@ def index_file(folder: Path) -> Path:
     return cached_assets_path("sep_peft", "image_index", name) / "index.safetensors"
 
 
-def _mark(path: Path) -> str:
-    """Changes when the file does."""
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+def of_base(folder: Path, file: Path | None) -> Path:
+    """Where the base model's embeddings are kept, beside the file of an adapter's; None: the one in the cache."""
+    file = index_file(folder) if file is None else file
+    return file.with_name(f"{file.stem}-base{file.suffix}")
+
+
+def _marks(folder: Path) -> dict[str, str]:
+    """Name -> what changes when the file does, of all images in a folder."""
+    marks = {}
+    for path in find_images(folder):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # it went away after it was listed
+            continue
+        marks[path.relative_to(folder).as_posix()] = f"{stat.st_size} {stat.st_mtime_ns}"
+    return marks
 
 
 def _probe() -> Image.Image:
@@ -161,8 +178,11 @@ def _read(file: Path, probe: torch.Tensor) -> dict[str, tuple[str, torch.Tensor]
             embeds, before = opened.get_tensor("embeddings"), opened.get_tensor("probe")
     except (SafetensorError, KeyError, ValueError, RecursionError):
         return {}
-    right = isinstance(marks, dict) and embeds.shape == (len(marks), len(probe)) and embeds.isfinite().all()
-    if not right or before.shape != probe.shape or not (before.to(probe) - probe).abs().max() <= SAME_MODEL:
+    if not isinstance(marks, dict) or embeds.dtype != probe.dtype or embeds.shape != (len(marks), len(probe)):
+        return {}
+    if before.shape != probe.shape or not (before.to(probe) - probe).abs().max() <= SAME_MODEL:
+        return {}
+    if not (embeds.norm(dim=1) - 1).abs().lt(SAME_MODEL).all():  # one that is longer would be found by any query
         return {}
     return {name: (mark, embed) for (name, mark), embed in zip(marks.items(), embeds.to(probe), strict=True)}
 

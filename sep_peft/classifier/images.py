@@ -20,6 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 # the one that transformers and huggingface_hub read addresses with: httpx or, with newer ones of these, httpx2
 from transformers.image_utils import httpx  # pyright: ignore[reportPrivateImportUsage]
 
+from ..words import counted
+
 
 try:
     import pillow_heif  # pyright: ignore[reportMissingImports]  # no extra of this package asks for it
@@ -246,7 +248,7 @@ def _described(image: Any, longest: int = 200) -> str:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return f"<{len(image)} bytes>"
     if isinstance(image, (str, os.PathLike)):
-        text = repr(image)
+        text = repr(os.fspath(image))
         return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
     if isinstance(getattr(image, "name", None), str):
         return f"<file {image.name!r}>"
@@ -289,7 +291,7 @@ def listed_endings(endings: Mapping[str, int]) -> str:
     """In words, such as "3 files: 2 .heic, 1 without an ending"; the most frequent first."""
     counts = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in Counter(endings).most_common())
     total = sum(endings.values())
-    return f"{total} file{'' if total == 1 else 's'}: {counts}"
+    return f"{counted(total, 'file')}: {counts}"
 
 
 def warn_left_out(folder: str | os.PathLike, endings: Mapping[str, int], more: str = "") -> None:

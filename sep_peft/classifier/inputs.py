@@ -13,6 +13,7 @@ import torch
 from ..tracing import is_traced
 from ..tuner.messages import shown
 from ..tuner.tower import SEPTower
+from ..words import are, counted
 from .on_the_way import at_hand
 
 
@@ -50,7 +51,7 @@ def check_images(pixel_values: Any, tower: SEPTower, frozen_embeds: Any = None) 
     if frozen_embeds is not None and len(frozen_embeds) != len(pixel_values):
         raise ValueError(
             f"frozen_embeds must be of the same images as pixel_values, but are {len(frozen_embeds)} for "
-            f"{len(pixel_values)} images."
+            f"{counted(len(pixel_values), 'image')}."
         )
 
 
@@ -96,13 +97,16 @@ def check_labels(labels: Any, count: int, images: int | None = None, *, waits: b
     if is_traced():
         return  # a branch on data would break the graph; cross entropy checks the range as well
     if images is not None and len(labels) != images:
-        raise ValueError(f"Labels must be one for each image, but there are {len(labels)} for {images} images.")
+        raise ValueError(
+            f"Labels must be one for each image, but there {are(len(labels))} {len(labels)} for "
+            f"{counted(images, 'image')}."
+        )
     if not (waits or at_hand(labels)):
         return
     wrong = labels[(labels < 0) | (labels >= count)]
     if len(wrong):
         raise ValueError(
-            f"Labels must be between 0 and {count - 1} for {count} classes, but got "
+            f"Labels must be between 0 and {count - 1} for {counted(count, 'class', 'classes')}, but got "
             f"{shown(sorted(set(wrong.tolist())))}."
         )
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..tuner.messages import shown
+from ..words import are, counted
 from .calibration import SOURCES, is_number
 
 
@@ -140,7 +141,10 @@ class LabelCalibration:
         """
         for name in ("trained", "zero_shot"):
             if (found := len(getattr(self, name).biases)) not in (1, count):
-                raise ValueError(f"The calibration has the scores of {found} classes, but there are {count}.")
+                raise ValueError(
+                    f"The calibration has the scores of {counted(found, 'class', 'classes')}, but there "
+                    f"{are(count)} {count}."
+                )
         if self.rare and max(self.rare) >= count:
             raise ValueError(f"rare of the calibration must be below {count}, but got {max(self.rare)}.")
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..tuner.messages import shown
 from ..tuner.tower import SEPTower
+from ..words import counted
 from .calibration import Calibration
 from .classes import TaskClasses
 from .label_calibration import LabelCalibration
@@ -62,5 +63,7 @@ def _calibrated(calibration: Calibration | LabelCalibration | None) -> str:
     if calibration is None:
         return "none"
     if isinstance(calibration, LabelCalibration):
-        return f"several labels an image, found on {calibration.images:,} images ({calibration.source})"
-    return f"temperature {calibration.temperature:.3g}, found on {calibration.images:,} images ({calibration.source})"
+        kind = "several labels an image"
+    else:
+        kind = f"temperature {calibration.temperature:.3g}"
+    return f"{kind}, found on {counted(calibration.images, 'image')} ({calibration.source})"

@@ -13,6 +13,7 @@ from ..tuner.messages import shown
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.modes import evaluating
 from ..tuner.restore import unchanged_on_error
+from ..words import counted
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
 from .prediction import Task
@@ -148,7 +149,9 @@ class Tasks(nn.Module):
             raise TypeError(f"task must be a name or a list of names, but got {shown(task)}.")
         names = [task] * count if isinstance(task, str) else list(task)
         if len(names) != count:
-            raise ValueError(f"task must be one name or one for each of {count} images, but got {len(names)}.")
+            raise ValueError(
+                f"task must be one name or one for each of {counted(count, 'image')}, but got {len(names)}."
+            )
         used = {name: self[name] for name in ([task] if isinstance(task, str) else names)}
         adapters = [found.adapter for found in used.values() if found.adapter is not None]
         check_adapter_names(adapters, self._configs())

@@ -28,6 +28,7 @@ from ..tuner.registration import PREFIX
 from ..tuner.settings import TowerSettings
 from ..tuner.tower import SEPTower
 from ..tuner.wrappers import SEPLayer
+from ..words import counted
 
 
 #: Images in a file of the cache.
@@ -94,7 +95,9 @@ class TrunkCache(torch.utils.data.Dataset):
             raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}.")
         count = len(images)
         if count == 0 or views < 1 or count % views:
-            raise ValueError(f"views must divide the number of entries, but got {views} views and {count} entries.")
+            raise ValueError(
+                f"views must divide the number of entries, but got {counted(views, 'view')} and {count} entries."
+            )
         self.views, self.labels = views, []
         self._tower, self._dtype, self._folder = (
             find_towers(model)["vision"],
@@ -131,7 +134,7 @@ class TrunkCache(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         """`trunk` (L, D) with `trunk_layer`, or `pixel_values`, and `frozen_embeds` (E,) and `labels` of an image."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} images")
+            raise IndexError(f"index {index} is out of range for {counted(len(self), 'image')}")
         view = index % len(self) + len(self) * (random.randrange(self.views) if self.views > 1 else 0)
         entry = self._known[self._keys[view]]
         if isinstance(entry, Path):

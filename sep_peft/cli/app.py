@@ -392,6 +392,7 @@ def predict(
 
 @app.command()
 def search(
+    context: typer.Context,
     adapter: options.Adapter,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images in it and below are searched.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="A file or address of an image, or a text.")],
@@ -407,6 +408,10 @@ def search(
         ),
     ] = None,
     batch_size: options.BatchSize = 32,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Search by the base model alone as well, and show both.")
+    ] = False,
+    page: options.Page = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -427,6 +432,58 @@ def search(
             top_k=top_k,
             index=index,
             batch_size=batch_size,
+            compare_base=compare_base,
+            page=page,
+            command=context.obj,
+        ),
+        as_json,
+        quiet,
+        debug,
+    )
+
+
+@app.command()
+def duplicates(
+    context: typer.Context,
+    adapter: options.Adapter,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images in it and below are compared.")],
+    base_model: options.OtherBaseModel = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    threshold: Annotated[
+        float | None,
+        options.number("Cosine from which on two images are nearly the same; default: measured on copies of these."),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where embeddings are kept for the next time, which embeds only what is new; default: the cache.",
+        ),
+    ] = None,
+    batch_size: options.BatchSize = 32,
+    page: options.Page = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    device: options.Device = None,
+    token: options.Token = None,
+) -> int:
+    """Find images in a folder that are nearly the same."""
+    from .duplicates import duplicates as run
+    from .session import AdapterSource, Session
+
+    return _report(
+        lambda: run(
+            AdapterSource(adapter, revision, subfolder),
+            folder,
+            Session(device, token, quiet),
+            base_model=base_model,
+            threshold=threshold,
+            index=index,
+            batch_size=batch_size,
+            page=page,
+            command=context.obj,
         ),
         as_json,
         quiet,
@@ -448,6 +505,9 @@ def embed(
         Path | None,
         typer.Option(metavar="FILE", help="Where embeddings of images are kept for the next time; default: the cache."),
     ] = None,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut the ends of texts that are too long; default: refuse them.")
+    ] = False,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -468,6 +528,7 @@ def embed(
             base_model=base_model,
             index=index,
             batch_size=batch_size,
+            cut=cut,
         ),
         as_json,
         quiet,

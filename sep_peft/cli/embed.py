@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,13 +11,20 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ..classifier.adapter import Adapter
+from ..classifier.embeddings import max_text_length, too_long
 from ..classifier.image_index import ImageIndex
 from ..classifier.images import other_endings, warn_left_out
 from ..training.pairs import is_unicode
 from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from ..tuner.messages import shown
+from ..words import counted
 from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
+
+
+#: Lines that are too long which a message names.
+TOLD = 5
 
 
 def embed(
@@ -29,6 +36,7 @@ def embed(
     base_model: str | None = None,
     index: Path | None = None,
     batch_size: int = 32,
+    cut: bool = False,
 ) -> Result:
     """Write names and embeddings, of unit length, one a row.
 
@@ -40,6 +48,7 @@ def embed(
         base_model: name or folder of another base model than the one that the adapter names.
         index: file that keeps the embeddings of images for the next time; None: one in the cache.
         batch_size: images embedded at a time.
+        cut: cut the ends of texts that are too long.
 
     Raises:
         FileNotFoundError: there is no such adapter, or nothing at `given`.
@@ -66,8 +75,11 @@ def embed(
         names, embeds, unreadable = list(found.names), found.embeds, found.unreadable
         warn_unreadable(unreadable)
     else:
-        names = _texts(given)
-        embeds = adapter.embed_texts(names)
+        lines = _texts(given)
+        names = list(lines.values())
+        if not cut:
+            _check_lengths(given, lines, adapter)
+        embeds = adapter.embed_texts(names, truncate=cut)
     with replace_files(output.parent) as temporary:
         write(Path(temporary, output.name), names, embeds.float())
     kind = "image" if given.is_dir() else "text"
@@ -78,19 +90,40 @@ def embed(
         "size": embeds.shape[1],
         "unreadable": listed({given / name: error for name, error in unreadable.items()}),
     }
-    line = f"wrote {output}, {len(names)} {kind}{'' if len(names) == 1 else 's'}, {embeds.shape[1]} numbers each"
+    line = f"wrote {output}, {counted(len(names), kind)}, {embeds.shape[1]} numbers each"
     return Result(data, [line], code=1 if unreadable else 0)
 
 
-def _texts(file: Path) -> list[str]:
-    """The lines of a file that are not blank."""
+def _texts(file: Path) -> dict[int, str]:
+    """Number from 1 -> line, of the lines of a file that are not blank."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{str(file)!r} is no text in UTF-8. Pass a folder of images, or a text file with a text a line."
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    if not found:
+        raise ValueError(f"{str(file)!r} is blank. Write a text in each line.")
+    return found
+
+
+def _check_lengths(file: Path, lines: Mapping[int, str], adapter: Adapter) -> None:
+    """
+    Raises:
+        ValueError: names the lines that have more tokens than the text tower has room for.
+    """
+    numbers, texts = list(lines), list(lines.values())
+    lengths = too_long(adapter.model, adapter.processor, texts)
+    if not lengths:
+        return
+    found = [f"line {numbers[place]} with {length}" for place, length in lengths.items()]
+    more = f" and {len(found) - TOLD} more" if len(found) > TOLD else ""
+    room = max_text_length(adapter.model)
+    raise ValueError(
+        f"{str(file)!r} has texts of more than {room} tokens (BOS and EOS included), for which there is no room beside "
+        f"the prompts: {', '.join(found[:TOLD])}{more}. Shorten them, or pass --cut."
+    )
 
 
 def _writer(output: Path) -> Callable[[Path, Sequence[str], torch.Tensor], None]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..classifier.card import CardDetails
 from ..training.history import History, TrainingInterrupted
+from ..words import counted
 from .saving import Saved
 from .session import Result, warn
 
@@ -47,7 +48,7 @@ def protocol(plan: str, history: History, held_out: Sequence[Any] | None, keep: 
     ended = "" if history.stopped is None else f"; stopped by {history.stopped} {history}"
     if held_out is None or keep == "last":
         return f"{plan}{ended}"
-    return f"{plan}{ended}; the weights of epoch {history.best}, the best on {len(held_out)} images of val"
+    return f"{plan}{ended}; the weights of epoch {history.best}, the best on {counted(len(held_out), 'image')} of val"
 
 
 def saved_result(saved: Saved, data: dict[str, Any], lines: list[str]) -> Result:

@@ -17,12 +17,12 @@ from ..training.label_files import is_label_file, read_labelled_test
 from ..training.label_report import write_label_report
 from ..training.report import write_report
 from ..training.run_log import RUN_FOLDER, SETTINGS_FILE
-from ..tuner.disk import try_folder
 from ..tuner.json_files import read_json
 from ..tuner.messages import shown
 from . import measured_labels
 from .measured import draw, in_full, in_lines
 from .options import SHOTS
+from .saving import check_file
 from .session import AdapterSource, Result, Session, check_images, listed, load_classifier
 
 
@@ -71,9 +71,7 @@ def evaluate(
         ValueError: no images, a class that the classifier does not have, or k folds of new classes.
     """
     if report is not None:
-        if report.is_dir():
-            raise IsADirectoryError(f"--report takes the name of a file, but {report} is a folder.")
-        try_folder(report.parent)
+        check_file(report, "--report")
     if is_label_file(folder):
         if new_classes or folds is not None or plots is not None:
             raise ValueError(

@@ -15,6 +15,7 @@ from ..classifier.preprocessing import made_images
 from ..training.folders import find_parts
 from ..tuner.config import SEPConfig
 from ..tuner.messages import shown
+from ..words import counted
 from .session import AdapterSource, Result, Session, check_images, load_adapter, load_classifier
 
 
@@ -130,7 +131,9 @@ def _result(found: Exported, paths: Sequence[Path]) -> Result:
         for name, names in labels.items()
         if (accuracy := _accuracies(names, paths, found.scores[name], found.model_scores[name])) is not None
     }
-    images = f"{found.images} images" if paths else f"{found.images} made images; pass --images to take your own"
+    images = counted(found.images, "image" if paths else "made image") + (
+        "" if paths else "; pass --images to take your own"
+    )
     beside = metadata_path(found.path).name
     lines = [
         f"wrote {found.path} ({found.bytes / 1e6:.1f} MB), {', '.join(labels)}; {beside} says how to use it",
@@ -140,7 +143,7 @@ def _result(found: Exported, paths: Sequence[Path]) -> Result:
         lines.append(f"largest difference with weights of 8 bits: {found.quantized_difference:.1e}")
         lines += [f"{name}: {share:.1f} % have the same best class" for name, share in found.agreement.items()]
     lines += [
-        f"{name}: accuracy {accuracy:.1f} %, of the model {before:.1f} %, on {count} images of its classes"
+        f"{name}: accuracy {accuracy:.1f} %, of the model {before:.1f} %, on {counted(count, 'image')} of its classes"
         for name, (accuracy, before, count) in accuracies.items()
     ]
     data = {

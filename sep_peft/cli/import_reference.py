@@ -11,6 +11,7 @@ from peft import PeftModel
 from ..classifier.classes import TEMPLATE
 from ..classifier.classifier import SEPClassifier
 from ..tuner.convert import convert_reference_checkpoint
+from ..words import counted
 from .saving import check_output
 from .session import Result, Session, load_base, load_base_model
 
@@ -63,6 +64,7 @@ def import_reference(
         "classes": names,
         "unused": report.unused,
     }
-    found = f"{len(names)} classes" if names else "no class list"
-    line = f"saved {output}, {found}; {len(report.unused)} entries of the checkpoint were not needed"
+    found, unused = counted(len(names), "class", "classes") if names else "no class list", len(report.unused)
+    unneeded = f"{counted(unused, 'entry', 'entries')} of the checkpoint {'was' if unused == 1 else 'were'} not needed"
+    line = f"saved {output}, {found}; {unneeded}"
     return Result(data, [line])

@@ -15,6 +15,7 @@ from ..training.data import names_of
 from ..training.evaluation import Evaluation, Mistake, main_part
 from ..training.folders import ImageFolder
 from ..training.label_files import LabelFile
+from ..words import counted
 
 
 #: Wrong and suspected images that people are shown.
@@ -55,8 +56,8 @@ def in_lines(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassi
     """What of it people read at a glance; arguments as for `in_full`."""
     beside = "" if base is None else f", {base.accuracy:.1f} %{between(base.interval)} zero-shot"
     lines = [
-        f"{adapted.accuracy:.1f} %{between(adapted.interval)} with SEP{beside}, {adapted.images} images of "
-        f"{len(adapted.count)} classes",
+        f"{adapted.accuracy:.1f} %{between(adapted.interval)} with SEP{beside}, {counted(adapted.images, 'image')} of "
+        f"{counted(len(adapted.count), 'class', 'classes')}",
         f"{adapted.class_mean:.1f} %{between(adapted.class_mean_interval)} mean over classes; calibration error "
         f"{adapted.calibration_error:.1f} %, NLL {adapted.nll:.3f}",
     ]
@@ -78,10 +79,12 @@ def untested(folder: ImageFolder | LabelFile, calibration: Calibration | LabelCa
     lines = []
     if not folder.tests and isinstance(calibration, Calibration) and calibration.accuracy is not None:
         lines.append(
-            f"{calibration.source}, no test: {calibration.accuracy:.1f} % with SEP, {calibration.images} training "
-            "images, each told after a shorter training on others"
+            f"{calibration.source}, no test: {calibration.accuracy:.1f} % with SEP, "
+            f"{counted(calibration.images, 'training image')}, each told after a shorter training on others"
         )
-    return lines + [f"not tested: {name}: {counts[name]} images, all used for training" for name in not_tested(folder)]
+    return lines + [
+        f"not tested: {name}: {counted(counts[name], 'image')}, all used for training" for name in not_tested(folder)
+    ]
 
 
 def not_tested(folder: ImageFolder | LabelFile) -> list[str]:

@@ -14,6 +14,7 @@ from ..classifier.label_scores import LabelClassScore, LabelMeasures, LabelScore
 from ..training.evaluation import main_part
 from ..training.label_evaluation import LabelEvaluation, LabelMistake
 from ..training.label_files import LabelFile
+from ..words import counted
 from .measured import SHOWN_IMAGES, between
 
 
@@ -85,7 +86,8 @@ def in_lines(found: LabelEvaluation, base: LabelEvaluation | None) -> list[str]:
     tested = {name: own for name, own in found.per_class.items() if own.images}
     width = max((len(str(own.images)) for own in tested.values()), default=1)
     lines += [
-        f"AP {own.average_precision:5.1f} %, F1 {own.f1:5.1f} %, {own.images:{width}} images  {name}"
+        f"AP {own.average_precision:5.1f} %, F1 {own.f1:5.1f} %, {own.images:{width}} "
+        f"{'image ' if own.images == 1 else 'images'}  {name}"
         for name, own in tested.items()
     ]
     lines += [f"not tested: {name}" for name in found.not_tested]
@@ -101,7 +103,7 @@ def total_line(adapted: LabelMeasures, base: LabelMeasures | None, images: int |
         f"{name} {_share(adapted, measure)} with SEP" + ("" if base is None else f", {_share(base, measure)} zero-shot")
         for name, measure in names.items()
     ]
-    return f"{'; '.join(parts)}; {images} images"
+    return "; ".join([*parts, *([] if images is None else [counted(images, "image")])])
 
 
 def _share(measures: LabelMeasures, name: str) -> str:

@@ -194,6 +194,7 @@ Layers = Annotated[
         help="Layers before which prompts are fused, counted from 0; default: all but the first.",
     ),
 ]
+Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the images: one HTML file.")]
 BatchSize = Annotated[int, count("Images at a time.")]
 
 # options of train

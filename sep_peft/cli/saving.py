@@ -16,6 +16,7 @@ from ..classifier.files import try_output
 from ..training.checkpoint import history_in
 from ..training.optimizer import trained_bytes
 from ..training.run_folder import checkpoint_bytes
+from ..tuner.disk import try_folder
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,21 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False, needed: in
         )
     if history is None and (folder / CONFIG_NAME).exists() and not overwrite:
         raise FileExistsError(f"{folder} has an adapter already. Pass --overwrite to replace it.")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Find out before long work whether a file can be written.
+
+    Args:
+        path: of the file, as `option` of the command line has it.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        OSError: nothing can be written in its folder; see `try_folder`.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} takes the name of a file, but {path} is a folder.")
+    try_folder(path.parent)
 
 
 def save_somewhere(

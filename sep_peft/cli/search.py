@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ..classifier.image_index import ImageIndex
-from ..classifier.images import other_endings, warn_left_out
+import torch
+from PIL import Image
+
+from ..classifier.adapter import Adapter
+from ..classifier.embeddings import embed_images, embed_texts
+from ..classifier.image_index import ImageIndex, of_base
+from ..classifier.images import ENDINGS, other_endings, read_image, warn_left_out
+from ..training.image_pages import write_search_page
+from ..tuner.messages import shown
+from ..tuner.mixed_batch import BASE
+from .saving import check_file
 from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
+
+
+#: Who searched, in pages and lines.
+SEP, BASE_MODEL = "with SEP", "by the base model"
 
 
 def search(
@@ -20,6 +35,9 @@ def search(
     top_k: int = 10,
     index: Path | None = None,
     batch_size: int = 32,
+    compare_base: bool = False,
+    page: Path | None = None,
+    command: str | None = None,
 ) -> Result:
     """Find the images in a folder that are most similar to an image or a text.
 
@@ -32,34 +50,93 @@ def search(
         top_k: images to name.
         index: file that keeps the embeddings; None: one in the cache.
         batch_size: images embedded at a time.
+        compare_base: search by the base model alone as well, whose embeddings are kept in a file of their own.
+        page: HTML file to write; see `write_search_page`; None: none.
+        command: that was given, for the page; None: not known.
 
     Raises:
-        FileNotFoundError: there is no such adapter.
+        FileNotFoundError: there is no such adapter, or no such image to search by.
+        IsADirectoryError: `page` or `index` is a folder.
         NotADirectoryError: there is no such folder.
+        OSError: `page` or `index` cannot be written.
         ValueError: it holds no image that can be read, the image cannot be read, or the text does not fit.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"There is no folder {str(folder)!r}.")
+    if page is not None:
+        check_file(page, "--page")
+    given = read_image(query) if is_image_query(query) else query
     adapter = load_adapter(source, base_model, session)
     warn_left_out(folder, other_endings(folder))
-    shown = os.path.exists(query) or query.startswith(("http://", "https://"))
-    embed = adapter.embed(query) if shown else adapter.embed_texts(query)
-    found = ImageIndex.of_folder(
+    find = partial(
+        ImageIndex.of_folder,
         folder,
         adapter.model,
         adapter.processor,
-        file=index,
         batch_size=batch_size,
         progress=session.progress("batches"),
     )
-    warn_unreadable(found.unreadable)
-    best = [{"image": str(folder / name), "similarity": cosine} for name, cosine in found.search(embed, top_k)]
-    data = {
-        "query": {"image" if shown else "text": query},
-        "found": best,
-        "images": len(found.names),
-        "embedded": found.embedded,
-        "unreadable": listed({folder / name: error for name, error in found.unreadable.items()}),
+    asked = {SEP: embed_query(adapter, given)}
+    if compare_base:
+        asked[BASE_MODEL] = embed_query(adapter, given, BASE)
+    found = {SEP: find(file=index)}
+    warn_unreadable(found[SEP].unreadable)
+    if compare_base:
+        found[BASE_MODEL] = find(file=of_base(folder, index), adapter=BASE)
+    hits = {who: each.search(asked[who], top_k) for who, each in found.items()}
+    data = _data(found, hits, query, isinstance(given, Image.Image), folder)
+    lines = _lines(hits, folder)
+    if page is not None:
+        facts = {"command": command, "adapter": source.name, "folder": str(folder.resolve())}
+        count = len(found[SEP].names)
+        write_search_page(page, given, folder, hits, name=query, images=count, facts=facts)
+        data, lines = data | {"page": str(page)}, [*lines, f"page: {page}"]
+    return Result(data, lines, code=1 if found[SEP].unreadable else 0)
+
+
+def is_image_query(query: str) -> bool:
+    """Whether a query is meant as an image: it is an address or a file, or has the ending or the path of one.
+
+    Raises:
+        FileNotFoundError: it has the ending of an image, and there is no such file.
+    """
+    if query.startswith(("http://", "https://")) or os.path.isfile(query):
+        return True
+    if Path(query).suffix.lower() in ENDINGS:
+        raise FileNotFoundError(f"There is no image {shown(query)}. Pass a file that is there, or a text.")
+    return os.sep in query and os.path.exists(query)  # a folder that is called like a text is none to search by
+
+
+def embed_query(adapter: Adapter, query: str | Image.Image, by: str | None = None) -> torch.Tensor:
+    """(E,) of a text or an image, by the adapter of this name; None: the active one."""
+    model, processor = adapter.model, adapter.processor
+    if isinstance(query, str):
+        return embed_texts(model, processor, [query], by)[0]
+    return embed_images(model, processor, [query], 1, by)[0]
+
+
+def _data(
+    found: dict[str, ImageIndex], hits: dict[str, list[tuple[str, float]]], query: str, is_image: bool, folder: Path
+) -> dict[str, Any]:
+    own = found[SEP]
+    entries = {
+        who: [{"image": str(folder / name), "similarity": cosine} for name, cosine in each]
+        for who, each in hits.items()
     }
-    lines = [f"{entry['similarity']:.3f} {entry['image']}" for entry in best]
-    return Result(data, lines, code=1 if found.unreadable else 0)
+    data = {
+        "query": {"image" if is_image else "text": query},
+        "found": entries[SEP],
+        "images": len(own.names),
+        "embedded": own.embedded,
+        "unreadable": listed({folder / name: error for name, error in own.unreadable.items()}),
+    }
+    return data | ({"found_by_base_model": entries[BASE_MODEL]} if BASE_MODEL in entries else {})
+
+
+def _lines(hits: dict[str, list[tuple[str, float]]], folder: Path) -> list[str]:
+    """One for each image; where the base model searched as well, below a line that says who did."""
+    lines = []
+    for who, each in hits.items():
+        lines += [f"{who}:"] if len(hits) > 1 else []
+        lines += [f"{cosine:.3f} {folder / name}" for name, cosine in each]
+    return lines

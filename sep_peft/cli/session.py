@@ -18,6 +18,7 @@ from ..classifier.classifier import SEPClassifier
 from ..classifier.files import MissingClassesError, naming_base_model
 from ..training.folders import without_unreadable
 from ..tuner.find_file import check_path
+from ..words import are, counted
 from .text import one_line
 
 
@@ -135,7 +136,7 @@ def warn_unreadable(broken: Mapping[Any, str]) -> None:
     for error in broken.values():
         warn(error)
     if broken:
-        warn(f"{len(broken)} images cannot be read and are left out")
+        warn(f"{counted(len(broken), 'image')} cannot be read and {are(len(broken))} left out")
 
 
 def warn(message: str) -> None:

@@ -32,6 +32,7 @@ from ..training.label_report import write_label_report
 from ..training.report import has_drawings, write_report
 from ..training.run_log import REPORT_FILE, RUN_FOLDER
 from ..tuner.config import SEPConfig
+from ..words import counted
 from .ending import interrupted, protocol, saved_result
 from .measured import between, class_scores, not_tested, untested
 from .measured_labels import label_class_scores, label_scores, total_line
@@ -215,10 +216,10 @@ def _trained(
         "unreadable": listed(broken),
         "history": history.to_json(),
     }
-    lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), {len(folder.names)} classes"]
+    lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), {counted(len(folder.names), 'class', 'classes')}"]
     lines += [
         f"{score.split}: {score.accuracy:.1f} %{between(score.interval)} with SEP, {score.zero_shot:.1f} % zero-shot, "
-        f"{score.images} images"
+        f"{counted(score.images or 0, 'image')}"
         for score in details.scores
     ]
     lines += [

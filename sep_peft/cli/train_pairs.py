@@ -26,6 +26,7 @@ from ..training.pair_files import PairFolder, read_pair_folder, read_pairs
 from ..training.pairs import Pair
 from ..training.retrieval import evaluate_pairs
 from ..tuner.config import SEPConfig
+from ..words import counted
 from .ending import interrupted, protocol, saved_result
 from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .session import Result, Session, listed, load_base, warn_unreadable
@@ -122,7 +123,7 @@ def train_pairs(
         _score(name, part, evaluate_pairs(model, found, processor, **options, progress=session.progress(part)))
         for part, found in pairs.tests.items()
     ]
-    plan = f"{len(pairs.train)} images; {recipe}"
+    plan = f"{counted(len(pairs.train), 'image')}; {recipe}"
     saved = save(
         details=replace(details, protocol=protocol(plan, history, pairs.tests.get("val"), keep), recall_scores=scores)
     )
@@ -190,10 +191,12 @@ def _told(
         "unreadable": listed(broken),
         "history": history.to_json(),
     }
-    lines = [f"saved {saved.folder} ({size / 1e6:.1f} MB), trained on {len(pairs.train)} images ({pairs.layout})"]
+    lines = [
+        f"saved {saved.folder} ({size / 1e6:.1f} MB), trained on {counted(len(pairs.train), 'image')} ({pairs.layout})"
+    ]
     for score in scores:
         lines += [
-            f"{score.split}: recall at 1, 5, 10 {_shares(score.adapted)} with SEP, {score.images} images",
+            f"{score.split}: recall at 1, 5, 10 {_shares(score.adapted)} with SEP, {counted(score.images, 'image')}",
             f"{score.split}: recall at 1, 5, 10 {_shares(score.frozen)} without",
         ]
     if history.stopped == "patience":

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..words import counted
+
 
 #: Sharpness of the cache of Tip-Adapter, as its paper has it.
 TIP_BETA = 5.5
@@ -84,7 +86,10 @@ class ClassHead:
             if len(labels) and not 0 <= labels.min() <= labels.max() < count:
                 raise ValueError(f"labels of a tip-adapter-f head must be between 0 and {count - 1}, but some are not.")
         elif len(self.tensors["weight"]) != count:
-            raise ValueError(f"A head of {len(self.tensors['weight'])} classes does not fit {count} class names.")
+            raise ValueError(
+                f"A head of {counted(len(self.tensors['weight']), 'class', 'classes')} does not fit "
+                f"{counted(count, 'class name')}."
+            )
 
     def only(self, rows: Sequence[int]) -> ClassHead:
         """That of some classes, in the order of their indices `rows`; their logits stay as they are."""

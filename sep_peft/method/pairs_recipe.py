@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+from ..words import counted
 from .base_recipe import BaseRecipe, is_number
 
 
@@ -58,7 +59,7 @@ class PairsRecipe(BaseRecipe):
         return self.mirror
 
     def __str__(self) -> str:
-        length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
+        length = counted(self.epochs, "epoch") if self.max_steps is None else counted(self.max_steps, "step")
         loss = "" if self.loss is None else f"{self.loss} loss, "
         flips = " and flips" if self.mirror else ""
         return (

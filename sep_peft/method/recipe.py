@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
+from ..words import counted
 from .base_recipe import BaseRecipe, is_int, is_number
 
 
@@ -157,7 +158,7 @@ class Recipe(BaseRecipe):
         return min(size or num_classes, num_classes)
 
     def __str__(self) -> str:
-        length = f"{self.epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
+        length = counted(self.epochs, "epoch") if self.max_steps is None else counted(self.max_steps, "step")
         own = self.prototype_learning_rate
         prototypes = "" if own is None else f" ({own:g} for the prototypes)"
         warmup = "one epoch" if self.warmup_epochs == 1 else f"{self.warmup_epochs} epochs"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..words import counted
 from .mix import wide_dtype
 
 
@@ -91,8 +92,8 @@ def check_count(count: int, length: int) -> None:
     """
     if count > length:
         raise ValueError(
-            f"{count} prompts need {count} tokens to select from, but the input has only {length}. "
-            "Use fewer prompts (num_vision_prompts) or a larger image."
+            f"{counted(count, 'prompt')} {'needs' if count == 1 else 'need'} {counted(count, 'token')} to select from, "
+            f"but the input has only {length}. Use fewer prompts (num_vision_prompts) or a larger image."
         )
 
 

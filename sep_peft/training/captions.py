@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..classifier.class_encoder import padding_of
-from ..classifier.embeddings import max_text_length
+from ..classifier.embeddings import max_text_length, too_long
 from ..classifier.processors import processor_part
 from ..tuner.messages import shown
 from ..tuner.model import find_towers
+from ..words import are, counted
 from .pairs import Pair, place_of
 
 
@@ -46,13 +47,14 @@ class Captions:
         tokenizer = processor_part(processor, "tokenizer", PreTrainedTokenizerBase, "to read captions")
         options = padding_of(model)
         longest = options.setdefault("max_length", max_text_length(model))
-        too_long = self._too_long(tokenizer, longest)
-        if too_long and long == "refuse":
-            raise ValueError(_refusal(too_long, pairs, len(self.numbers), longest))
-        if too_long:
+        lengths = too_long(model, processor, list(self.numbers))
+        if lengths and long == "refuse":
+            raise ValueError(_refusal(lengths, list(self.numbers), pairs, longest))
+        if lengths:
+            ends = "its end is" if len(lengths) == 1 else "their ends are"
             warnings.warn(
-                f"{len(too_long)} of {len(self.numbers)} captions are longer than {longest} tokens; their ends are not "
-                "read.",
+                f"{len(lengths)} of {counted(len(self.numbers), 'caption')} {are(len(lengths))} longer than {longest} "
+                f"tokens; {ends} not read.",
                 stacklevel=3,
             )
         encoded = tokenizer(list(self.numbers), return_tensors="pt", truncation=True, **options)
@@ -72,18 +74,19 @@ class Captions:
         """Of one text, tensors (L,)."""
         return {key: value[number].long() for key, value in self.inputs.items()}
 
-    def _too_long(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, int]:
-        """Text -> its tokens, of those that have more than `longest`."""
-        lengths = map(len, tokenizer(list(self.numbers), verbose=False)["input_ids"])
-        return {text: length for text, length in zip(self.numbers, lengths, strict=True) if length > longest}
 
-
-def _refusal(too_long: dict[str, int], pairs: Sequence[Pair], count: int, longest: int) -> str:
-    text, length = next(iter(too_long.items()))
+def _refusal(lengths: dict[int, int], texts: Sequence[str], pairs: Sequence[Pair], longest: int) -> str:
+    """
+    Args:
+        lengths: index among `texts` -> tokens, of those that are too long.
+    """
+    number, length = next(iter(lengths.items()))
+    text = texts[number]
     index = next(index for index, pair in enumerate(pairs) if text in (*pair.captions, *pair.negatives))
     return (
-        f"{len(too_long)} of {count} captions are longer than the {longest} tokens that the text tower has room for "
-        f"beside the prompts (BOS and EOS included). The first is {shown(text)} of {place_of(pairs[index], index)}, "
+        f"{len(lengths)} of {counted(len(texts), 'caption')} {are(len(lengths))} longer than the {longest} tokens that "
+        "the text tower has room for beside the prompts (BOS and EOS included). The first is "
+        f"{shown(text)} of {place_of(pairs[index], index)}, "
         f'with {length}. Shorten them, use fewer prompts (num_text_prompts), or pass long_captions="cut"; on the '
         "command line --text-prompts and --cut."
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..classifier.calibration import Calibration
+from ..words import are, counted
 from .duplicates import Duplicate
 from .evaluation import Evaluation
 from .folders import Samples
@@ -73,12 +74,12 @@ def _of_duplicates(
             continue
         other = sum(each.label != each.other_label for each in found)
         told = f" {other} of them {'has' if other == 1 else 'have'} another class there." if other else ""
-        count, are = (
-            f"{len(found)} of {_images(evaluations[part].images)} of {part}",
-            "is" if len(found) == 1 else "are",
+        count, verb = (
+            f"{len(found)} of {counted(evaluations[part].images, 'image')} of {part}",
+            are(len(found)),
         )
         yield Finding(
-            f"{count} {are} nearly the same as one that was trained on: on those, accuracy says little.{told}"
+            f"{count} {verb} nearly the same as one that was trained on: on those, accuracy says little.{told}"
         )
 
 
@@ -90,11 +91,11 @@ def not_tested(names: Sequence[str], evaluations: Mapping[str, Evaluation], trai
     if not missing or not evaluations:
         return []
     items = [
-        f"{name}: {_images(counts[name])}, all used for training" if counts[name] else f"{name}: no images"
+        f"{name}: {counted(counts[name], 'image')}, all used for training" if counts[name] else f"{name}: no images"
         for name in missing
     ]
-    noun = "1 class was" if len(missing) == 1 else f"{len(missing)} classes were"
-    return [Finding(f"{noun} not tested.", items)]
+    noun = counted(len(missing), "class", "classes")
+    return [Finding(f"{noun} {_were(len(missing))} not tested.", items)]
 
 
 def uneven(part: str, counts: Mapping[str, int]) -> Finding | None:
@@ -112,12 +113,8 @@ def of_unreadable(unreadable: Mapping[Any, str]) -> list[Finding]:
     """Of images that were left out, each with what is wrong with it."""
     if not unreadable:
         return []
-    text = f"{_images(len(unreadable))} cannot be read and {_were(len(unreadable))} left out."
+    text = f"{counted(len(unreadable), 'image')} cannot be read and {_were(len(unreadable))} left out."
     return [Finding(text, list(unreadable.values()))]
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
 
 
 def _were(count: int) -> str:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
+from ..words import counted
+
 
 #: What may be measured on images to validate on after an epoch, in percent -> how people call it.
 MEASURES = {"val_accuracy": "val", "val_recall": "val recall", "val_map": "val mAP"}
@@ -77,7 +79,7 @@ class History:
 
     def __str__(self) -> str:
         """How far it came, such as "after 12 of 30 epochs"."""
-        return f"after {len(self)} of {self.epochs} epochs"
+        return f"after {len(self)} of {counted(self.epochs, 'epoch')}"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tuner.messages import listed, shown
+from ..words import counted
 from .folders import PARTS, path_below
 
 
@@ -209,7 +210,9 @@ def _csv_rows(text: str) -> list[tuple[int, dict[str, Any]]]:
         if not any(values):
             continue
         if len(values) != len(header):
-            raise ValueError(f"line {reader.line_num} has {len(values)} values for {len(header)} columns")
+            raise ValueError(
+                f"line {reader.line_num} has {counted(len(values), 'value')} for {counted(len(header), 'column')}"
+            )
         rows.append((reader.line_num, dict(zip(header, values, strict=True))))
     return rows
 

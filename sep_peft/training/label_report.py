@@ -13,6 +13,7 @@ from ..classifier.card import package_versions
 from ..classifier.classifier import SEPClassifier
 from ..classifier.label_calibration import LabelCalibration
 from ..tuner.files import replace_files
+from ..words import are, counted
 from . import plots
 from .evaluation import main_part
 from .findings import Finding, of_unreadable
@@ -165,11 +166,16 @@ def _findings(
     tested = {name for each in evaluations.values() for name in each.names if name not in each.not_tested}
     missing = [name for name in classifier.class_names if name not in tested]
     if evaluations and missing:
-        yield Finding(f"{len(missing)} of {len(classifier.classes)} classes are on no image that was tested.", missing)
+        yield Finding(
+            f"{len(missing)} of {counted(len(classifier.classes), 'class', 'classes')} "
+            f"{are(len(missing))} on no image that was tested.",
+            missing,
+        )
     calibration = classifier.classes.calibration
     if isinstance(calibration, LabelCalibration) and calibration.rare:
         names = [classifier.class_names[place] for place in calibration.rare]
         yield Finding(
-            f"Of {len(names)} classes too few images were held out for thresholds of their own; they have that of all.",
+            f"Of {counted(len(names), 'class', 'classes')} too few images were held out for thresholds of their own; "
+            f"{'it has' if len(names) == 1 else 'they have'} that of all.",
             names,
         )

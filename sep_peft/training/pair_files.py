@@ -18,14 +18,17 @@ from typing import Any
 
 from ..classifier.images import find_images, is_hidden, visible_files
 from ..tuner.messages import listed, shown
+from ..words import are, counted
 from .folders import PARTS, path_below
 from .pairs import Pair, is_unicode
 
 
 METADATA = "metadata.jsonl"
 IMAGE_KEYS, CAPTION_KEYS, NEGATIVES_KEY = ("file_name", "image"), ("text", "caption", "captions"), "negatives"
-#: Longest line that is read, in bytes, and problems that a message tells.
-MAX_LINE, TOLD = 2**20, 5
+#: Longest line of JSON and largest .txt file that are read, in bytes, and problems that a message tells.
+MAX_LINE, MAX_TEXT_FILE, TOLD = 2**20, 2**20, 5
+#: Endings of tables, of which none is JSON lines.
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def read_pair_folder(path: str | os.PathLike) -> PairFolder:
     """
     path = Path(path)
     if path.is_file():
+        _check_kind(path)
         return PairFolder(_of_lines(path), {}, "JSON lines")
     if not path.is_dir():
         raise FileNotFoundError(f"There is no file or folder {shown(str(path))}.")
@@ -82,6 +86,27 @@ def read_pair_folder(path: str | os.PathLike) -> PairFolder:
     found = {part: _of_folder(entry) for part, entry in parts.items()}
     tests = {part: pairs for part, (pairs, _) in found.items() if part != "train"}
     return PairFolder(found["train"][0], tests, found["train"][1])
+
+
+def _check_kind(file: Path) -> None:
+    """
+    Raises:
+        ValueError: it is no file of JSON lines, as its ending or its first letter says; without this there would be a
+            mistake in each of its lines.
+    """
+    example = '{"file_name": "a.jpg", "text": "a cat"}'
+    if file.suffix.lower() in TABLES:
+        raise ValueError(
+            f"{shown(str(file))} is a table, but images with captions are read from JSON lines, such as {example}. "
+            "Labels, of which an image may have several, are for `sep-peft train`, which takes a .csv."
+        )
+    with open(file, "rb") as stream:
+        begin = stream.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if begin[:1] == b"[" and begin[1:].lstrip()[:1] in (b"{", b""):
+        raise ValueError(
+            f"{shown(str(file))} is one list, but images with captions are read from JSON lines: an object such as "
+            f"{example} in each line, without brackets around them and commas after them."
+        )
 
 
 def _of_folder(folder: Path) -> tuple[list[Pair], str]:
@@ -104,7 +129,8 @@ def _warn_left_out(folder: Path, images: list[Path], where: str) -> None:
         names = listed(str(image.relative_to(folder)) for image in images[:3])
         more = "" if len(images) <= 3 else ", ..."
         warnings.warn(
-            f"{len(images)} images in {shown(str(folder))} have no caption in {where} and are left out: {names}{more}.",
+            f"{counted(len(images), 'image')} in {shown(str(folder))} {'has' if len(images) == 1 else 'have'} no "
+            f"caption in {where} and {are(len(images))} left out: {names}{more}.",
             stacklevel=2,
         )
 
@@ -270,6 +296,9 @@ def _of_text_files(folder: Path, texts: list[Path]) -> list[Pair]:
 
 def _text_lines(file: Path, name: str, problems: _Problems) -> list[tuple[int, str]]:
     """Number from 1 and text of every line that is not blank."""
+    if (size := file.stat().st_size) > MAX_TEXT_FILE:
+        problems.add(name, f"it has {size} bytes, but at most {MAX_TEXT_FILE} are read")
+        return []
     try:
         lines = file.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

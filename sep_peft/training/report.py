@@ -17,6 +17,7 @@ from ..classifier.card import package_versions
 from ..classifier.classifier import SEPClassifier
 from ..tuner.files import replace_files
 from ..tuner.messages import printable
+from ..words import counted
 from . import plots
 from .duplicates import Duplicate, near_duplicates
 from .evaluation import Evaluation, Mistake, main_part
@@ -145,7 +146,7 @@ def has_drawings() -> bool:
 
 def environment() -> Environment:
     """Of templates in which every value is escaped, for HTML and for what acts on a reader, and none may be missing."""
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATE_FILE.parent),
         autoescape=True,
         undefined=StrictUndefined,
@@ -153,6 +154,8 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_plain,
     )
+    made.globals["counted"] = counted
+    return made
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..words import are, counted
 from .current import chosen_adapters
 from .registration import peft_type
 
@@ -115,7 +116,9 @@ def groups_of(
     """
     count = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
     if count % len(names):
-        raise ValueError(f"There are {len(names)} adapter names for a batch of {count} samples.")
+        raise ValueError(
+            f"There {are(len(names))} {counted(len(names), 'adapter name')} for a batch of {counted(count, 'sample')}."
+        )
     forms = {}
     for name in dict.fromkeys(names):
         with chosen_adapters.set(name):

@@ -9,6 +9,7 @@ from dataclasses import fields
 import torch
 from peft.config import PeftConfig
 
+from ..words import counted
 from .config import SEPConfig
 from .registration import peft_type
 
@@ -29,7 +30,9 @@ def check_combination(
     if not adapters or isinstance(adapters, str):
         raise ValueError(f"adapters must be a list of at least one adapter name, but got {adapters!r}.")
     if len(weights) != len(adapters):
-        raise ValueError(f"There must be a weight for each of {len(adapters)} adapters, but got {len(weights)}.")
+        raise ValueError(
+            f"There must be a weight for each of {counted(len(adapters), 'adapter')}, but got {len(weights)}."
+        )
     for weight in weights:
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"A weight must be a finite number, but got {weight!r}.")

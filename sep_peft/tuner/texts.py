@@ -10,6 +10,7 @@ from torch import nn
 
 from ..families.spec import TowerSpec
 from ..tracing import is_traced
+from ..words import are, counted
 from .settings import TowerSettings
 from .wrappers import count_positions
 
@@ -93,7 +94,8 @@ class TextRules:
         elif length > left:
             raise ValueError(
                 f"A text of {int(length)} tokens does not fit: the text tower has {positions} positions and "
-                f"{settings.num_prompts} are taken by prompts, so {left} tokens are left (BOS and EOS included). "
+                f"{settings.num_prompts} {are(settings.num_prompts)} taken by prompts, so "
+                f"{counted(left, 'token')} {are(left)} left (BOS and EOS included). "
                 "Shorten the text or use fewer prompts (num_text_prompts)."
             )
 
