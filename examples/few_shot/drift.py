@@ -2,11 +2,12 @@
 
     python examples/few_shot/drift.py --data-root data --dataset clothing --method sep --without none vision_weight
 
-trains a method base-to-new, once for each entry of `--without`: the whole loss ("none"), or all of it but one part. It
-measures on validation images of the trained classes before training and after every epoch: how many the nearest class
-mean of the training images tells by prompted, frozen and mixed embeddings; the cosine between prompted and frozen ones,
-and the ratio of their lengths. After the last epoch it measures the same cosine of the class token after each layer,
-and the share of its attention that the prompts of the layer take. Everything is written to `drift.json` as well.
+trains a method base-to-new, once for each entry of `--without`: the whole loss ("none"), or all of it but one part;
+"image_classification" leaves the cross entropy of the texts to the text tower alone. It measures on validation images
+of the trained classes before training and after every epoch: how many the nearest class mean of the training images
+tells by prompted, frozen and mixed embeddings; the cosine between prompted and frozen ones, and the ratio of their
+lengths. After the last epoch it measures the same cosine of the class token after each layer, and the share of its
+attention that the prompts of the layer take. Everything is written to `drift.json` as well.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from sep_peft import SEPClassifier
 from sep_peft.method.fit_heads import class_means
 
 
-#: What `--without` may leave out of the loss: nothing, the cross entropy of the texts, or a weight of the recipe.
-PARTS = ("none", "classification", "text_weight", "vision_weight", "prototype_weight")
+#: What `--without` may leave out of the loss: nothing, the cross entropy of the texts, for both towers or for the image
+#: tower alone, or a weight of the recipe.
+PARTS = ("none", "classification", "image_classification", "text_weight", "vision_weight", "prototype_weight")
 
 
 def main() -> None:
@@ -84,6 +86,8 @@ def measured(
     classifier = build_classifier(method, args.model, processor, classes, template, **options).to(accelerator.device)
     if without == "classification":
         classifier.register_forward_hook(without_classification)
+    elif without == "image_classification":
+        spare_images(classifier)
     images = Images(plan, processor, classifier)
     epochs = [images.told(classifier)]
 
@@ -103,6 +107,26 @@ def without_classification(_, inputs, output):
     if output.parts is not None:
         output.loss = output.loss - output.parts.classification
     return output
+
+
+def spare_images(classifier: SEPClassifier) -> None:
+    """Keep the cross entropy of the class texts from the image tower; the text tower learns from it as before."""
+    embed, embedded = classifier.image_embeds, []
+
+    def remember(*args, **kwargs):
+        embedded[:] = embed(*args, **kwargs)
+        return tuple(embedded)
+
+    def hook(_, inputs, output):
+        if output.parts is not None:
+            images = embedded[0]  # (B, E), with the adapter
+            (slope,) = torch.autograd.grad(output.parts.classification, images, retain_graph=True)
+            share = (slope * images).sum()  # its slope at the images is that of the cross entropy
+            output.loss = output.loss - share + share.detach()
+        return output
+
+    classifier.image_embeds = remember
+    classifier.register_forward_hook(hook)
 
 
 class Images:

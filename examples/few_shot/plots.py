@@ -5,6 +5,7 @@ The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), a met
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from intervals import BASE_TO_NEW, CROSS_DATASET, FEW_SHOT, SOURCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory, offset_copy
-from tables import EACH_HELD_OUT, ZERO_SHOT, Tables
+from tables import AVERAGE, EACH_HELD_OUT, ZERO_SHOT, Tables
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+#: Points of a panel's title, so that it is no wider than the panel.
+TITLE_SIZE = 10
 #: Methods in one drawing, and bars of differences in one panel.
 MOST_METHODS, MOST_BARS = 8, 16
 #: Least distance of two labels, in shares of the height of their panel.
 LABEL_DISTANCE = 0.055
+#: Lowest and highest place of a label, in the same shares.
+LABEL_ENDS = (0.03, 0.97)
+#: Least distance of two letters, in shares of the width of their panel.
+LETTER_DISTANCE = 0.018
 MARKERS = "osD^vPX<"
+#: Of a table: protocol, data set and shots.
+Key = tuple[str, str, int]
 
 
 def chosen_methods(tables: Tables, against: str, wanted: list[str]) -> list[str]:
@@ -41,10 +50,26 @@ def chosen_methods(tables: Tables, against: str, wanted: list[str]) -> list[str]
     return wanted or [name for name in others if name in known][:MOST_METHODS]
 
 
-def plot_base_new(tables: Tables, drawn: list[str], file: Path) -> None:
-    """New-class accuracy against base-class accuracy with lines of equal harmonic mean, one panel a table."""
+def plot_base_new(tables: Tables, drawn: list[str], file: Path, each: Path) -> None:
+    """New-class accuracy against base-class accuracy with lines of equal harmonic mean, one panel a table.
+
+    Args:
+        each: file for the data sets where there are averages, which are then alone in `file`.
+    """
     found = {key: rows for key, rows in tables.items() if key[0] == BASE_TO_NEW}
-    for axes, ((_, dataset, shots), rows) in panels(found, file, 4.6, 4.2):
+    for part, place in averages_apart(found, file, each):
+        draw_base_new(part, drawn, place)
+
+
+def averages_apart(found: dict[Key, Any], file: Path, each: Path) -> list[tuple[dict[Key, Any], Path]]:
+    """What to draw, and where: averages and data sets in files of their own, or all in the first."""
+    averages = {key: value for key, value in found.items() if key[1].startswith(AVERAGE)}
+    sets = {key: value for key, value in found.items() if key not in averages}
+    return [(averages, file), (sets, each)] if averages else [(sets, file)]
+
+
+def draw_base_new(tables: Tables, drawn: list[str], file: Path) -> None:
+    for axes, ((_, dataset, shots), rows) in panels(tables, file, 4.6, 4.2):
         points = {m: rows[m]["columns"] for m in drawn if m in rows and all(rows[m]["columns"].values())}
         for method, columns in points.items():
             x, y = columns["base"], columns["new"]
@@ -69,18 +94,28 @@ def draw_equal_scores(axes: Axes) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def plot_differences(tables: Tables, against: str, file: Path) -> None:
-    """How far methods are from `against`, as bars with intervals, one panel a table of base-to-new."""
+def plot_differences(tables: Tables, against: str, drawn: list[str], file: Path, each: Path) -> None:
+    """How far methods are from `against`, as bars with intervals, one panel a table of base-to-new.
+
+    Args:
+        drawn: methods that have a bar before others, of which the farthest follow.
+        each: as for `plot_base_new`.
+    """
     found = {
         key: bars
         for key, rows in tables.items()
         if key[0] == BASE_TO_NEW
         and (bars := {m: d["score"] for m, row in rows.items() if (d := row["differences"]) and "score" in d})
     }
+    for part, place in averages_apart(found, file, each):
+        draw_differences(part, against, drawn, place)
+
+
+def draw_differences(found: dict[Key, dict[str, Any]], against: str, drawn: list[str], file: Path) -> None:
     height = 1.2 + 0.26 * max((min(len(bars), MOST_BARS) for bars in found.values()), default=0)
     for axes, ((_, dataset, shots), bars) in panels(found, file, 5.2, height):
-        largest = sorted(bars, key=lambda name: -abs(bars[name]["mean"]))[:MOST_BARS]
-        names = sorted(largest, key=lambda name: bars[name]["mean"])
+        chosen = sorted(bars, key=lambda name: (name not in drawn, -abs(bars[name]["mean"])))[:MOST_BARS]
+        names = sorted(chosen, key=lambda name: bars[name]["mean"])
         means = np.array([bars[name]["mean"] for name in names])
         ends = np.array([bars[name]["interval"] for name in names])
         sure = (ends[:, 0] > 0) | (ends[:, 1] < 0)
@@ -137,16 +172,23 @@ def plot_other_images(tables: Tables, protocol: str, drawn: list[str], file: Pat
             away = [[max(row["score"] - ends[0], 0)], [max(ends[1] - row["score"], 0)]]
             look = {"color": style(name, drawn)["color"], "alpha": 0.55, "error_kw": {"elinewidth": 1.2}}
             axes.barh(place, row["score"], xerr=away, capsize=2, height=0.55, **look)
-            for column, letter in letters.items():
-                if value := row["columns"].get(column):
-                    axes.text(value["mean"], place + 0.38, letter, fontsize=7.5, ha="center", va="center")
         axes.set_yticks(range(len(names)), names)
         reached = [rows[m]["columns"][c]["mean"] for m in names for c in letters if rows[m]["columns"].get(c)]
         reached += [(rows[m]["interval"] or [rows[m]["score"]])[-1] for m in names]
         axes.set_xlim(0, 1.05 * max(reached))
+        for place, name in enumerate(names):
+            write_letters(axes, place, {letters[c]: rows[name]["columns"].get(c) for c in letters})
         meaning = ", ".join(f"{letter} {column}" for column, letter in letters.items())
         axes.set(title=f"{dataset}, {shots} shots", xlabel=f"accuracy (%): mean, 95 % interval\n{meaning}")
         axes.tick_params(axis="y", length=0)
+
+
+def write_letters(axes: Axes, place: int, values: dict[str, dict[str, Any] | None]) -> None:
+    """Letters above the bar at `place`, each at its mean or as near to it as others leave room."""
+    means = sorted((value["mean"], letter) for letter, value in values.items() if value)
+    room = LETTER_DISTANCE * axes.get_xlim()[1]
+    for at, (_, letter) in zip(spread_out([mean for mean, _ in means], room), means, strict=True):
+        axes.text(at, place + 0.38, letter, fontsize=7.5, ha="center", va="center")
 
 
 def _stands_in_another(key: tuple[str, str, int], tables: Tables) -> bool:
@@ -168,6 +210,7 @@ def panels(tables: dict[tuple[str, str, int], Any], file: Path, width: float, he
     for axes, item in zip(figure.axes, tables.items(), strict=False):
         axes.spines[["top", "right"]].set_visible(False)
         yield axes, item
+        axes.title.set_fontsize(TITLE_SIZE)
     figure.savefig(file, dpi=110)
 
 
@@ -183,7 +226,7 @@ def label(axes: Axes, points: dict[str, tuple[float, float]], drawn: list[str]) 
     """Names beside the points (x, y); those of points that are close are moved apart, and joined to them by a line."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     order = sorted(points, key=lambda name: points[name][1])
-    heights = spread_out([(points[name][1] - bottom) / (top - bottom) for name in order], LABEL_DISTANCE)
+    heights = spread_out([(points[name][1] - bottom) / (top - bottom) for name in order], LABEL_DISTANCE, *LABEL_ENDS)
     middle = (left + right) / 2 if axes.get_xscale() == "linear" else right
     for name, height in zip(order, heights, strict=True):
         to_the_left = points[name][0] > middle
@@ -208,10 +251,13 @@ def label(axes: Axes, points: dict[str, tuple[float, float]], drawn: list[str]) 
         )
 
 
-def spread_out(places: list[float], distance: float) -> list[float]:
-    """Rising places, moved as little as it takes so that neighbours are `distance` apart."""
+def spread_out(
+    places: list[float], distance: float, lowest: float = -math.inf, highest: float = math.inf
+) -> list[float]:
+    """Rising places, moved as little as it takes so that neighbours are `distance` apart and all between both ends."""
     moved = list(places)
     for _ in range(200):
+        moved = [min(max(place, lowest), highest) for place in moved]
         for i in range(len(moved) - 1):
             if (gap := distance - (moved[i + 1] - moved[i])) > 1e-6:
                 moved[i] -= gap / 2

@@ -1,4 +1,4 @@
-"""Tables and plots of finished runs: Markdown, JSON, and five drawings.
+"""Tables and plots of finished runs: Markdown, JSON, and drawings.
 
     python examples/few_shot/summarize.py outputs/few_shot
 
@@ -10,6 +10,7 @@ writes `summary.md`, `summary.json` and the drawings that the runs have data for
     domains.png       accuracy on domains and shifts that were not trained on
     targets.png       accuracy on data sets that were not trained on
 
+The first two show averages where there are any; the data sets are then in base_new_sets.png and differences_sets.png.
 Several folders of runs make one summary, where the names of data sets say the model. With `--earlier summary.json`,
 methods without runs keep their rows of that summary.
 """
@@ -60,8 +61,8 @@ def write(tables: Tables, output: Path, against: str, drawn: list[str]) -> None:
     entries = [(*key, {name: without_parts(row) for name, row in rows.items()}) for key, rows in tables.items()]
     write_json(output / "summary.json", [dict(zip(names, entry, strict=True)) for entry in entries])
     print(text)
-    plot_base_new(tables, drawn, output / "base_new.png")
-    plot_differences(tables, against, output / "differences.png")
+    plot_base_new(tables, drawn, output / "base_new.png", output / "base_new_sets.png")
+    plot_differences(tables, against, drawn, output / "differences.png", output / "differences_sets.png")
     plot_shots(tables, drawn, output / "shots.png")
     plot_other_images(tables, SHIFTED, drawn, output / "domains.png")
     plot_other_images(tables, CROSS_DATASET, drawn, output / "targets.png")

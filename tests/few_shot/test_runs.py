@@ -15,10 +15,13 @@ import pytest
 import readers
 import run as run_script
 import shifts
+import torch
 from accelerate.state import AcceleratorState
-from bundled import ASSETS, save_shallow_clip
+from bundled import ASSETS, save_shallow_clip, shallow_clip
 from fresh import usual
+from methods import build_classifier, read_method
 from readers import read_dataset
+from transformers import AutoProcessor
 
 from sep_peft.training.checkpoint import read_entry
 
@@ -225,6 +228,35 @@ def test_drift(small, describe, tmp_path, monkeypatch, capsys):
     assert whole["epochs"][0]["held_out frozen"] == whole["epochs"][2]["held_out frozen"]
     assert whole["epochs"][2]["cosine"] < whole["epochs"][0]["cosine"] < 1
     assert all(0 < layer["prompts"] < 0.9 and layer["cosine"] < 1 for layer in whole["layers"])
+
+
+def test_image_tower_spared_of_the_cross_entropy(scripts):
+    """Its gradients are those without that part, the text tower's those of the whole loss, and the loss is the same."""
+    method = read_method(scripts / "methods" / "sep.json")
+    model = str(shallow_clip(2))
+    pixels, labels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+
+    def gradients(change):
+        torch.manual_seed(0)
+        classifier = build_classifier(method, model, AutoProcessor.from_pretrained(model), NAMES, "a photo of a {}.")
+        change(classifier.train())
+        output = classifier(pixel_values=pixels, labels=labels)
+        output.loss.backward()
+        towers = {}
+        for tower in ("text", "vision"):
+            found = [
+                p.grad for name, p in classifier.named_parameters() if p.requires_grad and f"{tower}_model" in name
+            ]
+            towers[tower] = torch.cat([grad.flatten() for grad in found])
+        return output.loss.item(), towers
+
+    loss, whole = gradients(lambda classifier: None)
+    _, without = gradients(lambda classifier: classifier.register_forward_hook(drift.without_classification))
+    spared_loss, spared = gradients(drift.spare_images)
+    assert spared_loss == pytest.approx(loss)
+    torch.testing.assert_close(spared["text"], whole["text"])
+    torch.testing.assert_close(spared["vision"], without["vision"], atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(without["vision"], whole["vision"], atol=1e-3, rtol=1e-2)
 
 
 def test_two_processes_equal_one(command, run_here, tmp_path):

@@ -155,6 +155,9 @@ def test_labels_are_spread_out():
     assert spread_out([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
     places = spread_out([0.5, 0.5, 0.52, 0.9], 0.1)
     assert all(b - a > 0.1 - 1e-4 for a, b in itertools.pairwise(places)) and places[3] == 0.9
+    places = spread_out([0.01, 0.5, 0.95, 0.99], 0.1, 0.03, 0.96)
+    assert places[:2] == [0.03, 0.5] and places[3] == pytest.approx(0.96, abs=1e-3)
+    assert places[3] - places[2] > 0.1 - 1e-3
 
 
 @pytest.fixture
@@ -193,8 +196,10 @@ def test_files(runs, summary, tmp_path):
     assert "Zero-shot is missing here" in text.split("### domain-generalization")[1]
     names = [entry["dataset"] for entry in json.loads((output / "summary.json").read_text())]
     assert names == ["average of 3 data sets", "birds", "cars", "pets", "birds", "birds", "birds", "birds"]
-    for name in ("base_new.png", "differences.png", "shots.png", "domains.png", "targets.png"):
+    drawings = ("base_new.png", "base_new_sets.png", "differences.png", "shots.png", "domains.png", "targets.png")
+    for name in drawings:
         assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert not (output / "differences_sets.png").exists()  # no average has a difference
 
 
 def test_rows_of_an_earlier_summary(runs, summary, tmp_path):
