@@ -38,7 +38,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return set(first) == set(second) and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def classifier_maker(recipe: Recipe) -> Callable[[], SEPClassifier]:
+def classifier_maker(recipe: Recipe, config: SEPConfig | None = None) -> Callable[[], SEPClassifier]:
     """What makes a new classifier with the same weights whenever it is called."""
     model, processor = AutoModel.from_pretrained(BASE), AutoProcessor.from_pretrained(BASE)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -48,6 +48,7 @@ def classifier_maker(recipe: Recipe) -> Callable[[], SEPClassifier]:
         fresh = type(model)(model.config)
         fresh.load_state_dict(state)
         fresh.name_or_path = str(BASE)
-        return SEPClassifier.from_class_names(get_peft_model(fresh, SEPConfig()), processor, NAMES, recipe=recipe)
+        adapted = get_peft_model(fresh, config or SEPConfig())
+        return SEPClassifier.from_class_names(adapted, processor, NAMES, recipe=recipe)
 
     return make

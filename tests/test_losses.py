@@ -88,6 +88,15 @@ def test_default_weights_are_the_recipes():
     assert [part.item() for part in loss] == pytest.approx(reference(arguments, **published))
 
 
+def test_class_texts_may_teach_images_less_or_nothing():
+    arguments = make_arguments(5, 7, 11)
+    whole = sep_loss(**arguments)
+    half, none = (sep_loss(**arguments, classification_weight=weight) for weight in (0.5, 0))
+    assert half.classification.item() == pytest.approx(0.5 * whole.classification.item())
+    assert none.classification == 0 and none[2:] == whole[2:]
+    assert none.total.item() == pytest.approx((whole.total - whole.classification).item())
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_total_is_the_sum_of_the_parts(sizes):
     loss = sep_loss(**make_arguments(*sizes))

@@ -68,12 +68,14 @@ def test_limits_are_allowed():
     zeros = ("warmup_epochs", "weight_decay", "text_weight", "vision_weight", "prototype_weight", "zero_shot_margin")
     zeros = (*zeros, "calibration_folds")
     recipe = Recipe(1, 1, 1, prototype_learning_rate=0, smallest_crop=1, max_steps=1, **dict.fromkeys(zeros, 0))
-    assert recipe.loss_weights == {"text_weight": 0, "vision_weight": 0, "prototype_weight": 0}
+    zero = {"text_weight": 0, "vision_weight": 0, "prototype_weight": 0}
+    assert recipe.loss_weights == {"classification_weight": 1, **zero}
 
 
 def test_the_papers_recipe():
     recipe = Recipe.published()
-    assert recipe.loss_weights == {"text_weight": 8, "vision_weight": 6, "prototype_weight": 0.5}
+    published = {"classification_weight": 1, "text_weight": 8, "vision_weight": 6, "prototype_weight": 0.5}
+    assert recipe.loss_weights == published
     assert (recipe.epochs, recipe.learning_rate, recipe.adam_epsilon, recipe.smallest_crop) == (50, 2.5e-3, 1e-3, 0.08)
     assert (recipe.prototype_learning_rate, recipe.prototype_logit_weight, recipe.zero_shot_margin) == (None, 0, 0)
     assert Recipe.published().calibration_folds == 0

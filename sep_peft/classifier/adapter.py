@@ -13,8 +13,9 @@ from torch import nn
 from ..tuner.config import SEPConfig
 from .card import CardDetails
 from .embeddings import check_batch_size, embed_images, embed_texts
-from .files import load_base, save_files
+from .files import load_base, load_whitening, save_files
 from .images import as_images
+from .whitened import Whitening, check_whitening
 
 
 class Adapter:
@@ -23,14 +24,15 @@ class Adapter:
     Args:
         model: a `PeftModel` with a SEP adapter.
         processor: of transformers, with a tokenizer and an image processor.
+        whitening: of the adapter's image embeddings; None: it has none.
 
     Example:
         >>> adapter = Adapter.from_pretrained("my-adapter")
         >>> adapter.embed(["a.jpg", "b.jpg"]) @ adapter.embed_texts("a red dress")
     """
 
-    def __init__(self, model: nn.Module, processor: Any):
-        self.model, self.processor = model, processor
+    def __init__(self, model: nn.Module, processor: Any, whitening: Whitening | None = None):
+        self.model, self.processor, self.whitening = model, processor, whitening
 
     @classmethod
     def from_pretrained(
@@ -58,11 +60,12 @@ class Adapter:
         """
         path = os.fspath(path)
         SEPConfig.of_adapter(path, subfolder, **hub_options)  # before PEFT reads it, whose errors name no file
+        whitening = load_whitening(path, subfolder, hub_options)  # before the model is touched
         if model is None:
             model, found = load_base(path, subfolder, hub_options, trust_remote_code)
             processor = processor or found
         options = {"subfolder": subfolder, **hub_options}
-        return cls(PeftModel.from_pretrained(model, path, **options).eval(), processor)  # pyright: ignore[reportArgumentType]
+        return cls(PeftModel.from_pretrained(model, path, **options).eval(), processor, whitening)  # pyright: ignore[reportArgumentType]
 
     def save_pretrained(
         self, folder: str | os.PathLike, details: CardDetails | None = None, save_dtype: torch.dtype | None = None
@@ -77,21 +80,25 @@ class Adapter:
         Raises:
             TypeError, ValueError: as `SEPClassifier.save_pretrained`.
         """
-        save_files(self.model, None, folder, details or CardDetails(), save_dtype)
+        save_files(self.model, None, folder, details or CardDetails(), save_dtype, self.whitening)
 
-    def embed(self, images: Any, batch_size: int = 32) -> torch.Tensor:
+    def embed(self, images: Any, batch_size: int = 32, *, whiten: bool = False) -> torch.Tensor:
         """SEP's embeddings of images, (N, E), of unit length, on the CPU; for one image alone (E,).
 
         Args:
             images: as `SEPClassifier.predict` takes them.
             batch_size: images read and encoded at a time.
+            whiten: by the adapter's whitening, to compare images with images alone.
 
         Raises:
-            ValueError: an image cannot be read, there is none, or `batch_size` is below 1.
+            ValueError: an image cannot be read, there is none, `batch_size` is below 1, or the adapter has no
+                whitening.
         """
         check_batch_size(batch_size)
         images, single = as_images(images)
+        whitening = check_whitening(self.whitening) if whiten else None
         found = embed_images(self.model, self.processor, images, batch_size)
+        found = found if whitening is None else whitening(found)
         return found[0] if single else found
 
     def embed_texts(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:

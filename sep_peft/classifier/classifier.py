@@ -39,7 +39,7 @@ from .classes import TEMPLATE, TaskClasses
 from .embeddings import check_batch_size, embed_images, embed_texts
 from .explain import explain_label
 from .explanation import Explanation
-from .files import load_base, load_classes, path_first, push_files, save_files, update_card
+from .files import load_base, load_classes, load_whitening, path_first, push_files, save_files, update_card
 from .fitting import fitted_classes
 from .images import as_images, read_image
 from .inputs import check_images, check_labels, check_targets, check_trunk
@@ -54,6 +54,7 @@ from .summary import summarize
 from .tasks import Tasks
 from .trainer_mixin import TrainerMixin
 from .trunk_cache import embeds_from_trunk
+from .whitened import Whitening, check_whitening, whitening_of
 
 
 @dataclass
@@ -141,6 +142,7 @@ class SEPClassifier(TrainerMixin):
         self.model = model
         self.processor = processor
         self.recipe = recipe
+        self.whitening: Whitening | None = None  # of the active adapter, see `fit_whitening`
         self.trained: TaskClasses | None = None  # as `keep_prototypes` left or `from_pretrained` found them
         self.prototypes: nn.Parameter | None = None
         if not isinstance(class_inputs, TaskClasses):
@@ -521,6 +523,7 @@ class SEPClassifier(TrainerMixin):
             if name is not None:
                 self.tasks.put(name, classes)
                 continue
+            self.whitening = None  # of other embeddings
             if self.trained is not None:
                 self.trained = classes if self.trained is self.classes else replace(self.trained, calibration=None)
             self._encode(classes)
@@ -720,7 +723,23 @@ class SEPClassifier(TrainerMixin):
                 predictions += predict_batch(self.vision_tower, inputs, tasks[batch], answers)
         return predictions[0] if single else predictions
 
-    def embed(self, images: Any, batch_size: int = 32, task: str | None = None) -> torch.Tensor:
+    def fit_whitening(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> SEPClassifier:
+        """Teach `embed(..., whiten=True)` by training images to tell those of one class from others. Returns self.
+
+        It belongs to the weights of the adapter and is saved with it; `fit` drops it, as `set_frozen_weight` does.
+
+        Args:
+            batches: dicts with `pixel_values`, what else the image tower takes, and `labels` (B,).
+
+        Raises:
+            ValueError: there are no batches, a label is no class, or all images are of one.
+        """
+        self.whitening = whitening_of(self.model, batches, len(self.classes))
+        return self
+
+    def embed(
+        self, images: Any, batch_size: int = 32, task: str | None = None, *, whiten: bool = False
+    ) -> torch.Tensor:
         """SEP's embeddings of images, which compare with each other and with `embed_texts` by their product.
 
         Evaluation is used whatever the mode of the classifier; threads may embed at the same time. Classes, prototypes
@@ -730,17 +749,21 @@ class SEPClassifier(TrainerMixin):
             images: as for `predict`.
             batch_size: images read and encoded at a time.
             task: whose adapter embeds; None: the active one.
+            whiten: by the adapter's whitening, to compare images with images alone; see `fit_whitening`.
 
         Returns:
             (N, E), of unit length, in fp32 or wider, on the CPU; for one image alone (E,).
 
         Raises:
-            ValueError: an image cannot be read, there is none, `batch_size` is below 1, or there is no such task.
+            ValueError: an image cannot be read, there is none, `batch_size` is below 1, there is no such task, or no
+                whitening of its adapter.
         """
         check_batch_size(batch_size)
         images, single = as_images(images)
+        whitening = check_whitening(self.whitening, task) if whiten else None
         adapter = None if task is None else self.tasks[task].adapter
         found = embed_images(self.model, self.processor, images, batch_size, adapter)
+        found = found if whitening is None else whitening(found)
         return found[0] if single else found
 
     def embed_texts(
@@ -817,7 +840,7 @@ class SEPClassifier(TrainerMixin):
             ValueError: the metadata of the model card in the folder cannot be read, or the weights cannot have
                 `save_dtype`.
         """
-        save_files(self.model, self._saved_classes, folder, details or CardDetails(), save_dtype)
+        save_files(self.model, self._saved_classes, folder, details or CardDetails(), save_dtype, self.whitening)
 
     def push_to_hub(
         self,
@@ -852,7 +875,7 @@ class SEPClassifier(TrainerMixin):
             ValueError: the base model came from a folder and `details` do not name it on the Hub.
         """
         options = {"subfolder": subfolder, "private": private, "token": token, "revision": revision}
-        options |= {"save_dtype": save_dtype, "commit_message": commit_message}
+        options |= {"save_dtype": save_dtype, "commit_message": commit_message, "whitening": self.whitening}
         return push_files(
             self.model, self._saved_classes, repo_id, details or CardDetails(), **options, **commit_options
         )
@@ -911,6 +934,7 @@ class SEPClassifier(TrainerMixin):
         path = os.fspath(path)
         SEPConfig.of_adapter(path, subfolder, **hub_options)  # before PEFT reads it, whose errors name no file
         classes = load_classes(path, subfolder, hub_options)  # before the model is touched
+        whitening = load_whitening(path, subfolder, hub_options)
         if model is None:
             model, found = load_base(path, subfolder, hub_options, trust_remote_code)
             processor = processor or found
@@ -926,7 +950,7 @@ class SEPClassifier(TrainerMixin):
             classifier = cls(model, classes, processor=processor, **options).train(is_trainable)
             if classifier.sigmoids is not None:
                 classifier.sigmoids.requires_grad_(is_trainable)
-        classifier.trained = classes
+        classifier.trained, classifier.whitening = classes, whitening
         return classifier
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..method.heads import HeadLogits
+from ..method.whitening import Whitening, apply_whitening
 from ..tuner.current import chosen_adapters
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.model import find_towers
@@ -27,6 +28,7 @@ class ImageEmbedder(nn.Module):
 
     Args:
         model: with a SEP adapter on an image tower. An export keeps the adapter that is active then.
+        whitening: of its embeddings, which then compare with images alone; None: as they are.
 
     Raises:
         ValueError: there is no such tower.
@@ -36,7 +38,10 @@ class ImageEmbedder(nn.Module):
         >>> program = torch.export.export(ImageEmbedder(model).eval(), (pixel_values,), dynamic_shapes=batch)
     """
 
-    def __init__(self, model: nn.Module):
+    white_mean: torch.Tensor | None
+    white_matrix: torch.Tensor | None
+
+    def __init__(self, model: nn.Module, whitening: Whitening | None = None):
         super().__init__()
         if "vision" not in find_towers(model):
             raise ValueError(
@@ -44,6 +49,8 @@ class ImageEmbedder(nn.Module):
                 "SEPConfig())."
             )
         self.model = model
+        self.register_buffer("white_mean", None if whitening is None else whitening.mean.clone(), persistent=False)
+        self.register_buffer("white_matrix", None if whitening is None else whitening.matrix.clone(), persistent=False)
 
     def by_adapters(self, pixel_values: torch.Tensor, adapters: Sequence[str]) -> list[torch.Tensor]:
         """Embeddings of several adapters of the model in one go, which share the frozen branch.
@@ -53,7 +60,7 @@ class ImageEmbedder(nn.Module):
             adapters: their names, or "__base__" for the model without one.
 
         Returns:
-            for each adapter what `forward` gives while it is active, (B, E).
+            for each adapter what `forward` gives while it is active, (B, E), without a whitening.
 
         Raises:
             ValueError: there is no such adapter, or one has `modules_to_save`.
@@ -63,7 +70,10 @@ class ImageEmbedder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, E) in fp32 or wider."""
-        return image_embeds(find_towers(self.model)["vision"], {"pixel_values": pixel_values})[0]
+        embeds = image_embeds(find_towers(self.model)["vision"], {"pixel_values": pixel_values})[0]
+        if self.white_mean is None or self.white_matrix is None:
+            return embeds
+        return apply_whitening(embeds, self.white_mean, self.white_matrix)
 
 
 class ConstantWeights(nn.Module):

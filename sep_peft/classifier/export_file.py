@@ -27,6 +27,7 @@ from .images import read_image
 from .onnx_file import OnnxModel, check_packages, quantize_onnx, quietly, write_onnx
 from .preprocessing import Preprocessing
 from .processors import processor_part
+from .whitened import Whitening, check_whitening
 
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def export_file(
     *,
     tasks: Sequence[str] | None = None,
     embed: bool = False,
+    whiten: bool = False,
     quantize: str | None = None,
 ) -> Exported:
     """Write a classifier, or several of its tasks, as one graph from pixels to scores, or to embeddings.
@@ -104,14 +106,16 @@ def export_file(
         tasks: of the classifier, each an output by its name; the frozen pass is run once for all. None: the
             classifier's own classes, whose output is "scores", or "embeds".
         embed: give out embeddings, of unit length, in the place of scores.
+        whiten: by the whitening of the adapter, to compare with images alone; without `tasks`, and with `embed`.
         quantize: "int8" for weights of 8 bits in a .onnx; None: as they are.
 
     Raises:
         ImportError: a package for ONNX is missing.
         OSError: nothing can be written at `path`; found out before the export.
         ValueError: `path` has another ending, there are no images, one cannot be read, there are no classes to score,
-            `quantize` is unknown or not for this file, there is no such task, one is called as the input, or a file
-            could not tell what the image processor does.
+            `quantize` is unknown or not for this file, there is no such task, one is called as the input, a file
+            could not tell what the image processor does, or `whiten` is not for embeddings of one adapter that has a
+            whitening.
         RuntimeError: the file gives something else than the model.
     """
     path = Path(path)
@@ -120,11 +124,13 @@ def export_file(
         raise ValueError("There are no images to check the file with.")
     if not (embed and tasks is None) and not hasattr(classifier, "classes"):
         raise ValueError("An adapter without classes has no scores. Pass embed=True, or a classifier.")
+    if whiten and not (embed and tasks is None):
+        raise ValueError("Whitened are the embeddings of one adapter. Pass embed=True, without tasks, or whiten=False.")
     if tasks is not None and INPUT in tasks:
         raise ValueError(f"The input is called {INPUT}, so no output can be. Rename the task.")
     processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read images")
     preprocessing = Preprocessing.of(processor)
-    module, outputs = _module(classifier, tasks, embed)
+    module, outputs = _module(classifier, tasks, embed, check_whitening(classifier.whitening) if whiten else None)
     pixels = torch.from_numpy(np.stack([preprocessing(read_image(image)) for image in images]))  # (N, 3, H, W)
     with evaluating(module), torch.no_grad():
         expected = _in_batches(module.to("cpu", torch.float32), pixels)
@@ -182,11 +188,11 @@ def check_target(path: Path, quantize: str | None) -> None:
 
 
 def _module(
-    classifier: SEPClassifier | Adapter, tasks: Sequence[str] | None, embed: bool
+    classifier: SEPClassifier | Adapter, tasks: Sequence[str] | None, embed: bool, whitening: Whitening | None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """What is exported, and output -> its classes, or the width of its embeddings later."""
     if tasks is None and embed:
-        return ImageEmbedder(classifier.model), {"embeds": None}
+        return ImageEmbedder(classifier.model, whitening), {"embeds": None}
     classifier = cast("SEPClassifier", classifier)
     if tasks is None:
         return ImageScorer(classifier), {"scores": classifier.classes}

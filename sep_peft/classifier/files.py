@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -41,6 +41,7 @@ from ..tuner.messages import one_line, shown
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CONFUSION_FILE, CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
+from .whitened import WHITENING_FILE, Whitening, read_whitening, save_whitening
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ SAVED_FILES = (
     CLASSES_FILE,
     PROTOTYPES_FILE,
     HEAD_FILE,
+    WHITENING_FILE,
     REPOCARD_NAME,
     CONFUSION_FILE,
 )
@@ -79,8 +81,9 @@ def save_files(
     folder: str | os.PathLike,
     details: CardDetails,
     save_dtype: torch.dtype | None = None,
+    whitening: Whitening | None = None,
 ) -> None:
-    """Write the active adapter, the classes if there are any and the model card, all of them or none.
+    """Write the active adapter, the classes and the whitening if there are any and the model card, all or none.
 
     Raises:
         TypeError: the model is no `PeftModel`.
@@ -94,10 +97,12 @@ def save_files(
     old = read_card(card) if os.path.isfile(card) else None
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
-        _write(model, classes, temporary, details, old, save_dtype, name_of(folder))
+        _write(model, classes, temporary, details, old, save_dtype, name_of(folder), whitening=whitening)
     of_another = [CONFUSION_FILE] if details.confusion is None else []  # what the new card and adapter do not have
     if classes is None:
         of_another += [CLASSES_FILE, PROTOTYPES_FILE, HEAD_FILE]
+    if whitening is None:
+        of_another.append(WHITENING_FILE)
     for file in of_another:
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, file))
@@ -176,6 +181,7 @@ def push_files(
     token: str | bool | None,
     revision: str | None,
     save_dtype: torch.dtype | None = None,
+    whitening: Whitening | None = None,
     **commit_options,
 ) -> str:
     """Upload what `save_files` writes, in one commit; the repository and the branch are made where they are missing.
@@ -204,7 +210,7 @@ def push_files(
     old = remote_card(repo_id, subfolder, revision, token)
     details = replace(details, base_model=base_model, repo_id=repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        _write(model, classes, folder, details, old, save_dtype, subfolder=subfolder)
+        _write(model, classes, folder, details, old, save_dtype, subfolder=subfolder, whitening=whitening)
         name_base_model(folder, base_model)
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
@@ -238,6 +244,7 @@ def _write(
     save_dtype: torch.dtype | None,
     name: str | None = None,
     subfolder: str | None = None,
+    whitening: Whitening | None = None,
 ) -> None:
     """Write all files of a save into an empty folder; `name` is that of the folder that they go to."""
     adapter = cast(str, model.active_adapter)  # PEFT allows a list as well; of SEP one is active
@@ -250,6 +257,8 @@ def _write(
         cast_adapter(folder, save_dtype)
     if classes is not None:
         _write_classes(classes, folder, save_dtype)
+    if whitening is not None:
+        save_whitening(whitening, folder)
     base_class = type(model.get_base_model()).__name__
     config = cast(SEPConfig, model.active_peft_config)
     card = make_card(classes, config, base_class, details, folder=name, subfolder=subfolder, old=old)
@@ -376,6 +385,19 @@ def load_classes(path: str, subfolder: str | None, hub_options: Mapping[str, Any
         return TaskClasses.from_json(data, prototypes, head_tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def load_whitening(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Whitening | None:
+    """The whitening beside an adapter; None where it has none.
+
+    Raises:
+        ValueError, MixedSaveError, SafetensorError: as `read_whitening`.
+    """
+    try:
+        file, found = _find(path, WHITENING_FILE, subfolder, hub_options)
+    except LocalEntryNotFoundError:  # neither here nor to be asked for
+        return None
+    return read_whitening(file, _find(path, SAFETENSORS_WEIGHTS_NAME, subfolder, hub_options)[0]) if found else None
 
 
 def _find(path: str, name: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> tuple[str, bool]:

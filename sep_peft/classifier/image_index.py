@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..method.whitening import Whitening
 from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from .embeddings import check_batch_size, embed_images
@@ -100,12 +101,15 @@ class ImageIndex:
             raise ValueError(f"{str(folder)!r} holds no image that can be read.")
         return cls(folder, names, embeds, unreadable, len(missing) - len(unreadable))
 
-    def search(self, embed: torch.Tensor, top_k: int = 10) -> list[tuple[str, float]]:
+    def search(
+        self, embed: torch.Tensor, top_k: int = 10, whitening: Whitening | None = None
+    ) -> list[tuple[str, float]]:
         """The images that are most similar to an embedding: every one is compared, none can be missed.
 
         Args:
             embed: (E,), of unit length, of an image or a text.
             top_k: how many; fewer where there are fewer.
+            whitening: that images are compared by; None: as they are, and so with a text. What is kept stays as it is.
 
         Returns:
             name and cosine, the most similar first.
@@ -119,7 +123,10 @@ class ImageIndex:
             raise ValueError(
                 f"The embedding must have the shape {tuple(self.embeds.shape[1:])}, but has {tuple(embed.shape)}."
             )
-        best = (self.embeds @ embed.to(self.embeds)).topk(min(top_k, len(self.names)))  # (N, E) @ (E,) -> (N,)
+        embeds, embed = self.embeds, embed.to(self.embeds)
+        if whitening is not None:
+            embeds, embed = whitening(embeds), whitening(embed)
+        best = (embeds @ embed).topk(min(top_k, len(self.names)))  # (N, E) @ (E,) -> (N,)
         return [(self.names[i], cos) for i, cos in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 

@@ -166,6 +166,7 @@ def train(
     save_dtype: options.SaveDtype = "fp32",
     compact: options.Compact = False,
     published: options.Published = False,
+    retrieval: options.Retrieval = False,
     report: options.Report = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -174,7 +175,9 @@ def train(
     token: options.Token = None,
 ) -> int:
     """Train an adapter on folders of images, one per class."""
-    make_config, make_recipe = options.SETTINGS[options.setting_of(compact, published)]
+    make_config, make_recipe = options.SETTINGS[
+        options.setting_of(compact=compact, published=published, retrieval=retrieval)
+    ]
     config_options = options.given(
         num_text_prompts=text_prompts,
         num_vision_prompts=vision_prompts,
@@ -508,6 +511,7 @@ def embed(
     cut: Annotated[
         bool, typer.Option("--cut", help="Cut the ends of texts that are too long; default: refuse them.")
     ] = False,
+    whiten: options.Whiten = False,
     batch_size: options.BatchSize = 32,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -527,6 +531,7 @@ def embed(
             Session(device, token, quiet),
             base_model=base_model,
             index=index,
+            whiten=whiten,
             batch_size=batch_size,
             cut=cut,
         ),
@@ -546,6 +551,7 @@ def export(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     embed: Annotated[bool, typer.Option("--embed", help="Give out embeddings in the place of scores.")] = False,
+    whiten: options.Whiten = False,
     quantize: Annotated[
         str | None,
         typer.Option(parser=options.read_quantize, metavar="int8", help="Weights of 8 bits, in a .onnx."),
@@ -572,6 +578,7 @@ def export(
             Session("cpu", token, quiet),
             base_model=base_model,
             embed=embed,
+            whiten=whiten,
             quantize=quantize,
             images=images,
         ),

@@ -15,6 +15,7 @@ from ..classifier.adapter import Adapter
 from ..classifier.embeddings import max_text_length, too_long
 from ..classifier.image_index import ImageIndex
 from ..classifier.images import other_endings, warn_left_out
+from ..classifier.whitened import check_whitening
 from ..training.pairs import is_unicode
 from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
@@ -35,6 +36,7 @@ def embed(
     *,
     base_model: str | None = None,
     index: Path | None = None,
+    whiten: bool = False,
     batch_size: int = 32,
     cut: bool = False,
 ) -> Result:
@@ -47,6 +49,7 @@ def embed(
         session: how to work.
         base_model: name or folder of another base model than the one that the adapter names.
         index: file that keeps the embeddings of images for the next time; None: one in the cache.
+        whiten: write whitened embeddings, which compare with images alone.
         batch_size: images embedded at a time.
         cut: cut the ends of texts that are too long.
 
@@ -55,12 +58,16 @@ def embed(
         ImportError: pyarrow is missing for a .parquet.
         OSError: the file cannot be written, found out before images are embedded where that can be; one that was there
                 is as it was.
-        ValueError: `output` has another ending, the folder holds no image that can be read, or a text does not fit.
+        ValueError: `output` has another ending, the folder holds no image that can be read, a text does not fit, or
+            whitened embeddings are asked for of texts or of an adapter without a whitening.
     """
     write = _writer(output)
     if not given.exists():
         raise FileNotFoundError(f"There is no folder or file {str(given)!r}.")
+    if whiten and not given.is_dir():
+        raise ValueError("--whiten is for images, which alone compare with each other by it. Leave it out for texts.")
     adapter = load_adapter(source, base_model, session)
+    whitening = check_whitening(adapter.whitening) if whiten else None
     unreadable: dict[str, str] = {}
     if given.is_dir():
         warn_left_out(given, other_endings(given))
@@ -73,6 +80,7 @@ def embed(
             progress=session.progress("batches"),
         )
         names, embeds, unreadable = list(found.names), found.embeds, found.unreadable
+        embeds = embeds if whitening is None else whitening(embeds)
         warn_unreadable(unreadable)
     else:
         lines = _texts(given)

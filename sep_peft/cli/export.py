@@ -33,6 +33,7 @@ def export(
     *,
     base_model: str | None = None,
     embed: bool = False,
+    whiten: bool = False,
     quantize: str | None = None,
     images: Path | None = None,
 ) -> Result:
@@ -45,6 +46,7 @@ def export(
         session: how to work.
         base_model: name or folder of another base model than the one that the adapters name.
         embed: give out embeddings in the place of scores.
+        whiten: whitened ones, of one adapter, which compare with images alone.
         quantize: "int8" for weights of 8 bits; None: as they are.
         images: folder of images to compare with; their folders may have the names of classes. None: made ones.
 
@@ -68,7 +70,8 @@ def export(
         classifier = load(sources[0], base_model, session)
     else:
         tasks, classifier = names, _with_tasks(sources, names, base_model, session)
-    found = export_file(output, classifier, paths or made_images(), tasks=tasks, embed=embed, quantize=quantize)
+    options = {"embed": embed, "whiten": whiten, "quantize": quantize}
+    found = export_file(output, classifier, paths or made_images(), tasks=tasks, **options)
     return _result(found, paths)
 
 

@@ -20,6 +20,7 @@ SETTINGS: dict[str, tuple[Callable[..., SEPConfig], Callable[..., Recipe]]] = {
     "default": (SEPConfig, Recipe),
     "compact": (SEPConfig.compact, Recipe.compact),
     "published": (SEPConfig.published, Recipe.published),
+    "retrieval": (SEPConfig.retrieval, Recipe.retrieval),
 }
 #: Training images a class, unless told otherwise.
 SHOTS = 16
@@ -43,15 +44,21 @@ def _shown(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def setting_of(compact: bool, published: bool) -> str:
-    """Name of the setting that the two options ask for.
+def setting_of(**asked: bool) -> str:
+    """Name of the setting that one of the options asks for; "default" where none does.
+
+    Args:
+        asked: name of a setting -> whether its option was given.
 
     Raises:
-        BadParameter: both were given.
+        BadParameter: several were given.
     """
-    if compact and published:
-        raise typer.BadParameter("--compact and --published exclude each other, but both were given. Pass one of them.")
-    return "compact" if compact else "published" if published else "default"
+    found = [name for name, given in asked.items() if given]
+    if len(found) > 1:
+        both = " and ".join(f"--{name}" for name in found)
+        many = "both" if len(found) == 2 else "all"
+        raise typer.BadParameter(f"{both} exclude each other, but {many} were given. Pass one of them.")
+    return found[0] if found else "default"
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -247,6 +254,14 @@ SaveDtype = Annotated[
 Compact = Annotated[
     bool,
     typer.Option("--compact", help="Setting: one small fusion for all layers and its recipe, for a small adapter."),
+]
+Retrieval = Annotated[
+    bool,
+    typer.Option("--retrieval", help="Setting: image prompts alone, trained to find images of the same class."),
+]
+Whiten = Annotated[
+    bool,
+    typer.Option("--whiten", help="Embeddings of images by the adapter's whitening, to compare with images alone."),
 ]
 Report = Annotated[
     bool,

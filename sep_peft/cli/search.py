@@ -83,7 +83,8 @@ def search(
     warn_unreadable(found[SEP].unreadable)
     if compare_base:
         found[BASE_MODEL] = find(file=of_base(folder, index), adapter=BASE)
-    hits = {who: each.search(asked[who], top_k) for who, each in found.items()}
+    white = {SEP: adapter.whitening if isinstance(given, Image.Image) else None}  # texts have none
+    hits = {who: each.search(asked[who], top_k, white.get(who)) for who, each in found.items()}
     data = _data(found, hits, query, isinstance(given, Image.Image), folder)
     lines = _lines(hits, folder)
     if page is not None:

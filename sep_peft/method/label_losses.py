@@ -48,13 +48,14 @@ def label_loss(
     prototype_biases: torch.Tensor | None = None,
     *,
     focus: float = Recipe.negative_focus,
+    classification_weight: float = Recipe.classification_weight,
     text_weight: float = Recipe.text_weight,
     vision_weight: float = Recipe.vision_weight,
     prototype_weight: float = Recipe.prototype_weight,
 ) -> SEPLoss:
     """`sep_loss` with the asymmetric loss in the place of each cross entropy::
 
-        L = A(logits, y)
+        L = w_c A(logits, y)
           + w_t (1 - mean_c cos(t_c, t0_c)) + w_v (1 - mean_b cos(v_b, v0_b))
           + w_p [A(10 cos(v, W) + b, y) + A(10 cos(v0, W) + b, y)]
 
@@ -65,7 +66,7 @@ def label_loss(
         prototype_biases: b, (C,), because a cosine alone says nothing of how frequent a class is; needed beside
             `prototypes`.
         focus: of the absent classes, as for `asymmetric_loss`.
-        text_weight, vision_weight, prototype_weight: as for `sep_loss`.
+        classification_weight, text_weight, vision_weight, prototype_weight: as for `sep_loss`.
 
     Returns:
         SEPLoss. A part with weight 0 is 0 and costs nothing. Everything is computed in fp32 or wider.
@@ -77,7 +78,9 @@ def label_loss(
     check_shape("targets", targets, logits.shape, logits)
     logits = wide(logits)
     zero = logits.new_zeros(())
-    classification = asymmetric_loss(logits, targets, focus=focus)
+    classification = zero
+    if classification_weight:
+        classification = classification_weight * asymmetric_loss(logits, targets, focus=focus)
     text = text_weight * consistency(wide(text_embeds), wide(frozen_text_embeds)) if text_weight else zero
     vision = vision_weight * consistency(wide(image_embeds), wide(frozen_image_embeds)) if vision_weight else zero
     anchors = zero

@@ -51,13 +51,14 @@ def sep_loss(
     frozen_text_embeds: torch.Tensor,
     prototypes: torch.Tensor | None = None,
     *,
+    classification_weight: float = Recipe.classification_weight,
     text_weight: float = Recipe.text_weight,
     vision_weight: float = Recipe.vision_weight,
     prototype_weight: float = Recipe.prototype_weight,
 ) -> SEPLoss:
     """The published objective, with the weights of `Recipe` unless told otherwise::
 
-        L = CE(logits, y)
+        L = w_c CE(logits, y)
           + w_t (1 - mean_c cos(t_c, t0_c)) + w_v (1 - mean_b cos(v_b, v0_b))
           + w_p [CE(10 cos(v, W), y) + CE(10 cos(v0, W), y)]
 
@@ -69,6 +70,7 @@ def sep_loss(
         text_embeds: t, (C, E), SEP's text embeddings.
         frozen_text_embeds: t0, (C, E), of the frozen tower, usually from a template.
         prototypes: W, (C, E), one trained vector a class; None leaves the prototype terms out.
+        classification_weight: w_c. Default 1, as published.
         text_weight: w_t. Default 4; ``**Recipe.published().loss_weights`` gives the paper's 8, 6 and 0.5.
         vision_weight: w_v. Default 3.
         prototype_weight: w_p. Default 0.5.
@@ -83,7 +85,9 @@ def sep_loss(
     check_shape("labels", labels, logits.shape[:1], logits)
     wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=wide, device=logits.device)
-    classification = F.cross_entropy(logits.to(wide), labels)
+    classification = zero
+    if classification_weight:
+        classification = classification_weight * F.cross_entropy(logits.to(wide), labels)
     text = text_weight * consistency(text_embeds.to(wide), frozen_text_embeds.to(wide)) if text_weight else zero
     vision = vision_weight * consistency(image_embeds.to(wide), frozen_image_embeds.to(wide)) if vision_weight else zero
     anchors = zero

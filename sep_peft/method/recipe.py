@@ -34,6 +34,16 @@ PUBLISHED: dict[str, Any] = {
     "calibration_folds": 0,
     "class_sample": 0,
 }
+#: Where image embeddings are to find images of the same class: prototypes alone teach them, and a whitening follows.
+RETRIEVAL: dict[str, Any] = {
+    "epochs": 12,
+    "learning_rate": 2e-2,
+    "classification_weight": 0.0,
+    "vision_weight": 0.0,
+    "prototype_weight": 1.0,
+    "calibration_folds": 0,
+    "whiten": True,
+}
 #: What was tuned for `SEPConfig.compact()`, where it differs from the defaults.
 COMPACT: dict[str, Any] = {"learning_rate": 1e-2, "text_weight": 2.0, "vision_weight": 1.5}
 
@@ -52,6 +62,8 @@ class Recipe(BaseRecipe):
             `learning_rate`, as published. Default 1e-3.
         views: augmentations of each image, where what training does not change is cached; epoch e shows view
             ``e mod views``, so with as many views as epochs training is what it is without a cache. Default 8.
+        classification_weight: of the cross entropy among the class texts; 0: class texts teach the images nothing.
+            Default 1, as published.
         text_weight, vision_weight: of the consistency losses. Defaults 4 and 3.
         prototype_weight: of the prototype terms of the loss; 0: there are no prototypes. Default 0.5.
         agreement_weight: of the divergence between the scores of the texts and those of zero-shot, in the loss.
@@ -72,6 +84,8 @@ class Recipe(BaseRecipe):
         class_sample: class texts that a step draws and encodes, beside those of its images' own classes; the others
             take part by their last embeddings, so that a step's cost does not grow with the number of classes. 0, as
             published: every step encodes all. Default None: 64 where there are more than 256 classes, otherwise all.
+        whiten: whether `fit` ends with a whitening of the image embeddings, for searching images by images; see
+            `SEPClassifier.fit_whitening`. Default False.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -88,6 +102,7 @@ class Recipe(BaseRecipe):
     _: KW_ONLY
     prototype_learning_rate: float | None = 1e-3
     views: int = 8
+    classification_weight: float = 1.0
     text_weight: float = 4.0
     vision_weight: float = 3.0
     prototype_weight: float = 0.5
@@ -100,6 +115,7 @@ class Recipe(BaseRecipe):
     calibration_folds: int = 4
     negative_focus: float = 0.0
     class_sample: int | None = None
+    whiten: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,7 +127,14 @@ class Recipe(BaseRecipe):
             lambda v: v is None or (is_number(v) and v >= 0),
             "None or a finite number of at least 0",
         )
-        weights = ("text_weight", "vision_weight", "prototype_weight", "prototype_logit_weight")
+        self.require("whiten", lambda v: isinstance(v, bool), "True or False")
+        weights = (
+            "classification_weight",
+            "text_weight",
+            "vision_weight",
+            "prototype_weight",
+            "prototype_logit_weight",
+        )
         for name in (*weights, *REGULARIZER_WEIGHTS, "zero_shot_margin", "negative_focus"):
             self.require(name, lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
 
@@ -133,6 +156,20 @@ class Recipe(BaseRecipe):
         """
         return cls(**(COMPACT | overrides))
 
+    @classmethod
+    def retrieval(cls, **overrides) -> Recipe:
+        """For finding images by images, with `SEPConfig.retrieval()`: search gains what classification gains.
+
+        Each image is drawn to the prototype of its class and away from the others, which are proxies of the images:
+        the cross entropy over their cosines (ProxyNCA++, arXiv 2004.01113; Zhai and Wu, arXiv 1811.12649). No class
+        text takes part, and texts stay as the frozen model has them. A whitening of the embeddings follows, which the
+        training images teach (`sep_peft.method.whitening`).
+
+        Args:
+            overrides: settings that differ.
+        """
+        return cls(**(RETRIEVAL | overrides))
+
     @property
     def own_learning_rates(self) -> dict[str, float]:
         """That of the prototypes, where they have one."""
@@ -142,7 +179,7 @@ class Recipe(BaseRecipe):
     @property
     def loss_weights(self) -> dict[str, float]:
         """The weights that `sep_loss` takes, by its names for them."""
-        names = ("text_weight", "vision_weight", "prototype_weight")
+        names = ("classification_weight", "text_weight", "vision_weight", "prototype_weight")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -128,7 +128,7 @@ def fit(
     checkpoint = None if folder is None else Path(folder, CHECKPOINT_FILE)
     if checkpoint is not None and not resume:
         checkpoint.unlink(missing_ok=True)  # of a training that was finished
-    classifier.recipe = recipe
+    classifier.recipe, classifier.whitening = recipe, None
     _start(classifier, plain, workers, checkpoint is not None and checkpoint.exists())
     images: EpochDataset = LabelledImages(samples, names, processor, recipe)
     if cache is not None:
@@ -165,6 +165,8 @@ def fit(
             ship(classifier)
         raise
     ship(classifier)
+    if recipe.whiten:
+        classifier.fit_whitening(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
     try:
         if held_out is not None:
             calibrate(classifier, held_out, workers=workers)
@@ -187,8 +189,18 @@ def _check_samples(classifier: SEPClassifier, samples: Any, eval_samples: Any, r
             f"{', '.join(others)} of the recipe are for classes of which an image has one, but it may have several of "
             "these. Leave them at 0."
         )
+    if several and recipe.whiten:
+        raise ValueError(
+            "A whitening tells images of one class from others, but an image may have several of these. Pass a recipe "
+            "with whiten=False."
+        )
     check = check_label_samples if several else check_samples
     check(classifier, samples, "train on")
+    if recipe.whiten and len({name for _, name in samples}) < 2:
+        raise ValueError(
+            "A whitening tells images of one class from others, but all samples are of one. Pass images of two classes "
+            "at least, or a recipe with whiten=False."
+        )
     if eval_samples is not None:
         check(classifier, eval_samples, "validate on")
     elif several and not (recipe.calibration_folds and len(samples) > 1):

@@ -197,6 +197,15 @@ class SEPConfig(PeftConfig):
         return cls._setting(COMPACT, overrides)
 
     @classmethod
+    def retrieval(cls, **overrides) -> SEPConfig:
+        """For finding images by images: image prompts alone, so that texts are embedded as the frozen model has them.
+
+        Args:
+            overrides: options that differ.
+        """
+        return cls._setting({"num_text_prompts": 0}, overrides)
+
+    @classmethod
     def _setting(cls, options: dict, overrides: dict) -> SEPConfig:
         unused = UNUSED_OPTIONS.get(str(overrides.get("fusion")), ())
         options = {name: value for name, value in options.items() if name not in unused}
