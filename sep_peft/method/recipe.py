@@ -91,12 +91,13 @@ class Recipe(BaseRecipe):
         ValueError: a value is not allowed; the message names it and what is.
     """
 
-    AFTERWARDS: ClassVar[frozenset[str]] = frozenset({"zero_shot_margin", "calibration_folds"})
+    AFTERWARDS: ClassVar[frozenset[str]] = frozenset({"zero_shot_margin", "calibration_folds", "whiten"})
     UNKNOWN: ClassVar[Mapping[str, Any]] = {
         **BaseRecipe.UNKNOWN,
         **dict.fromkeys(REGULARIZER_WEIGHTS, 0.0),
         "negative_focus": 0.0,
         "class_sample": 0,
+        "classification_weight": 1.0,
     }
 
     _: KW_ONLY
