@@ -7,9 +7,11 @@ macOS, on the CPU where no device is named.
 
     python examples/benchmark.py                     # a few minutes on two cores
     python examples/benchmark.py --fast              # a tiny model, seconds: only to see that everything runs
-    python examples/benchmark.py --extended          # also torch.compile and bfloat16; compiling takes minutes
+    python examples/benchmark.py --extended          # everything; compiling takes minutes
     python examples/benchmark.py --only resident     # a hundred adapters in one model
     python examples/benchmark.py --only mixed        # a batch whose samples use sixteen adapters
+    python examples/benchmark.py --only imports      # what `import sep_peft` adds to `import peft`
+    python examples/benchmark.py --only epoch        # an epoch with 21,000 classes; some minutes
     python examples/benchmark.py --check             # every goal, in five minutes at most; fails where one is not met
     python examples/benchmark.py --device cuda       # a GPU: other models, batches and goals; see benchmark_device.py
 
@@ -17,8 +19,8 @@ On Linux, glibc gives freed memory back to the system during every training step
 CLIP without gradients hardly notices. All timings but one are made with that turned off, for every workload alike; a
 program of yours gets the same by `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python ...`.
 
-The table goes to stdout and, with the spread over the rounds, into a JSON file; so does what was measured when
-Ctrl-C or SIGTERM comes.
+The table goes to stdout and, with the spread over the rounds, into a JSON file, row by row; so does what was measured
+when Ctrl-C or SIGTERM comes.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import random
 import resource
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,7 +59,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel
 import sep_peft
 from sep_peft import SEPClassifier, SEPConfig, TrunkCache, cast_adapter
 from sep_peft.folders import read_folder
-from sep_peft.training import History, LabelledImages, Recipe
+from sep_peft.training import History, LabelledImages, Recipe, fit
 from sep_peft.training.epochs import Epochs
 from sep_peft.training.progress import Progress
 
@@ -101,6 +104,11 @@ RESIDENT = "resident adapters / their files"
 MIXED, MIXED_SMALL = "SEP image encoding, mixed batch", "SEP image encoding, mixed batch, quickstart's model"
 ADD_FIRST, ADD_LAST = "SEP adapter: add the first", "SEP adapter: add the last"
 LOAD_LAST = "SEP task: load beside all"
+EPOCH, EPOCH_MEMORY = "fit, an epoch with very many classes", "fit, peak memory with very many classes"
+#: What a new interpreter runs, as arguments of Python.
+BASE_IMPORT = ("-c", "import peft")
+IMPORTS = {"import sep_peft": ("-c", "import sep_peft"), "sep-peft --help": ("-m", "sep_peft", "--help")}
+ABOVE_PEFT = "above import peft"
 
 
 # what is measured
@@ -118,6 +126,7 @@ class Settings:
         num_classes: classes of the task.
         more_classes: classes of the task with more classes, for time.
         many_classes: classes of the task with many classes, all encoded or a sample of them.
+        epoch_classes: classes of the epoch with very many.
         resident: adapters that are in one model at once.
         mixed_samples, mixed_adapters: samples of a mixed batch, and adapters that they use.
         rounds: repetitions of every timing.
@@ -135,6 +144,7 @@ class Settings:
     num_classes: int
     more_classes: int
     many_classes: int
+    epoch_classes: int
     resident: int
     mixed_samples: int
     mixed_adapters: int
@@ -161,6 +171,7 @@ VIT_B_16 = Settings(
     num_classes=50,
     more_classes=500,
     many_classes=1000,
+    epoch_classes=21_000,
     resident=100,
     mixed_samples=32,
     mixed_adapters=16,
@@ -188,6 +199,8 @@ VIT_B_16 = Settings(
         f"{MIXED_SMALL} / one adapter": 1.3,
         f"{ADD_LAST} / {ADD_FIRST}": 2.0,
         LOAD_LAST: 200.0,
+        **{f"{name}, {ABOVE_PEFT}": 0.2 for name in IMPORTS},
+        EPOCH_MEMORY: 8192.0,
         f"{SEP}: compiled / eager": 1.0,
         f"{SEP}: bf16 autocast / eager": 1.0,
         f"{SEP_FULL_STEP}: compiled / eager": 1.0,
@@ -210,6 +223,7 @@ TINY = Settings(
     num_classes=10,
     more_classes=20,
     many_classes=300,
+    epoch_classes=300,
     resident=3,
     mixed_samples=4,
     mixed_adapters=2,
@@ -621,34 +635,88 @@ def peak_memory(name: str, settings: Settings) -> tuple[int, int]:
     return peak, peak - loaded
 
 
-def send_peak_memory(sender: Connection, name: str, settings: Settings) -> None:
-    sender.send(peak_memory(name, settings))
+def send(sender: Connection, function: Callable, arguments: tuple) -> None:
+    sender.send(function(*arguments))
+
+
+def in_own_process(function: Callable, *arguments: object) -> tuple:
+    """What a function returns in a process whose memory begins small.
+
+    A process that is started directly begins with the peak of its parent; one that a small server forks does not.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.models.clip.modeling_clip", "sep_peft"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send, args=(sender, function, arguments))
+    process.start()
+    sender.close()  # so that a process that fails ends the waiting
+    try:
+        return receiver.recv()
+    finally:
+        process.kill()  # it has nothing left to do, or this one was stopped
+        process.join()
 
 
 def measure_memory(settings: Settings) -> Iterator[Row]:
     # Without a fixed threshold the gaps in glibc's heap count as well. They say more about glibc than about a method: a
     # training step appears to take half as much again, and to take more the more chunks of texts it goes through.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD)
-    # A process that is started directly begins with the peak of its parent; one that a small server forks does not.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.clip.modeling_clip", "sep_peft"])
     peaks = {}
     cases = (SEP_STEP, SEP_MANY_STEP, SEP_SAMPLED_STEP) if settings.goals_alone else tuple(MEMORY_CASES)
     for name in tqdm(cases, desc="memory"):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=send_peak_memory, args=(sender, name, settings))
-        process.start()
-        sender.close()  # so that a process that fails ends the waiting
-        try:
-            peak, growth = receiver.recv()
-        finally:
-            process.kill()  # it has nothing left to do, or this one was stopped
-            process.join()
+        peak, growth = in_own_process(peak_memory, name, settings)
         peaks[name] = peak
         yield Row(f"peak memory: {name}", "MiB", [peak / MIB])
         yield Row(f"peak memory above the model: {name}", "MiB", [growth / MIB])
         if name in (SEP_MORE_CLASSES_STEP, SEP_MANY_STEP, SEP_SAMPLED_STEP):
             yield Row(f"peak memory: {name} / {SEP_STEP}", "× memory", [peak / peaks[SEP_STEP]])
+
+
+def epoch_cost(settings: Settings) -> tuple[float, int]:
+    """For a process of its own: CPU seconds of an epoch of `fit` on the quickstart's model and images, beside whose
+    classes there are many without an image, and bytes at the peak."""
+    torch.set_num_threads(settings.threads)
+    tiny = settings.num_classes == TINY.num_classes
+    images = read_folder(ASSETS / "caltech101", shots=1 if tiny else 16, seed=1)
+    names = [*images.names, *(f"thing number {index}" for index in range(settings.epoch_classes - len(images.names)))]
+    model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig())
+    classifier = SEPClassifier.from_class_names(model, AutoProcessor.from_pretrained(ASSETS / "clip-small"), names)
+    start = time.process_time()
+    fit(classifier, images.train, Recipe(epochs=1, calibration_folds=0), quiet=True)
+    return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+
+
+def measure_epoch(settings: Settings) -> list[Row]:
+    elapsed, peak = in_own_process(epoch_cost, settings)
+    return [Row(EPOCH, "s of CPU", [elapsed]), Row(EPOCH_MEMORY, "MiB", [peak / MIB])]
+
+
+# imports
+
+
+def measure_imports(settings: Settings) -> list[Row]:
+    """CPU seconds of new interpreters."""
+    runs = {ABOVE_PEFT: BASE_IMPORT, **IMPORTS}
+    times = {name: [] for name in runs}
+    for index in range(settings.rounds + 1):  # the first one reads the files
+        for name, arguments in runs.items():
+            elapsed = cpu_seconds(arguments)
+            if index > 0:
+                times[name].append(elapsed)
+    base = times[ABOVE_PEFT]
+    above = {name: [a - b for a, b in zip(times[name], base, strict=True)] for name in IMPORTS}
+    return [
+        Row(BASE_IMPORT[-1], "s of CPU", base),
+        *(Row(f"{name}, {ABOVE_PEFT}", "s of CPU", values) for name, values in above.items()),
+    ]
+
+
+def cpu_seconds(arguments: tuple[str, ...]) -> float:
+    """Of a new interpreter, until it has ended."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 # adapters
@@ -737,7 +805,8 @@ def measure_loading(settings: Settings) -> list[Row]:
     images = read_folder(ASSETS / "caltech101", shots=16, seed=1)
     model = get_peft_model(CLIPModel.from_pretrained(ASSETS / "clip-small"), SEPConfig())
     processor = AutoProcessor.from_pretrained(ASSETS / "clip-small")
-    recipe = Recipe(max_steps=2 if settings.num_classes == TINY.num_classes else None)
+    # a check has no time for whole epochs
+    recipe = Recipe(max_steps=2 if settings.num_classes == TINY.num_classes else 7 if settings.goals_alone else None)
     classifier = SEPClassifier.from_class_names(model, processor, images.names, recipe=recipe)
     data = LabelledImages(images.train, images.names, processor, recipe)
     run = Epochs(classifier, data, recipe, Accelerator(device_placement=False), workers=0)
@@ -775,7 +844,7 @@ def measure_adapter(name: str, model: PeftModel, folder: str, rounds: int) -> li
 
 
 def describe(settings: Settings, rows: list[Row], stopped: str | None, **more: object) -> dict:
-    """Everything that goes into the JSON file; `stopped` is the signal that ended it, if one did."""
+    """Everything that goes into the JSON file; `stopped` is the signal that ended it, or `UNFINISHED`."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     own = sep_peft.__version__  # of the code that runs, which may be a folder that was never installed
     return {
@@ -831,7 +900,7 @@ def format_items(items: dict) -> str:
 
 def format_row(row: dict) -> tuple[str, str, str, str, str]:
     # three significant ones, and all before the point
-    digits = max(0, 2 - math.floor(math.log10(row["median"]))) if row["median"] > 0 else 0
+    digits = max(0, 2 - math.floor(math.log10(abs(row["median"])))) if row["median"] else 0
     goal = "" if row["goal"] is None else f"≤ {row['goal']:.2f}"
     met = {None: "", True: "yes", False: "no"}[row["met"]]
     return row["name"], f"{row['median']:,.{digits}f}", row["unit"], goal, met
@@ -850,7 +919,7 @@ def format_check(report: dict, goals: dict[str, float]) -> str:
 
 # the command line
 
-EXTENDED = "extended"
+EXTENDED, IMPORTING, EPOCHS = "extended", "imports", "epoch"
 #: What is measured together, in this order.
 GROUPS = {
     "memory": measure_memory,
@@ -861,8 +930,14 @@ GROUPS = {
     "mixed": measure_mixed,
     "inference": measure_inference,
     "training": measure_training,
+    IMPORTING: measure_imports,
     EXTENDED: measure_extended,
+    EPOCHS: measure_epoch,
 }
+#: Groups that are measured where they are asked for, one by one or by --extended.
+ASKED_FOR = {EXTENDED, IMPORTING, EPOCHS}
+#: What stands in the place of a signal while it runs, and stays where it is killed.
+UNFINISHED = "unfinished"
 #: How long a check of the goals may take, and its rounds.
 CHECK_SECONDS, CHECK_ROUNDS = 290, 1
 #: Groups that are about memory that is given back and taken again.
@@ -882,7 +957,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="JSON file (benchmark.json)")
     parser.add_argument("--rounds", type=positive, help=f"rounds of every timing ({VIT_B_16.rounds})")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads of torch (all)")
-    parser.add_argument("--extended", action="store_true", help="also measure torch.compile and bfloat16")
+    parser.add_argument(
+        "--extended", action="store_true", help="also measure torch.compile, bfloat16, imports and 21,000 classes"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -932,14 +1009,15 @@ def main_on_device(arguments: argparse.Namespace) -> int:
     )
     settings = replace(next(iter(models.values())), goals=GOALS, threads=torch.get_num_threads())
     rows, left_out, stop = [], [], Stop(arguments.seconds)
+    card = torch.cuda.get_device_name() if plan.device.type == "cuda" else None
     try:
         for row in measure_device(plan, left_out):
             rows.append(row)
+            write_json(arguments.output, describe(settings, rows, UNFINISHED, card=card, left_out=left_out))
     except Exception as error:
         if not stop.stopped(error):
             raise
     stop.end()
-    card = torch.cuda.get_device_name() if plan.device.type == "cuda" else None
     report = describe(settings, rows, stop.received, card=card, left_out=left_out)
     known = {name: goal for name, goal in GOALS.items() if any(row.name == name for row in rows)}
     if card is not None:
@@ -960,15 +1038,18 @@ def main() -> int:
     rounds = arguments.rounds or (CHECK_ROUNDS if arguments.check else settings.rounds)
     settings = replace(settings, threads=arguments.threads, rounds=rounds, goals_alone=arguments.check)
     if arguments.check and not (arguments.extended or arguments.fast):  # these alone take more than five minutes
-        long = (" / eager", f"{MIXED} / one adapter")
+        long = (" / eager", f"{MIXED} / one adapter", EPOCH_MEMORY)
         settings = replace(settings, goals={n: g for n, g in settings.goals.items() if not n.endswith(long)})
     torch.set_num_threads(settings.threads)
-    usual = GROUPS.keys() - {EXTENDED, *(["allocator"] if arguments.check else [])}
-    chosen = set(arguments.only or usual) | ({EXTENDED} if arguments.extended else set())
+    usual = GROUPS.keys() - ASKED_FOR
+    if arguments.check:  # which no goal is about, and which one is
+        usual = usual - {"allocator"} | (set() if arguments.fast else {IMPORTING})
+    chosen = set(arguments.only or usual) | (ASKED_FOR if arguments.extended else set())
     rows, stop = [], Stop(CHECK_SECONDS if arguments.check else None)
     try:
         for row in measure(settings, chosen, stop):
             rows.append(row)
+            write_json(arguments.output, describe(settings, rows, UNFINISHED))
     except Exception as error:
         if not stop.stopped(error):
             raise

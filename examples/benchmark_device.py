@@ -218,9 +218,8 @@ def measure_together(plan: Plan, title: str, workloads: dict[str, Callable[[], W
             made[name]()
         if (peak := peak_memory(plan, made[name])) is not None:
             yield Row(f"{title}: {name}, peak memory", "MiB", [(peak - base) / MIB])
-        yield Row(
-            f"{title}: {name}, {'launches' if plan.device.type == 'cuda' else 'operators'}", "", [count(made[name])]
-        )
+        what, number = count(made[name])
+        yield Row(f"{title}: {name}, {what}", "", [number])
     calls = {
         name: max(1, min(100, round(plan.seconds_a_round / seconds(plan, work, 2)))) for name, work in made.items()
     }
@@ -262,8 +261,8 @@ def seconds(plan: Plan, workload: Workload, calls: int) -> float:
     return begin.elapsed_time(end) / 1000 / calls
 
 
-def count(workload: Workload) -> int:
-    """What one call starts: kernels and graphs on a GPU, elsewhere operators of torch."""
+def count(workload: Workload) -> tuple[str, int]:
+    """What one call starts, and how many: "launches" of kernels and graphs on a GPU, else "operators" of torch."""
     gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
         workload()
@@ -271,7 +270,9 @@ def count(workload: Workload) -> int:
             torch.cuda.synchronize()
     events = seen.key_averages()
     launches = sum(event.count for event in events if event.key in LAUNCHES)
-    return launches or sum(event.count for event in events if event.key.startswith("aten::"))
+    if launches:
+        return "launches", launches
+    return "operators", sum(event.count for event in events if event.key.startswith("aten::"))
 
 
 def allocated(plan: Plan) -> int:

@@ -18,7 +18,8 @@ TASKS = {
     "image-classification": "ImageClassificationPipeline",
     "zero-shot-image-classification": "ZeroShotImageClassificationPipeline",
 }
-#: What `pipeline` asks of the class of a pipeline before it has a model: which parts of a processor to load.
+#: What `pipeline` asks of the class of a pipeline before it has a model: which parts of a processor to load. Older
+#: releases of transformers do not ask for all of them.
 PARTS = ("_load_tokenizer", "_load_image_processor", "_load_video_processor")
 PARTS += ("_load_feature_extractor", "_load_processor")
 
@@ -29,7 +30,7 @@ def register() -> None:
         _, entry, _ = pipelines.PIPELINE_REGISTRY.check_task(task)
         if AdapterModel not in entry["pt"]:
             original = getattr(pipelines, name)
-            parts = {part: getattr(original, part) for part in PARTS}
+            parts = {part: getattr(original, part) for part in PARTS if hasattr(original, part)}
             entry["pt"] = (AdapterModel, *entry["pt"])
             entry["impl"] = type(name, (AdapterPipeline,), {"original": original, **parts})
 

@@ -8,7 +8,7 @@ from packaging.version import Version
 #: Package -> its oldest release, and what an older one does.
 OLDEST = {
     "peft": ((0, 21), "saves and loads its adapters wrongly"),
-    "transformers": ((5, 17), "has towers that it does not know, and may load adapters without their weights"),
+    "transformers": ((5, 8), "has towers that it does not know, and may load adapters without their weights"),
 }
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import re
 import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fresh import usual
 
 
@@ -110,6 +114,33 @@ def test_what_was_measured_is_written_when_it_is_stopped(number, name, tmp_path)
     rows = {row["name"]: row["rounds"] for row in report["rows"]}
     assert set(rows) == {row for row in ROWS if row.startswith(INFERENCE) and "mixed" not in row}
     assert len(set(rows.values())) == 1 and rows.popitem()[1] >= 4
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark", BENCHMARK)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where data classes look for themselves
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_an_epoch_with_very_many_classes(benchmark):
+    settings = replace(benchmark.TINY, threads=torch.get_num_threads())
+    elapsed, peak = benchmark.epoch_cost(settings)
+    assert elapsed > 0 and peak > 2**20
+    assert benchmark.VIT_B_16.goals[benchmark.EPOCH_MEMORY] == 8 * 1024
+
+
+def test_imports_are_compared_in_new_interpreters(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "BASE_IMPORT", ("-c", "import json"))
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    monkeypatch.setattr(benchmark, "IMPORTS", {"import sep_peft": ("-c", busy)})
+    base, above = benchmark.measure_imports(replace(benchmark.TINY, rounds=1))
+    assert base.name == "import json" and 0 < base.values[0] < 0.3
+    assert above.name == "import sep_peft, above import peft" and 0.1 < above.values[0] < 0.4
+    assert above.to_json(benchmark.VIT_B_16.goals)["goal"] == 0.2
 
 
 def test_a_check_says_of_every_goal_whether_it_is_met(tmp_path):

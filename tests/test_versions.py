@@ -48,21 +48,21 @@ def test_the_refusal_at_import_knows_the_same_limits():
 MESSAGES = {
     "peft": "sep_peft needs peft 0.21 or newer, but {} is installed, which saves and loads its adapters wrongly. Run: "
     'pip install "peft>=0.21"',
-    "transformers": "sep_peft needs transformers 5.17 or newer, but {} is installed, which has towers that it does not "
-    'know, and may load adapters without their weights. Run: pip install "transformers>=5.17"',
+    "transformers": "sep_peft needs transformers 5.8 or newer, but {} is installed, which has towers that it does not "
+    'know, and may load adapters without their weights. Run: pip install "transformers>=5.8"',
 }
 
 
-@pytest.mark.parametrize(("name", "found"), [("peft", "0.20.0"), ("peft", "0.9.1"), ("transformers", "5.16.1")])
+@pytest.mark.parametrize(("name", "found"), [("peft", "0.20.0"), ("peft", "0.9.1"), ("transformers", "5.7.0")])
 def test_what_is_too_old_is_refused(name, found, monkeypatch):
-    versions = {"peft": "0.21.0", "transformers": "5.17.0"}
+    versions = {"peft": "0.21.0", "transformers": "5.8.0"}
     monkeypatch.setattr(requirements, "version", lambda package: (versions | {name: found})[package])
     with raises(MESSAGES[name].format(found), ImportError):
         requirements.check_installed()
 
 
 @pytest.mark.parametrize(
-    ("peft", "transformers"), [("0.21", "5.17"), ("0.21.0.dev0", "6.0.0rc1"), ("1.0+local", "5.17.0.dev0")]
+    ("peft", "transformers"), [("0.21", "5.8"), ("0.21.0.dev0", "6.0.0rc1"), ("1.0+local", "5.8.0.dev0")]
 )
 def test_what_is_new_enough_passes(peft, transformers, monkeypatch):
     monkeypatch.setattr(requirements, "version", {"peft": peft, "transformers": transformers}.__getitem__)

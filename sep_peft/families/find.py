@@ -12,6 +12,8 @@ from .table import ARCHITECTURES, DUAL_ENCODER_TEXT, DUAL_ENCODER_VISION
 
 #: Model type of `VisionTextDualEncoderModel`, whose towers are models of their own.
 DUAL_ENCODER = "vision-text-dual-encoder"
+#: Where the layers are -> where they are in older releases of transformers, 5.8 among them.
+OLDER_LAYERS = {"layers": "encoder.layer"}
 
 
 def find_architecture(model: nn.Module, spec: dict | None = None) -> Architecture:
@@ -31,7 +33,7 @@ def find_architecture(model: nn.Module, spec: dict | None = None) -> Architectur
     if config is not None and model_type == DUAL_ENCODER:
         return Architecture(
             text=_find_tower(config.text_config, DUAL_ENCODER_TEXT),
-            vision=_find_tower(config.vision_config, DUAL_ENCODER_VISION),
+            vision=_in_this_release(_find_tower(config.vision_config, DUAL_ENCODER_VISION), model),
         )
     if model_type not in ARCHITECTURES:
         raise ValueError(
@@ -66,6 +68,14 @@ def _find_tower(config, specs: dict[str, TowerSpec]) -> TowerSpec:
         )
     spec = _check_options(specs[config.model_type], config)
     return replace(spec, leading_tokens=spec.leading_tokens + getattr(config, "num_register_tokens", 0))
+
+
+def _in_this_release(spec: TowerSpec, model: nn.Module) -> TowerSpec:
+    """The spec of a tower, with the path at which the installed transformers has its layers."""
+    tower, older = getattr(model, spec.path), OLDER_LAYERS.get(spec.layers)
+    if older is None or hasattr(tower, spec.layers) or not hasattr(tower, older.partition(".")[0]):
+        return spec
+    return replace(spec, layers=older)
 
 
 def _check_options(spec: TowerSpec, config) -> TowerSpec:

@@ -1,7 +1,10 @@
 """What `check.sh` found, as JSON: the device and the versions, every test that did not pass, and the benchmarks.
 
 python tests/gpu/check_report.py device cuda        # prints the device and the versions
-python tests/gpu/check_report.py report OUT CODE SECONDS
+python tests/gpu/check_report.py report OUT CODE SECONDS ["tests benchmark"]
+
+CODE is pytest's exit status, or "-" where the tests did not end. A check that was killed leaves its files in OUT; the
+second command then makes check.json of what there is.
 """
 
 from __future__ import annotations
@@ -13,9 +16,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-
-import torch
 
 
 KINDS = ("passed", "failed", "skipped")
@@ -28,6 +28,8 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         SystemExit: there is no such device.
     """
+    import torch  # not for the report, which is made often
+
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device. SEP_PEFT_GPU_TESTS_ON=cpu rehearses the check without one.")
@@ -52,34 +54,24 @@ def installed(package: str) -> str | None:
         return None
 
 
-def read_tests(path: Path) -> dict[str, Any]:
-    """Counts, and the message of every test that failed or was skipped; of a run that was cut off, nothing."""
-    if not path.exists():
-        return {"finished": False}
-    suite = ElementTree.parse(path).getroot().find("testsuite")
-    assert suite is not None, "pytest writes one"
-    found: dict[str, Any] = {"finished": True, "seconds": float(suite.get("time", 0)), "passed": 0}
-    found |= {"failed": {}, "skipped": {}}
-    for case in suite.iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        failed, skipped = (case.find(kind) for kind in ("failure", "skipped"))
-        failed = case.find("error") if failed is None else failed
-        if failed is not None:
-            found["failed"][name] = f"{failed.get('message')}\n{(failed.text or '')[-2000:]}"
-        elif skipped is not None:
-            found["skipped"][name] = skipped.get("message")
-        else:
-            found["passed"] += 1
-    return found
+def read_tests(path: Path, code: str) -> dict[str, Any]:
+    """Counts, and the reason of every test that failed or was skipped; of a run that was cut off, those that ended."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    tests = [json.loads(line) for line in lines]
+    found: dict[str, Any] = {kind: {t["test"]: t["reason"] for t in tests if t["outcome"] == kind} for kind in KINDS}
+    found["passed"] = len(found["passed"].keys() - found["failed"].keys())  # it may fail after it has passed
+    finished = code in ("0", "1")  # all passed, or some failed
+    return {"finished": finished, "seconds": round(sum(test["seconds"] for test in tests), 1), **found}
 
 
-def report(out: Path, code: int, seconds: int) -> bool:
-    """Writes check.json; whether all is well."""
-    tests = read_tests(out / "tests.xml")
+def report(out: Path, code: str, seconds: int, only: str = "tests benchmark") -> bool:
+    """Writes check.json; whether all is well of the parts in `only`."""
+    tests = read_tests(out / "tests.jsonl", code)
     benchmarks = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("benchmark-*.json"))}
     missed = [row["name"] for each in benchmarks.values() for row in each["rows"] if row["met"] is False]
-    late = [name for name, reason in tests.get("skipped", {}).items() if "no time was left" in (reason or "")]
-    well = code == 0 and tests["finished"] and not (tests["failed"] or late) and bool(benchmarks) and not missed
+    late = [name for name, reason in tests["skipped"].items() if "no time was left" in reason]
+    tested = "tests" not in only or (code == "0" and not tests["failed"] and not late)
+    well = tested and ("benchmark" not in only or bool(benchmarks)) and not missed
     found = {
         **json.loads((out / "device.json").read_text()),
         "well": well,
@@ -89,12 +81,9 @@ def report(out: Path, code: int, seconds: int) -> bool:
         "benchmarks": benchmarks,
     }
     (out / "check.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    counts = ", ".join(
-        f"{tests[kind] if kind == 'passed' else len(tests[kind])} {kind}" for kind in KINDS if kind in tests
-    )
-    print(
-        f"{counts or 'tests cut off'}; goals missed: {', '.join(missed) or 'none'}; {seconds} s; {out / 'check.json'}"
-    )
+    counts = ", ".join(f"{tests[kind] if kind == 'passed' else len(tests[kind])} {kind}" for kind in KINDS)
+    cut = "" if tests["finished"] else " (cut off)"
+    print(f"{counts}{cut}; goals missed: {', '.join(missed) or 'none'}; {seconds} s; {out / 'check.json'}")
     return well
 
 
@@ -102,4 +91,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "device":
         print(json.dumps(describe(sys.argv[2])))
     else:
-        sys.exit(not report(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+        sys.exit(not report(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *sys.argv[5:]))

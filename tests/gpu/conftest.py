@@ -6,6 +6,7 @@ SEP_PEFT_GPU_TESTS_ON=cpu python -m pytest tests/gpu    # all but what CUDA alon
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ VARIABLE = "SEP_PEFT_GPU_TESTS_ON"
 #: Seconds from the start after which no further test begins; unset: never.
 LIMIT = "SEP_PEFT_GPU_TESTS_SECONDS"
 NO_TIME = f"no time was left, by {LIMIT}"
+#: A file that gets a JSON object a line for each test that has ended, so that a killed run leaves what it found.
+RESULTS = "SEP_PEFT_GPU_TESTS_RESULTS"
 BEGUN = time.monotonic()
 #: Files whose tests come first: what is wrong there is wrong for everybody.
 FIRST = ("test_gpu_parity", "test_gpu_waiting", "test_gpu_use", "test_gpu_kernels", "test_gpu_compile")
@@ -36,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() - BEGUN > float(os.environ.get(LIMIT, "inf")):
         pytest.skip(NO_TIME)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    path = os.environ.get(RESULTS)
+    if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.passed and report.when != "call"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext[-2000:]
+    found = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "reason": reason}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(found) + "\n")
 
 
 @pytest.fixture(scope="session")
