@@ -44,7 +44,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def command(folder: Path, output: Path, *options: str) -> list[str]:
-    return ["train-pairs", str(folder), "--base-model", base(), "--output", str(output), *SMALL, *options]
+    given = ["--base-model", base(), "--output", str(output), *SMALL, "--no-report"]
+    return ["train-pairs", str(folder), *given, *options]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def output(folder, tmp_path_factory) -> Path:
 
 
 def test_what_is_saved_and_told(folder, tmp_path, capsys):
-    options = ("--json", "--held-out", "2", "--chunk-size", "2")
+    options = ("--json", "--held-out", "2", "--chunk-size", "2", "--report", "--mine-negatives", "2")
     assert main(command(folder, tmp_path / "adapter", *options)) == 0
     printed, err = capsys.readouterr()
     data = json.loads(printed)
@@ -78,6 +79,9 @@ def test_what_is_saved_and_told(folder, tmp_path, capsys):
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "run")
     ]
     settings = json.loads((tmp_path / "adapter/run/settings.json").read_text())
+    page = Path(data["report"]).read_text()
+    assert settings["recipe"]["mined_negatives"] == 2 and "2 mined negatives an image" in page
+    assert all(f"{share:.1f}" in page for score in data["scores"] for share in score["adapted"].values())
     assert settings["command"].startswith("sep-peft train-pairs") and settings["chunk_size"] == 2
 
 

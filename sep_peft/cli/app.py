@@ -268,6 +268,10 @@ def train_pairs(
         int | None, options.count(f"Images a step, all compared with each other ({PairsRecipe.batch_size}).")
     ] = None,
     learning_rate: Annotated[float | None, options.number(f"Of AdamW ({PairsRecipe.learning_rate}).")] = None,
+    mine_negatives: Annotated[
+        int | None,
+        options.integer("Captions of others that each image gets as hard negatives, by the frozen model (0)."),
+    ] = None,
     mirror: Annotated[
         bool, typer.Option("--mirror", help="Mirror half of the images; no caption may say left or right.")
     ] = False,
@@ -282,6 +286,7 @@ def train_pairs(
     fusion_hidden_size: options.FusionHiddenSize = None,
     share_fusion: options.ShareFusion = None,
     save_dtype: options.SaveDtype = "fp32",
+    report: options.Report = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -298,7 +303,13 @@ def train_pairs(
         share_fusion=share_fusion,
     )
     recipe_options = options.given(
-        epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, loss=loss, seed=seed
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        mined_negatives=mine_negatives,
+        loss=loss,
+        seed=seed,
     )
     from .session import Session
     from .train_pairs import train_pairs as run
@@ -323,6 +334,7 @@ def train_pairs(
             keep="last" if keep_last else "best",
             name=name,
             license=license,
+            report=report,
             command=context.obj,
         ),
         as_json,

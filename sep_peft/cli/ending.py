@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ..classifier.card import CardDetails
@@ -49,6 +50,22 @@ def protocol(plan: str, history: History, held_out: Sequence[Any] | None, keep: 
     if held_out is None or keep == "last":
         return f"{plan}{ended}"
     return f"{plan}{ended}; the weights of epoch {history.best}, the best on {counted(len(held_out), 'image')} of val"
+
+
+def with_report(result: Result, path: Path, write: Callable[[Path], None]) -> Result:
+    """A result with the report that was written, if any: what was trained is worth more than a page about it.
+
+    Args:
+        result: of the training.
+        path: of the report.
+        write: writes it.
+    """
+    try:
+        write(path)
+    except Exception as error:
+        warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
+        return replace(result, data=result.data | {"report": None})
+    return replace(result, data=result.data | {"report": str(path)}, lines=[*result.lines, f"report: {path}"])
 
 
 def saved_result(saved: Saved, data: dict[str, Any], lines: list[str]) -> Result:

@@ -33,12 +33,12 @@ from ..training.report import has_drawings, write_report
 from ..training.run_log import REPORT_FILE, RUN_FOLDER
 from ..tuner.config import SEPConfig
 from ..words import counted
-from .ending import interrupted, protocol, saved_result
+from .ending import interrupted, protocol, saved_result, with_report
 from .measured import between, class_scores, not_tested, untested
 from .measured_labels import label_class_scores, label_scores, total_line
 from .options import SHOTS
 from .saving import Saved, check_output, save_somewhere, saved_bytes
-from .session import Result, Session, check_images, listed, load_base, warn
+from .session import Result, Session, check_images, listed, load_base
 
 
 def train(
@@ -150,23 +150,14 @@ def train(
         took = f"{sum(history.seconds):.0f} s in epochs, {time.monotonic() - begun:.0f} s in all"
         facts = {**notes, "recipe": str(recipe), "time": took}
         path = saved.folder / RUN_FOLDER / REPORT_FILE
-        result = _with_report(result, path, classifier, adapted, zero_shot, facts=facts, **parts)
+        write = write_label_report if several else write_report
+        told = partial(write, classifier=classifier, evaluations=adapted, zero_shot=zero_shot, facts=facts, **parts)
+        result = with_report(result, path, told)
     if history.stopped == "time":
         return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
     if saved.error is None:
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
     return result
-
-
-def _with_report(result: Result, path: Path, classifier: SEPClassifier, *measured: Any, **parts: Any) -> Result:
-    """A result with the report that was written, if any: what was trained is worth more than a page about it."""
-    try:
-        write = write_label_report if classifier.classes.multi_label else write_report
-        write(path, classifier, *measured, **parts)
-    except Exception as error:
-        warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
-        return replace(result, data=result.data | {"report": None})
-    return replace(result, data=result.data | {"report": str(path)}, lines=[*result.lines, f"report: {path}"])
 
 
 def _with_scores(

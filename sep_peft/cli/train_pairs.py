@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,10 +25,12 @@ from ..training.folders import without_unreadable
 from ..training.history import History, TrainingInterrupted
 from ..training.pair_files import PairFolder, read_pair_folder, read_pairs
 from ..training.pairs import Pair
+from ..training.pairs_report import write_pairs_report
 from ..training.retrieval import evaluate_pairs
+from ..training.run_log import REPORT_FILE, RUN_FOLDER
 from ..tuner.config import SEPConfig
 from ..words import counted
-from .ending import interrupted, protocol, saved_result
+from .ending import interrupted, protocol, saved_result, with_report
 from .saving import Saved, check_output, save_somewhere, saved_bytes
 from .session import Result, Session, listed, load_base, warn_unreadable
 
@@ -56,6 +59,7 @@ def train_pairs(
     keep: Literal["best", "last"] = "best",
     name: str | None = None,
     license: str | None = None,
+    report: bool = True,
     command: str | None = None,
 ) -> Result:
     """Train an adapter on images with captions, and save it with a card.
@@ -75,6 +79,7 @@ def train_pairs(
         resume: go on with the training in `output`; where there is none, begin.
         name: of the data in the model card; None: that of `path`.
         license: of the adapter in the model card; None: none.
+        report: write a page to look at beside the adapter; see `write_pairs_report`.
         command: that was given, for the settings in the run's folder; None: not known.
 
     Raises:
@@ -83,6 +88,7 @@ def train_pairs(
         OSError: nothing can be saved in `output`, or its disk has too little room; found out before training.
         ValueError: pairs that cannot be trained on.
     """
+    begun = time.monotonic()
     check_output(output, overwrite, resume)
     pairs, broken = _readable(_with_val(read_pair_folder(path), val, held_out, recipe.seed), session)
     validation = pairs.tests.get("val")
@@ -119,15 +125,22 @@ def train_pairs(
     except TrainingInterrupted as interruption:
         return interrupted(interruption, save, details, lambda saved, _, history: told(saved, [], history))
     options = {"batch_size": recipe.batch_size, "long_captions": long_captions}
-    scores = [
-        _score(name, part, evaluate_pairs(model, found, processor, **options, progress=session.progress(part)))
+    measured = {
+        part: evaluate_pairs(model, found, processor, **options, progress=session.progress(part))
         for part, found in pairs.tests.items()
-    ]
+    }
+    scores = [_score(name, part, found) for part, found in measured.items()]
     plan = f"{counted(len(pairs.train), 'image')}; {recipe}"
     saved = save(
         details=replace(details, protocol=protocol(plan, history, pairs.tests.get("val"), keep), recall_scores=scores)
     )
     result = told(saved, scores, history)
+    if report:
+        took = f"{sum(history.seconds):.0f} s in epochs, {time.monotonic() - begun:.0f} s in all"
+        facts = {**notes, "recipe": str(recipe), "time": took}
+        parts = {"title": name, "training_images": len(pairs.train), "history": history, "unreadable": broken}
+        write = partial(write_pairs_report, evaluations=measured, facts=facts, **parts)
+        result = with_report(result, saved.folder / RUN_FOLDER / REPORT_FILE, write)
     if history.stopped == "time":
         return replace(result, lines=[*result.lines, f"stopped by time {history}; --resume goes on"])
     if saved.error is None:

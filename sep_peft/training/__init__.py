@@ -37,6 +37,7 @@ from .loop import train
 from .optimizer import make_optimizer, make_schedule
 from .pair_files import read_pairs
 from .pairs import Pair
+from .pairs_report import write_pairs_report
 from .report import write_report
 from .retrieval import PairEvaluation, evaluate_pairs
 from .sharding import shard_base
@@ -71,5 +72,6 @@ __all__ = [
     "read_pairs",
     "shard_base",
     "train",
+    "write_pairs_report",
     "write_report",
 ]

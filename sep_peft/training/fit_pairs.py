@@ -20,6 +20,7 @@ from .checkpoint import CHECKPOINT_FILE
 from .history import History
 from .limits import Limits
 from .loop import Callback, train
+from .mined_negatives import with_mined_negatives
 from .optimizer import trainable
 from .pair_images import PairedImages
 from .pair_model import PairModel
@@ -102,10 +103,14 @@ def fit_pairs(
     if patience is not None and held_out is None:
         raise ValueError(f"patience={patience} needs eval_pairs, on which the model gets better or does not.")
     captions = Captions(model, processor, found, long_captions)
-    images = PairedImages(found, captions, processor, recipe)
     size = min(recipe.batch_size, chunk_size or recipe.batch_size)
     validation = None if held_out is None else PairValidation(model, held_out, processor, size, long_captions)
     check_run_folder(folder, resume, model)
+    trained = found
+    if recipe.mined_negatives:
+        known = PairValidation(model, found, processor, size, "cut")  # what is too long was told already
+        trained = with_mined_negatives(found, known, recipe.mined_negatives)
+    images = PairedImages(trained, captions, processor, recipe, named=found)
     checkpoint = None if folder is None else Path(folder, CHECKPOINT_FILE)
     if checkpoint is not None and not resume:
         checkpoint.unlink(missing_ok=True)  # of a training that was finished

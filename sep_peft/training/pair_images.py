@@ -35,14 +35,26 @@ class PairedImages(AugmentedImages):
         captions: tokens of all their texts.
         processor: of transformers, with an image processor.
         recipe: gives `smallest_crop`, `mirrors` and `seed`.
+        named: the pairs as they were handed in, which tell this training from others; None: these.
 
     Raises:
         ValueError: there is no image processor.
     """
 
-    def __init__(self, pairs: Sequence[Pair], captions: Captions, processor: Any, recipe: PairsRecipe):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        captions: Captions,
+        processor: Any,
+        recipe: PairsRecipe,
+        named: Sequence[Pair] | None = None,
+    ):
         super().__init__([pair.image for pair in pairs], processor, recipe)
-        self.captions, self._seed, self._fingerprint = captions, recipe.seed, fingerprint_of(pairs)
+        self.captions, self._seed, self._fingerprint = (
+            captions,
+            recipe.seed,
+            fingerprint_of(pairs if named is None else named),
+        )
         self._own = [captions.numbers_of(pair.captions) for pair in pairs]
         self._negatives = [captions.numbers_of(pair.negatives) for pair in pairs]
         self._most = max(map(len, self._own))

@@ -114,6 +114,41 @@ def curves(history: History, path: str | os.PathLike | None):
     return _written(figure, path)
 
 
+def pair_curves(history: History, path: str | os.PathLike | None):
+    """Loss over the epochs, and recall of images by captions and of captions by images beside the frozen model.
+
+    Raises:
+        ValueError: no epoch has ended.
+    """
+    if not history.rows:
+        raise ValueError("There is nothing to draw: no epoch has ended.")
+    figure = _figure((7.6, 3.2))
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], ".-", color="tab:blue")
+    left.set_ylabel("loss")
+    if history.measure is None:
+        right.plot(
+            epochs, [row["accuracy"] for row in history], ".-", color="tab:gray", label="captions of a batch told"
+        )
+    else:
+        for way, color in (("image_to_text", "tab:orange"), ("text_to_image", "tab:green")):
+            for rank, style in ((1, ":"), (5, "--"), (10, "-")):
+                name = f"{way.replace('_', ' ')}, at {rank}"
+                right.plot(epochs, [row[f"val_{way}_{rank}"] for row in history], style, color=color, label=name)
+                frozen = history.rows[0][f"frozen_{way}_{rank}"]
+                right.axhline(frozen, color=color, linestyle=style, linewidth=0.7, alpha=0.5)
+        right.axvline(history.best, color="black", linestyle=":", linewidth=0.7, label=f"best epoch, {history.best}")
+        right.set_title("recall on val; pale: without the adapter", fontsize=9)
+    right.set_ylabel("%")
+    right.set_ylim(0, None)
+    right.legend(fontsize=6)
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return _written(figure, path)
+
+
 def wrong(mistakes: Sequence[Wrong], path: str | os.PathLike | None, columns: int = 4):
     """Images with what was said, how surely, and what they are.
 

@@ -61,22 +61,28 @@ def measure_recall(
         what was found. An image counts as found by any of its captions, a caption by any image that has it. Where
         something else is as similar, that comes first: embeddings that are all the same find nothing.
     """
-    owners: dict[int, list[int]] = {}
-    for image, numbers in enumerate(captions):
-        for number in dict.fromkeys(numbers):
-            owners.setdefault(number, []).append(image)
-    of_images = torch.cat(list(_places(images, texts, captions)))  # (N,)
+    owners = owners_of(captions)
+    of_images = torch.cat(list(places(images, texts, captions)))  # (N,)
     known = list(owners)
-    of_texts = torch.cat(list(_places(texts[known], images, list(owners.values()))))  # one for each text
+    of_texts = torch.cat(list(places(texts[known], images, list(owners.values()))))  # one for each text
     weights = torch.tensor([len(owners[number]) for number in known], dtype=torch.float64)  # of each its images
 
-    def shares(places: torch.Tensor, weights: torch.Tensor) -> dict[int, float]:
-        return {rank: 100 * (weights[places < rank].sum() / weights.sum()).item() for rank in ranks}
+    def shares(found: torch.Tensor, weights: torch.Tensor) -> dict[int, float]:
+        return {rank: 100 * (weights[found < rank].sum() / weights.sum()).item() for rank in ranks}
 
     return Recall(shares(of_images, torch.ones(len(of_images), dtype=torch.float64)), shares(of_texts, weights))
 
 
-def _places(queries: torch.Tensor, found: torch.Tensor, right: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+def owners_of(captions: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Number of each text -> the images that have it as a caption, of the numbers of each image's captions."""
+    owners: dict[int, list[int]] = {}
+    for image, numbers in enumerate(captions):
+        for number in dict.fromkeys(numbers):
+            owners.setdefault(number, []).append(image)
+    return owners
+
+
+def places(queries: torch.Tensor, found: torch.Tensor, right: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
     """Place of the best right answer to each query among the answers, from 0, wrong ones that are as similar first.
 
     Args:

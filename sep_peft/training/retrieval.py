@@ -21,6 +21,7 @@ from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device
 from .captions import Captions, LongCaptions
+from .hard_captions import HardCaption, hardest_captions
 from .pairs import Pair, as_pairs, fingerprint_of
 from .recall import Recall, measure_recall
 
@@ -37,12 +38,14 @@ class PairEvaluation:
         frozen: by the model without the adapter.
         images: how many there were.
         captions: how many different ones they had.
+        hardest: captions by which SEP finds another image first, those whose own is found last first.
     """
 
     adapted: Recall
     frozen: Recall
     images: int
     captions: int
+    hardest: tuple[HardCaption, ...] = ()
 
 
 def evaluate_pairs(
@@ -69,7 +72,10 @@ def evaluate_pairs(
         TypeError, ValueError: as `as_pairs` and `Captions`, an image cannot be read, or `batch_size` is below 1.
     """
     found = PairValidation(model, as_pairs(pairs, "measure"), processor, batch_size, long_captions, progress)
-    return PairEvaluation(found.adapted(), found.frozen(), len(found.pairs), len(found.captions))
+    embeds = found.adapted_embeds()
+    hardest = hardest_captions(*embeds, found.pairs, found.numbers)
+    adapted = measure_recall(*embeds, found.numbers)
+    return PairEvaluation(adapted, found.frozen(), len(found.pairs), len(found.captions), hardest)
 
 
 class PairValidation:
@@ -94,7 +100,7 @@ class PairValidation:
         self._processor = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
         self.pairs = [Pair(pair.image, pair.captions, (), pair.source) for pair in pairs]
         self.captions = Captions(model, processor, self.pairs, long_captions)
-        self._own = [self.captions.numbers_of(pair.captions) for pair in self.pairs]
+        self.numbers = [self.captions.numbers_of(pair.captions) for pair in self.pairs]
         self._frozen: tuple[torch.Tensor, torch.Tensor] | None = None  # embeddings of images and texts, of unit length
 
     @property
@@ -115,12 +121,16 @@ class PairValidation:
     @torch.no_grad()
     def frozen(self) -> Recall:
         """Of the model without the adapter."""
-        return measure_recall(*self._frozen_embeds(), self._own)
+        return measure_recall(*self.frozen_embeds(), self.numbers)
 
-    @torch.no_grad()
     def adapted(self) -> Recall:
         """Of SEP."""
-        frozen_images, frozen_texts = self._frozen_embeds()
+        return measure_recall(*self.adapted_embeds(), self.numbers)
+
+    @torch.no_grad()
+    def adapted_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """SEP's embeddings of all images, (N, E), and of all captions, (M, E), of unit length."""
+        frozen_images, frozen_texts = self.frozen_embeds()
         towers = find_towers(self._model)
         with evaluating(self._model):
             images = []
@@ -129,10 +139,11 @@ class PairValidation:
                 images.append(image_embeds(towers["vision"], self._pixels(batch) | known)[0])
             prompted = self._chunks().encode(towers["text"].embed_prompted)
             texts = mix_embeddings(wide(prompted), frozen_texts, towers["text"].frozen_weight)
-        return measure_recall(torch.cat(images), texts, self._own)
+        return torch.cat(images), texts
 
-    def _frozen_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, E) and (M, E)."""
+    @torch.no_grad()
+    def frozen_embeds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the frozen model, computed once: (N, E) and (M, E)."""
         if self._frozen is None:
             towers = find_towers(self._model)
             with evaluating(self._model):
