@@ -356,11 +356,14 @@ def test_evaluate(run, images, adapter):
     row = rf"\| {data['accuracy']:.1f} {BETWEEN} \| {data['zero_shot']:.1f} \|"
     assert re.search(row, (adapter / "README.md").read_text())
     code, printed, _ = run("evaluate", adapter, images, "--quiet")
-    assert printed.splitlines()[:5] == [
+    sets = data["sets"][1]
+    assert [round(each["promise"]) for each in data["sets"]] == [80, 90, 95]
+    assert printed.splitlines()[:6] == [
         f"{data['accuracy']:.1f} %{between(data['interval'])} with SEP, {data['zero_shot']:.1f} %"
         f"{between(data['zero_shot_interval'])} zero-shot, 12 images of 3 classes",
         f"{data['class_mean']:.1f} %{between(data['class_mean_interval'])} mean over classes; calibration error "
         f"{data['calibration_error']:.1f} %, NLL {data['nll']:.3f}",
+        f"sets for 90 % hold the class of {sets['held']:.1f} %, with {sets['classes']:.1f} classes on average",
         *(f"{accuracy:6.1f} % of 4  {name}" for name, accuracy in data["per_class"].items()),
     ]
 
@@ -375,7 +378,7 @@ def test_all_that_evaluate_tells(run, images, adapter, tmp_path):
     expected = evaluate(SEPClassifier.from_pretrained(adapter), samples)
     assert (code, found["not_tested"], found["count"]) == (0, ["lamp"], {"cup": 4, "umbrella": 4})
     assert found["names"] == NAMES and found["confusion"] == expected.confusion.tolist()
-    for key in ("nll", "calibration_error", "class_mean"):
+    for key in ("nll", "calibration_error", "error_by_chance", "class_mean"):
         assert found[key] == pytest.approx(getattr(expected, key), rel=1e-4)
     for key in ("wrong", "mislabelled"):
         assert [entry["image"] for entry in found[key]] == [str(mistake.image) for mistake in getattr(expected, key)]

@@ -12,6 +12,7 @@ from bundled import IMAGE_FILES, NAMES
 from PIL import Image
 from small_classifier import raises
 
+from sep_peft.classifier.calibration import Calibration
 from sep_peft.training import evaluate
 from sep_peft.training.evaluation import Evaluation, Mistake
 from sep_peft.training.metrics import (
@@ -40,6 +41,26 @@ FOUR = make([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.9, 0.1, 0.0]]
 
 
 # measures
+
+
+def test_sets_are_those_that_predict_names(imaged):
+    """Counted by hand, of images whose classes are what the classifier says second."""
+    scores = tuple(sorted(row["score"] for row in imaged.finish_training().predict(IMAGE_FILES[0])))
+    imaged.calibrate(Calibration(1.0, label_scores=scores))
+    samples = [
+        (path, prediction[1]["label"])
+        for path, prediction in zip(IMAGE_FILES, imaged.predict(IMAGE_FILES), strict=True)
+    ]
+    found = evaluate(imaged, samples)
+    for coverage in (0.1, 0.5, 0.75):
+        named = [[row["label"] for row in own] for own in imaged.predict(IMAGE_FILES, coverage=coverage)]
+        held = [label in own for (_, label), own in zip(samples, named, strict=True)]
+        assert found.sets(coverage) == pytest.approx(
+            (100 * coverage, 100 * sum(held) / len(held), sum(map(len, named)) / len(named))
+        )
+    assert found.sets(0.9).held == 100  # of four scores no promise of 0.9 can be kept but by all classes
+    imaged.calibrate(None)
+    assert evaluate(imaged, samples).sets() is None and FOUR.sets() is None
 
 
 @pytest.mark.parametrize(("count", "classes", "bins"), [(200, 4, 15), (7, 2, 3), (1, 5, 15)])

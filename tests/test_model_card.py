@@ -57,11 +57,12 @@ def make_classifier(base=None) -> SEPClassifier:
 # text
 
 
-def test_install_and_import_come_first():
+def test_what_it_is_install_and_import_come_first():
     text = card_of().text
     start = text.index("# Household things")
-    assert text[start:].startswith(
-        f'# Household things\n\n```bash\npip install "sep_peft @ git+{REPOSITORY}"\n```\n\n```python\n'
+    assert text[start:].startswith("# Household things\n\nIt tells 2 classes apart: an adapter of [openai/")
+    assert text[text.index("Tells things in my kitchen.") :].startswith(
+        f'Tells things in my kitchen.\n\n```bash\npip install "sep_peft @ git+{REPOSITORY}"\n```\n\n```python\n'
         "import sep_peft  # registers the method; without it loaders only say KeyError: 'SEP'\n\n"
         'classifier = sep_peft.SEPClassifier.from_pretrained("ann/household")\n'
     )

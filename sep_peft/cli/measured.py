@@ -20,6 +20,8 @@ from ..words import counted
 
 #: Wrong and suspected images that people are shown.
 SHOWN_IMAGES = 5
+#: Promises of sets that are measured, and the one of them that people are shown.
+COVERAGES, SHOWN_COVERAGE = (0.8, 0.9, 0.95), 0.9
 
 
 def in_full(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassifier) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def in_full(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassif
         "class_mean": adapted.class_mean,
         "class_mean_interval": adapted.class_mean_interval,
         "calibration_error": adapted.calibration_error,
+        "error_by_chance": adapted.error_by_chance,
         "nll": adapted.nll,
+        "sets": [found._asdict() for coverage in COVERAGES if (found := adapted.sets(coverage)) is not None],
         "per_class": adapted.per_class,
         "count": adapted.count,
         "names": adapted.names,
@@ -61,6 +65,11 @@ def in_lines(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassi
         f"{adapted.class_mean:.1f} %{between(adapted.class_mean_interval)} mean over classes; calibration error "
         f"{adapted.calibration_error:.1f} %, NLL {adapted.nll:.3f}",
     ]
+    if (sets := adapted.sets(SHOWN_COVERAGE)) is not None:
+        lines.append(
+            f"sets for {sets.promise:.0f} % hold the class of {sets.held:.1f} %, with {sets.classes:.1f} classes on "
+            "average"
+        )
     if adapted.folds is not None:
         lines.insert(
             0, f"{adapted.folds} folds, no test: each image was told by an adapter that was trained on the others"

@@ -107,7 +107,8 @@ def train(
     if not resume:
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)  # it may be replaced
     held_out = images.tests.get("val")
-    name = name or folder.resolve().name
+    place = folder.resolve()
+    name = name or (place.parent if place.is_file() else place).name  # of labels.csv that of its folder
     shots = None if several else shots or SHOTS
     notes = {"command": command, "data": str(folder.resolve()), "base_model": base_model, "shots": shots}
     details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), license=license)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..classifier.calibration import Calibration
 from ..classifier.classifier import SEPClassifier
 from ..classifier.prediction import seen_embeds
 from . import metrics, plots
@@ -34,6 +35,20 @@ class Mistake(NamedTuple):
     label_score: float
 
 
+class Sets(NamedTuple):
+    """What sets of classes hold, as `predict` names them with `coverage`.
+
+    Args:
+        promise: how often they are to hold the class of an image, in percent.
+        held: how often they did.
+        classes: in a set, on average.
+    """
+
+    promise: float
+    held: float
+    classes: float
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of N images among C classes, and what follows from them.
@@ -45,6 +60,7 @@ class Evaluation:
         embeds: (N, E) frozen image embeddings of unit length; None: not known.
         folds: of `cross_validate`, where each image was told by an adapter that was trained on the others; None: one
             classifier told all.
+        calibration: by which logits became these scores; None: there is none, or it is not known.
     """
 
     names: list[str]
@@ -52,6 +68,7 @@ class Evaluation:
     scores: torch.Tensor
     embeds: torch.Tensor | None = None
     folds: int | None = None
+    calibration: Calibration | None = None
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -120,10 +137,28 @@ class Evaluation:
         """Expected calibration error over 15 bins, in percent."""
         return metrics.calibration_error(self.scores, self.labels)
 
+    @cached_property
+    def error_by_chance(self) -> float:
+        """The `calibration_error` that scores which are exactly right would show on as many images, in percent."""
+        return metrics.error_by_chance(self.scores)
+
     @property
     def nll(self) -> float:
         """Mean negative log likelihood of the labels, in nats."""
         return metrics.negative_log_likelihood(self.scores, self.labels)
+
+    def sets(self, coverage: float = 0.9) -> Sets | None:
+        """What the sets that `predict` names with `coverage` hold of these images; None where nothing is promised.
+
+        Args:
+            coverage: above 0 and below 1.
+        """
+        if self.calibration is None or not self.calibration.label_scores:
+            return None
+        inside = self.scores >= self.calibration.least_score(coverage)  # (N, C)
+        inside.scatter_(1, self.said[:, None], True)
+        held = inside.gather(1, self.labels[:, None]).double().mean().item()
+        return Sets(100 * coverage, 100 * held, inside.sum(dim=1).double().mean().item())
 
     @cached_property
     def wrong(self) -> list[Mistake]:
@@ -218,7 +253,9 @@ def evaluate(
             for prediction in classifier.predict([image for image, _ in batch], batch_size=batch_size):
                 scores = {entry["label"]: entry["score"] for entry in prediction}
                 rows.append([scores[name] for name in names])
-    return Evaluation(names, list(samples), torch.tensor(rows), torch.cat(embeds))
+    known = classifier.encoder.calibration
+    calibration = known if isinstance(known, Calibration) else None
+    return Evaluation(names, list(samples), torch.tensor(rows), torch.cat(embeds), calibration=calibration)
 
 
 def main_part(evaluations: Mapping[str, Any]) -> str | None:

@@ -239,7 +239,8 @@ def _uncalibrated(found: Evaluation, classifier: SEPClassifier) -> Evaluation:
     calibration = _calibration(classifier)
     if calibration is None:
         return found
-    return replace(found, scores=(found.scores.double().log() * calibration.temperature).softmax(dim=1))
+    scores = (found.scores.double().log() * calibration.temperature).softmax(dim=1)
+    return replace(found, scores=scores, calibration=None)
 
 
 def _calibration(classifier: SEPClassifier) -> Calibration | None:
