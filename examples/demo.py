@@ -183,7 +183,9 @@ def make_page(demo: Demo) -> gr.Blocks:
                 task = gr.Dropdown(
                     demo.tasks, value=demo.own, label="Task", elem_id="task", visible=len(demo.tasks) > 1
                 )
-                classes = gr.Textbox(label="Classes", value=choose(demo.own)[0], interactive=False, max_lines=3)
+                classes = gr.Textbox(
+                    label="Classes", value=choose(demo.own)[0], interactive=False, lines=2, max_lines=3
+                )
                 reject = gr.Checkbox(
                     label=f'May be "{NONE_OF_THESE}"',
                     info="Needs a task whose scores were calibrated.",
@@ -195,7 +197,9 @@ def make_page(demo: Demo) -> gr.Blocks:
                 scores = gr.Label(label="Scores", show_heading=False, elem_id="scores")
                 # without Gradio's label and buttons, which would cover the titles
                 drawing = {"format": "png", "interactive": False, "show_label": False, "buttons": []}
+                gr.Markdown("Patches that decided")
                 decided = gr.Image(alt_text="Patches that decided", elem_id="decided", **drawing)
+        gr.Markdown("Patches that SEP selected before each layer")
         with gr.Row():
             selected = gr.Image(alt_text="Patches that SEP selected", elem_id="selected", **drawing)
         inputs, outputs = [image, task, reject], [said, scores, decided, selected]

@@ -12,7 +12,7 @@ from ..classifier.card import ClassScore
 from ..classifier.classifier import SEPClassifier
 from ..classifier.label_calibration import LabelCalibration
 from ..training.data import names_of
-from ..training.evaluation import Evaluation, Mistake, main_part
+from ..training.evaluation import Evaluation, Mistake, Sets, main_part
 from ..training.folders import ImageFolder
 from ..training.label_files import LabelFile
 from ..words import counted
@@ -45,7 +45,7 @@ def in_full(adapted: Evaluation, base: Evaluation | None, classifier: SEPClassif
         "calibration_error": adapted.calibration_error,
         "error_by_chance": adapted.error_by_chance,
         "nll": adapted.nll,
-        "sets": [found._asdict() for coverage in COVERAGES if (found := adapted.sets(coverage)) is not None],
+        "sets": [_sets(found) for coverage in COVERAGES if (found := adapted.sets(coverage)) is not None],
         "per_class": adapted.per_class,
         "count": adapted.count,
         "names": adapted.names,
@@ -133,6 +133,10 @@ def draw(evaluation: Evaluation, folder: Path) -> None:
     evaluation.plot_reliability(folder / "reliability.png")
     if evaluation.wrong:
         evaluation.plot_wrong(folder / "wrong.png")
+
+
+def _sets(found: Sets) -> dict[str, float]:
+    return {"promise": found.promise, "held": found.held, "classes": found.classes}
 
 
 def _entry(mistake: Mistake) -> dict[str, Any]:
