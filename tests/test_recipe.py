@@ -101,13 +101,16 @@ def test_an_average_in_words():
 
 
 def test_a_recipe_needs_no_torch():
-    """Nor do those that it stands on: the room is imported without the package around it."""
+    """Nor do those that it stands on: package and room are there without what they import themselves."""
     code = (
-        "import importlib, sys, types; room = types.ModuleType('method'); room.__path__ = [sys.argv[1]]; "
-        "sys.modules['method'] = room; module = importlib.import_module('method.recipe'); "
+        "import importlib, sys, types\n"
+        "for name, path in (('bare', sys.argv[1]), ('bare.method', sys.argv[1] + '/method')):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "    sys.modules[name].__path__ = [path]\n"
+        "module = importlib.import_module('bare.method.recipe')\n"
         "assert 'torch' not in sys.modules; print(module.Recipe().epochs)"
     )
-    folder = Path(sys.modules[Recipe.__module__].__file__).parent
+    folder = Path(sys.modules[Recipe.__module__].__file__).parents[1]
     assert subprocess.check_output([sys.executable, "-c", code, folder], text=True) == "30\n"
 
 
