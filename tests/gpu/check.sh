@@ -55,7 +55,8 @@ measure() { # NAME OPTIONS...
   shift
   [ "$(left)" -gt 25 ] || { echo "no time is left for $name"; return; }
   echo "== $name"
-  $python examples/benchmark.py --device "$device" --seconds $(($(left) - 15)) --output "$out/$name.json" "$@" \
+  # its own clock starts when all is imported
+  timeout --kill-after=5 "$(left)" $python examples/benchmark.py --device "$device" --seconds $(($(left) - 15)) --output "$out/$name.json" "$@" \
     >>"$out/check.log" 2>&1 || echo "it ended with $?"
   tail -n 12 "$out/check.log"
   report || true
