@@ -111,6 +111,20 @@ def test_it_goes_on_bit_for_bit(tmp_path):
     assert equal(values(again), values(whole)) and not equal(values(halted), values(whole))
 
 
+def test_measuring_the_average_leaves_drawn_class_texts_alone(tmp_path):
+    """A training that goes on draws what an unbroken one does, with the same last embeddings of the other classes."""
+    recipe = replace(AVERAGING, epochs=2, class_sample=1)
+    whole, halted, again = (make_classifier(recipe=recipe) for _ in range(3))
+    measured = {"validation": Watched(whole, 1.0, 2.0)}
+    train(whole, Images(), recipe, **measured, quiet=True)
+    measured = {"validation": Watched(halted, 1.0), "checkpoint": tmp_path / "file"}
+    stop = [lambda history: history.stop("enough") if len(history) == 1 else None]
+    train(halted, Images(), recipe, callbacks=stop, **measured, quiet=True)
+    measured = {"validation": Watched(again, 2.0), "checkpoint": tmp_path / "file"}
+    train(again, Images(), recipe, **measured, quiet=True)
+    assert equal(values(again), values(whole)) and int(whole.steps_state()["steps"]) == 6  # a draw for each step
+
+
 def test_an_interruption_leaves_the_average_so_far(epochs):
     def interrupt(history):
         if len(history) == 2:

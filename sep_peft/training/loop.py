@@ -177,11 +177,13 @@ def _measured(
     """What is noted of an epoch, of what would be shipped after it; the next one goes on from `parameters`."""
     if average is None:
         return validation.measure()
+    steps = run.steps_state()
     run.take(average)
     try:
         return validation.measure()
     finally:
         run.take(parameters)
+        run.take_steps_state(steps)  # a step would take what was written for a change from outside, and begin anew
 
 
 def _save(file: Checkpoint, state: TrainingState) -> None:
