@@ -20,6 +20,7 @@ from sep_peft.classifier import export_file as files
 from sep_peft.classifier.adapter import Adapter
 from sep_peft.classifier.calibration import Calibration
 from sep_peft.classifier.export_file import export_file
+from sep_peft.classifier.images import read_image
 from sep_peft.classifier.preprocessing import Preprocessing, made_images
 from sep_peft.cli.app import main
 
@@ -74,6 +75,22 @@ def test_a_file_holds_no_more_than_it_needs(classifier, exported):
     assert len(content) < tower + 600_000
 
 
+def test_tasks_may_share_an_adapter(classifier):
+    """Each is an output by its name, in the order that was asked for."""
+    own = SEPClassifier(classifier.model, classifier.classes, processor=classifier.processor).eval()
+    for name, names, adapter in [("own", NAMES, "default"), ("zero", NAMES[:2], "__base__"), ("two", NAMES[:2], None)]:
+        own.add_task(name, names, adapter=adapter or "default")
+    pixels = own.processor.image_processor([read_image(path) for path in IMAGE_FILES], return_tensors="pt").pixel_values
+    module, outputs = files._module(own, ["two", "zero", "own"], embed=False)
+    assert list(outputs) == ["two", "zero", "own"]
+    for name, scores in zip(outputs, module(pixels), strict=True):
+        for row, expected in zip(scores.tolist(), own.predict(IMAGE_FILES, task=name), strict=True):
+            assert sorted(row, reverse=True) == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
+    module, outputs = files._module(own, ["two", "zero", "own"], embed=True)
+    two, zero, same = module(pixels)
+    assert torch.equal(two, same) and two.data_ptr() != same.data_ptr() and not torch.allclose(two, zero)
+
+
 def test_what_is_refused_leaves_what_was_there(classifier, exported, monkeypatch):
     before = contents(exported.parent)
     for name, options, message in [
@@ -83,6 +100,8 @@ def test_what_is_refused_leaves_what_was_there(classifier, exported, monkeypatch
         ("task.pt2", {"images": []}, "There are no images to check the file with."),
         ("task.pt2", {"tasks": ["birds", "pixel_values"]}, "The input is called pixel_values, so no output can be. "
          "Rename the task."),
+        ("task.pt2", {"tasks": []}, "tasks must be None or a list of at least one task, but got []."),
+        ("task.pt2", {"tasks": "birds"}, "tasks must be None or a list of at least one task, but got 'birds'."),
         ("task.pt2", {"tasks": ["birds"]}, "There is no task 'birds'; the tasks are []."),
     ]:  # fmt: skip
         with raises(message):

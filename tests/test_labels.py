@@ -14,6 +14,7 @@ from transformers import pipeline
 
 from sep_peft import SEPClassifier
 from sep_peft.classifier.export import ImageScorer
+from sep_peft.classifier.export_file import export_file
 from sep_peft.classifier.label_calibration import LabelCalibration
 from sep_peft.classifier.pipelines import ImageClassifier
 from sep_peft.training import LabelledImages, calibrate, cross_validate, evaluate, evaluate_labels, fit
@@ -163,8 +164,9 @@ def test_prototypes_start_at_the_mean_of_all_images_that_have_a_class():
     torch.testing.assert_close(classifier.prototypes.data, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_makes_no_sense_with_several_labels_is_refused(trained):
+def test_what_makes_no_sense_with_several_labels_is_refused(trained, tmp_path):
     classifier, image = make_classifier(), VAL[0][0]
+    classifier.add_task("own", classifier.classes, adapter="default")
     one = (
         "is for classes of which an image has one. Where it may have several, those are named whose scores reach their "
         "thresholds, or min_score, and an empty list is none of these."
@@ -173,11 +175,20 @@ def test_what_makes_no_sense_with_several_labels_is_refused(trained):
         trained.predict(image, unknown=True)
     with raises(f"coverage {one}"):
         trained.predict(image, coverage=0.9)
-    with raises(
-        "Where an image may have several classes, scores need a calibration, and there is none. fit makes one, and so "
-        "does sep_peft.training.calibrate."
+    pixels = trained.processor.image_processor([image], return_tensors="pt").pixel_values
+    for ask in (
+        lambda: classifier.predict(image),
+        lambda: ImageScorer(classifier),
+        lambda: ImageClassifier(classifier)(pixels),
+        lambda: export_file(tmp_path / "task.pt2", classifier, [image]),
+        lambda: export_file(tmp_path / "task.pt2", classifier, [image], tasks=["own"]),
     ):
-        classifier.predict(image)
+        with raises(
+            "Where an image may have several classes, scores need a calibration, and there is none. fit makes one, and "
+            "so does sep_peft.training.calibrate."
+        ):
+            ask()
+    assert not list(tmp_path.iterdir())
     with raises("A 'gda' head tells one class an image, but it may have several of these. Keep prototypes."):
         trained.keep_prototypes(kind="gda", batches=[])
     with raises(

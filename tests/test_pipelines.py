@@ -161,6 +161,27 @@ def test_zero_shot_by_name(adapter):
     )
 
 
+def test_zero_shot_answers_what_is_asked_each_time(adapter, processor):
+    """Whatever was asked before, the classifier was told meanwhile, or is named twice."""
+    model, image = SEPClassifier.from_pretrained(adapter), IMAGE_FILES[0]
+    texts = {name: [f"something like {name}."] for name in NAMES}
+    classifier = SEPClassifier.from_class_names(model.model, processor, NAMES, template=[], descriptions=texts)
+    classifier.finish_training()
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor, "device": "cpu"}
+    classify = pipeline("zero-shot-image-classification", model=ImageClassifier(classifier), **parts)
+    own, others = classifier.predict(image), ["zebra", NAMES[1]]
+    expected = classify(image, candidate_labels=others)
+    drawn = classify(image, candidate_labels=others, hypothesis_template="a drawing of a {}.")
+    assert scores_of(drawn, others) != pytest.approx(scores_of(expected, others), abs=1e-5)
+    assert_close([classify(image, candidate_labels=others)], [expected], others)
+    assert_close([classify(image, candidate_labels=[NAMES[1], *others])], [expected], others)
+    classifier.set_classes(NAMES[2:])
+    assert_close([classify(image, candidate_labels=others)], [expected], others)
+    assert_close([classify(image, candidate_labels=NAMES)], [own], NAMES)
+    with raises("Class names must be a list of names, but got the single string 'zebra'."):
+        classify(image, candidate_labels="zebra")
+
+
 def test_other_models_have_transformers_own_pipeline(processor):
     found = pipeline("zero-shot-image-classification", model=str(shallow_clip(1)), device="cpu")
     assert type(found) is ZeroShotImageClassificationPipeline and type(found.model) is CLIPModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,9 +14,10 @@ from ..tuner.current import chosen_adapters
 from ..tuner.mixed_batch import check_adapter_names
 from ..tuner.model import find_towers
 from ..tuner.tower import SEPTower
+from .answers import Answers
 from .label_calibration import Sigmoids
-from .logits import ClassWeights
-from .prediction import image_embeds, image_embeds_by, image_logits
+from .logits import ClassWeights, class_logits
+from .prediction import Task, check_answers, image_embeds, image_embeds_by
 
 
 if TYPE_CHECKING:
@@ -117,10 +118,15 @@ class ConstantWeights(nn.Module):
             sigmoids=None if self.slopes is None or self.biases is None else Sigmoids(self.slopes, self.biases),
         )
 
-    def scores(self, tower: SEPTower, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Probabilities (B, C) of images: one class an image, or each class by itself where it may have several."""
+    def scores(self, tower: SEPTower, embeds: torch.Tensor, frozen_embeds: torch.Tensor) -> torch.Tensor:
+        """Probabilities (B, C): one class an image, or each class by itself where it may have several.
+
+        Args:
+            tower: of the images.
+            embeds, frozen_embeds: SEP's and the frozen embeddings of images, (B, E), of unit length.
+        """
         weights = self.class_weights()
-        logits = image_logits(tower, inputs, weights)
+        logits = class_logits(tower, embeds, frozen_embeds, weights)
         return logits.softmax(dim=-1) if weights.sigmoids is None else logits.sigmoid()
 
 
@@ -132,12 +138,16 @@ class ImageScorer(ConstantWeights):
     Args:
         classifier: its classes and its model's active adapter are taken. The model is shared, not copied.
 
+    Raises:
+        ValueError: an image may have several of the classes, and they have no calibration.
+
     Example:
         >>> scorer = ImageScorer(classifier).eval()
         >>> torch.onnx.export(scorer, (pixel_values,), "task.onnx", dynamo=True, dynamic_shapes=batch)
     """
 
     def __init__(self, classifier: SEPClassifier):
+        check_answers(Answers(), [Task(None, classifier.encoder)])
         with torch.no_grad():
             super().__init__(classifier.encoder.weights(training=False))
         self.model = classifier.model
@@ -146,36 +156,40 @@ class ImageScorer(ConstantWeights):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, channels, height, width) -> (B, C), in the order of `class_names`."""
         tower = find_towers(self.model)["vision"]
-        return self.scores(tower, {"pixel_values": pixel_values})
+        return self.scores(tower, *image_embeds(tower, {"pixel_values": pixel_values}))
 
 
 class ImageTasks(nn.Module):
-    """Several adapters of one model as one graph, which runs the frozen pass once for all of them.
+    """Several tasks of one model as one graph, which runs the frozen pass once, and the prompted one once an adapter.
 
     Args:
         model: with the adapters on its image tower. It is shared, not copied.
-        tasks: adapter -> what its classes give to logits; None in the place of it: its embedding is given out.
+        tasks: for each its adapter, and what its classes give to logits; None in the place of that: the adapter's
+            embedding is given out.
 
     Raises:
         ValueError: there is no SEP adapter on an image tower.
     """
 
-    def __init__(self, model: nn.Module, tasks: Mapping[str, ClassWeights | None]):
+    def __init__(self, model: nn.Module, tasks: Sequence[tuple[str, ClassWeights | None]]):
         super().__init__()
         self.embedder = ImageEmbedder(model)
-        self.adapters = list(tasks)
-        kept = [None if weights is None else ConstantWeights(weights) for weights in tasks.values()]
+        self.adapters = [adapter for adapter, _ in tasks]
+        kept = [None if weights is None else ConstantWeights(weights) for _, weights in tasks]
         self.weights = nn.ModuleList(weights or nn.Identity() for weights in kept)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, channels, height, width) -> for each adapter probabilities (B, C) or an embedding (B, E)."""
+        """(B, channels, height, width) -> for each task probabilities (B, C) or an embedding (B, E)."""
         tower = find_towers(self.embedder.model)["vision"]
         inputs = {"pixel_values": pixel_values, "frozen_embeds": tower.embed_frozen(pixel_values=pixel_values)}
+        embeds: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         found = []
         for adapter, weights in zip(self.adapters, self.weights, strict=True):
             with chosen_adapters.set(adapter):
+                if adapter not in embeds:
+                    embeds[adapter] = image_embeds(tower, inputs)
                 if isinstance(weights, ConstantWeights):
-                    found.append(weights.scores(tower, inputs))
+                    found.append(weights.scores(tower, *embeds[adapter]))
                 else:
-                    found.append(image_embeds(tower, inputs)[0])
+                    found.append(embeds[adapter][0].clone())  # each output is a tensor of its own
         return tuple(found)

@@ -21,10 +21,12 @@ from ..tuner.messages import shown
 from ..tuner.modes import evaluating
 from ..version import __version__
 from ..words import counted
+from .answers import Answers
 from .export import ImageEmbedder, ImageScorer, ImageTasks
 from .files import base_model_name
 from .images import read_image
 from .onnx_file import OnnxModel, check_packages, quantize_onnx, quietly, write_onnx
+from .prediction import check_answers
 from .preprocessing import Preprocessing
 from .processors import processor_part
 from .whitened import Whitening, check_whitening
@@ -113,9 +115,9 @@ def export_file(
         ImportError: a package for ONNX is missing.
         OSError: nothing can be written at `path`; found out before the export.
         ValueError: `path` has another ending, there are no images, one cannot be read, there are no classes to score,
-            `quantize` is unknown or not for this file, there is no such task, one is called as the input, a file
-            could not tell what the image processor does, or `whiten` is not for embeddings of one adapter that has a
-            whitening.
+            or none with a calibration where an image may have several, `quantize` is unknown or not for this file,
+            there is no such task or none at all, one is called as the input, a file could not tell what the image
+            processor does, or `whiten` is not for embeddings of one adapter that has a whitening.
         RuntimeError: the file gives something else than the model.
     """
     path = Path(path)
@@ -126,6 +128,8 @@ def export_file(
         raise ValueError("An adapter without classes has no scores. Pass embed=True, or a classifier.")
     if whiten and not (embed and tasks is None):
         raise ValueError("Whitened are the embeddings of one adapter. Pass embed=True, without tasks, or whiten=False.")
+    if tasks is not None and (isinstance(tasks, str) or not tasks):
+        raise ValueError(f"tasks must be None or a list of at least one task, but got {shown(tasks)}.")
     if tasks is not None and INPUT in tasks:
         raise ValueError(f"The input is called {INPUT}, so no output can be. Rename the task.")
     processor = processor_part(classifier.processor, "image_processor", ImageProcessingMixin, "to read images")
@@ -197,11 +201,13 @@ def _module(
     if tasks is None:
         return ImageScorer(classifier), {"scores": classifier.classes}
     found = {name: classifier.tasks[name] for name in tasks}
-    weights: dict[str, Any] = {}
+    if not embed:
+        check_answers(Answers(), list(found.values()))
+    weights: list[tuple[str, Any]] = []
     for task in found.values():
         adapter = cast(str, task.adapter)  # every task of a classifier names one
         with chosen_adapters.set(adapter), evaluating(classifier.model), torch.no_grad():
-            weights[adapter] = None if embed else task.encoder.weights(training=False)
+            weights.append((adapter, None if embed else task.encoder.weights(training=False)))
     outputs = {name: None if embed else task.classes for name, task in found.items()}
     return ImageTasks(classifier.model, weights), outputs
 

@@ -16,10 +16,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..tuner.json_files import read_json
 from ..tuner.modes import evaluating
+from .answers import Answers
+from .classes import check_class_names
 from .classifier import SEPClassifier
 from .files import MissingClassesError, load_base, load_classes
 from .images import read_image
-from .prediction import image_logits
+from .prediction import Task, check_answers, image_logits
 
 
 class ImageClassifier(nn.Module):
@@ -41,8 +43,8 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.classifier = classifier
         self._config = PreTrainedConfig()
-        self._templates = list(classifier.classes.templates)
-        self._asked: tuple[list[str], list[str]] | None = None
+        self._own = self._asked = classifier.classes
+        self._question: tuple[list[str], str | None] | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -56,10 +58,14 @@ class ImageClassifier(nn.Module):
 
     def ask(self, names: Sequence[str], template: str | None) -> None:
         """Have the classifier tell these classes, by a template of the frozen branch; None: those that it came with."""
-        asked = list(dict.fromkeys(names)), [template] if template else self._templates
-        if asked != self._asked:
-            self.classifier.set_classes(asked[0], asked[1] or None)
-            self._asked = asked
+        classifier, question = self.classifier, (list(names), template)
+        if question == self._question and classifier.classes is self._asked:  # which others may have set since
+            return
+        own = list(self._own.templates) or None
+        if not template and not own:
+            classifier.set_classes(self._own)  # `set_classes` keeps the template that it finds
+        self._asked = classifier.set_classes(names, template or own).classes
+        self._question = question
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +79,7 @@ class ImageClassifier(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
         """(B, channels, height, width) -> logits (B, C), in evaluation whatever the mode of the classifier."""
         classifier, inputs = self.classifier, {"pixel_values": pixel_values}
+        check_answers(Answers(), [Task(None, classifier.encoder)])  # what has no scores is no answer of a pipeline
         with evaluating(classifier.model):
             weights = classifier.encoder.weights(training=False)
             return ImageClassifierOutput(logits=image_logits(classifier.vision_tower, inputs, weights))
@@ -110,8 +117,12 @@ class SEPZeroShot(ZeroShotImageClassificationPipeline):
     ) -> Any:
         """One image as `read_image` takes it -> what the model takes, with what it is asked for."""
         processor = cast(Any, self.image_processor)  # which `pipeline` has loaded
+        labels: Any = candidate_labels
+        if not isinstance(labels, str):
+            labels = list(dict.fromkeys(labels))  # a score for each, in this order
+        check_class_names(labels)
         inputs = processor(images=[read_image(image)], return_tensors="pt").to(self.dtype)
-        inputs["candidate_labels"], inputs["hypothesis_template"] = list(candidate_labels), hypothesis_template
+        inputs["candidate_labels"], inputs["hypothesis_template"] = labels, hypothesis_template
         return inputs
 
     def _forward(self, model_inputs: Any) -> dict[str, Any]:
