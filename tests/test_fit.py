@@ -130,6 +130,17 @@ def test_mistakes_are_found_before_anything_changes(options, message, make):
     assert classifier.recipe is recipe and same(weights(classifier), before)
 
 
+def test_an_image_that_cannot_be_read_leaves_all_as_it_was(make, tmp_path):
+    fit(classifier := make(), TRAIN[:3], Recipe(epochs=1, calibration_folds=0), folder=tmp_path, quiet=True)
+    before, recipe, files = weights(classifier), classifier.recipe, contents(tmp_path)
+    missing = [("/nowhere.jpg", NAMES[0])]
+    for samples, options in [([*TRAIN, *missing], {"folder": tmp_path}), (TRAIN, {"eval_samples": missing})]:
+        with raises("The image '/nowhere.jpg' cannot be read: there is no such file."):
+            fit(classifier, samples, Recipe(epochs=1), quiet=True, **options)
+        assert classifier.recipe is recipe and same(weights(classifier), before)
+    assert contents(tmp_path) == files  # of a training that was finished
+
+
 def test_the_folder_is_tried_before_training(make, tmp_path, monkeypatch):
     classifier = make()
     before = weights(classifier)

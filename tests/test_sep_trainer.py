@@ -140,6 +140,10 @@ def test_mistakes(make, tmp_path):
         SEPTrainer(torch.nn.Linear(1, 1))
     with raises("The classifier has no classes ant; it has lamp, pizza."):
         SEPTrainer(make(), arguments(tmp_path), train_dataset=[("a.jpg", "ant")])
+    classifier = make()
+    with pytest.raises(ValueError, match="eval_dataset"):  # which is Trainer's message
+        SEPTrainer(classifier, arguments(tmp_path), recipe=Recipe(epochs=1), train_dataset=TRAIN)
+    assert classifier.recipe == RECIPE
 
 
 # plain Trainer, and states

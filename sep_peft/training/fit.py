@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,6 +33,10 @@ from .optimizer import trainable
 from .run_folder import check_run_folder
 from .run_log import RunLog
 from .shipping import LabelValidation, Validation, ship
+
+
+#: Attributes of a classifier that a training sets before its first step.
+CHANGED_AT_START = ("recipe", "whitening", "prototypes", "sigmoids")
 
 
 def fit(
@@ -96,8 +101,8 @@ def fit(
             name or one that is not among the classes, thresholds for several labels an image have neither
             `eval_samples` nor `calibration_folds`, the adapter has no image prompts to cache for or needs all class
             texts where `class_sample` draws some, or an option has a value that is not allowed; nothing is changed
-            then. Or the checkpoint is of another training; no parameter but the prototypes is changed then. Or the loss
-            is not finite.
+            then. Or the checkpoint is of another training; nothing is changed then either. Or an image cannot be read,
+            or the loss is not finite; before the end of the first epoch the classifier is as it was.
         TrainingInterrupted: Ctrl-C or SIGTERM came. The classifier is finished as if the training had ended with the
             last epoch that was done; before the end of the first one it is as it was.
 
@@ -126,44 +131,44 @@ def fit(
     held_out = None if eval_samples is None else LabelledImages(eval_samples, names, processor)
     check_run_folder(folder, resume, classifier)
     checkpoint = None if folder is None else Path(folder, CHECKPOINT_FILE)
-    if checkpoint is not None and not resume:
-        checkpoint.unlink(missing_ok=True)  # of a training that was finished
-    classifier.recipe, classifier.whitening = recipe, None
-    _start(classifier, plain, workers, checkpoint is not None and checkpoint.exists())
-    images: EpochDataset = LabelledImages(samples, names, processor, recipe)
-    if cache is not None:
-        images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
-    validation = None
-    if held_out is not None:
-        several = classifier.classes.multi_label
-        validation = (
-            LabelValidation(classifier, held_out, recipe.batch_size, workers)
-            if several
-            else Validation(classifier, cast(Samples, eval_samples), recipe.batch_size)
-        )
-    if folder is not None:
-        limited = {"max_seconds": max_seconds, "patience": patience, "keep": keep}
-        parts = {"training": samples, "validation": eval_samples or []}
-        callbacks = [RunLog(folder, {**(notes or {}), **_noted(classifier, recipe, parts), **limited}), *callbacks]
-    start = values_of(classifier)
-    options = {"accelerator": accelerator, "workers": workers, "quiet": quiet}
-    try:
-        history = train(
-            classifier,
-            images,
-            recipe,
-            checkpoint=checkpoint,
-            settings=_settings(classifier, held_out),
-            unknown={"class_sample": None} if classifier.drawn_classes(recipe) == len(names) else None,
-            validation=validation,
-            callbacks=callbacks,
-            limits=limits,
-            **options,
-        )
-    except TrainingInterrupted as interruption:
-        if interruption.history.rows:
-            ship(classifier)
-        raise
+    with _as_before_unless_trained(classifier) as start:
+        classifier.recipe, classifier.whitening = recipe, None
+        _start(classifier, plain, workers, resume and checkpoint is not None and checkpoint.exists())
+        images: EpochDataset = LabelledImages(samples, names, processor, recipe)
+        if cache is not None:
+            images = CachedImages(images, classifier.model, recipe.views, None if cache == "memory" else cache)
+        validation = None
+        if held_out is not None:
+            several = classifier.classes.multi_label
+            validation = (
+                LabelValidation(classifier, held_out, recipe.batch_size, workers)
+                if several
+                else Validation(classifier, cast(Samples, eval_samples), recipe.batch_size)
+            )
+        if checkpoint is not None and not resume:
+            checkpoint.unlink(missing_ok=True)  # of a training that was finished
+        if folder is not None:
+            limited = {"max_seconds": max_seconds, "patience": patience, "keep": keep}
+            parts = {"training": samples, "validation": eval_samples or []}
+            callbacks = [RunLog(folder, {**(notes or {}), **_noted(classifier, recipe, parts), **limited}), *callbacks]
+        options = {"accelerator": accelerator, "workers": workers, "quiet": quiet}
+        try:
+            history = train(
+                classifier,
+                images,
+                recipe,
+                checkpoint=checkpoint,
+                settings=_settings(classifier, held_out),
+                unknown={"class_sample": None} if classifier.drawn_classes(recipe) == len(names) else None,
+                validation=validation,
+                callbacks=callbacks,
+                limits=limits,
+                **options,
+            )
+        except TrainingInterrupted as interruption:
+            if interruption.history.rows:
+                ship(classifier)
+            raise
     ship(classifier)
     if recipe.whiten:
         classifier.fit_whitening(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
@@ -176,6 +181,22 @@ def fit(
         history.stopped = interruption.history.stopped
         raise TrainingInterrupted(history) from None
     return history
+
+
+@contextmanager
+def _as_before_unless_trained(classifier: SEPClassifier) -> Iterator[dict[str, torch.Tensor]]:
+    """Where the block raises before an epoch has ended, recipe, whitening and what only the loss reads are as they were.
+
+    It is given what `values_of` gives before the block.
+    """
+    before, start = {name: getattr(classifier, name) for name in CHANGED_AT_START}, values_of(classifier)
+    try:
+        yield start
+    except BaseException:
+        if all(torch.equal(value, start[name]) for name, value in values_of(classifier).items()):
+            for name, value in before.items():
+                setattr(classifier, name, value)
+        raise
 
 
 def _check_samples(classifier: SEPClassifier, samples: Any, eval_samples: Any, recipe: Recipe) -> None:

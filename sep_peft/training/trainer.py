@@ -84,7 +84,6 @@ class SEPTrainer(Trainer):
         self._steps_per_epoch = 0 if images is None else -(-len(images) // recipe.batch_size)
         if recipe.max_steps is not None:
             args.max_steps = count_steps(recipe, self._steps_per_epoch)
-        model.recipe = recipe
         super().__init__(
             model,
             args,
@@ -94,6 +93,7 @@ class SEPTrainer(Trainer):
             callbacks=[*([EpochCallback()] if isinstance(images, EpochDataset) else []), *(callbacks or ())],
             **options,
         )
+        model.recipe = recipe
 
     @property
     def classifier(self) -> SEPClassifier:
