@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 from functools import partial
 
 import pytest
@@ -285,6 +286,18 @@ def test_files(kind, tmp_path):
     torch.testing.assert_close(logits_of(rounded), logits_of(classifier), rtol=0.05, atol=0.5)
 
 
+def test_files_of_another_save_do_not_stay(tmp_path):
+    """`push_folder` would share what was learned from other images."""
+    heads = {FILE, "sep_prototypes.safetensors"}
+    for classifier, own in [
+        (with_prototypes(), {"sep_prototypes.safetensors"}),
+        (kept("gda"), {FILE}),
+        (make_classifier(), set()),
+    ]:
+        classifier.save_pretrained(tmp_path)
+        assert heads & set(contents(tmp_path)) == own
+
+
 def test_files_without_a_head_are_as_before(tmp_path):
     with_prototypes().save_pretrained(tmp_path)
     data = json.loads((tmp_path / "sep_classes.json").read_text())
@@ -354,6 +367,11 @@ def test_a_head_needs_no_prototypes_in_the_loss_and_leaves_the_mode_alone():
          "A head needs an image of every class, but has none of classes [0, 1]."),
         ({"kind": "gda", "batches": BATCHES, "logit_weight": 0},
          "logit_weight must be above 0 and finite, but got 0."),
+        ({"kind": "gda", "batches": [{"pixel_values": TRAIN}]},
+         "A batch of training images needs labels beside them, but has ['pixel_values'] alone."),
+        ({"kind": "residual", "batches": [{"pixel_values": TRAIN * math.inf, "labels": TRAIN_LABELS}]},
+         "Embeddings of the training images are not finite, so there is nothing to learn from them. Train with a lower "
+         "learning rate."),
         ({"batches": BATCHES},
          'batches must be left out for kind="prototypes", which were trained with the adapter.'),
     ],

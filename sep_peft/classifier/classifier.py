@@ -42,7 +42,7 @@ from .explanation import Explanation
 from .files import load_base, load_classes, load_whitening, path_first, push_files, save_files, update_card
 from .fitting import fitted_classes
 from .images import as_images, read_image
-from .inputs import check_images, check_labels, check_targets, check_trunk
+from .inputs import check_images, check_labels, check_targets, check_trunk, labels_in
 from .label_calibration import LabelCalibration
 from .label_training import TrainedSigmoids
 from .logits import ClassWeights, class_logits, zero_shot_logits
@@ -370,7 +370,7 @@ class SEPClassifier(TrainerMixin):
 
     def _frozen_images(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen image embeddings (B, E) of unit length, and labels, of a batch as `reset_prototypes` takes it."""
-        labels = batch["labels"].to(self.device)
+        labels = labels_in(batch).to(self.device)
         check = check_targets if self.classes.multi_label else check_labels
         check(labels, len(self.classes))
         inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}

@@ -98,14 +98,21 @@ def save_files(
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
         _write(model, classes, temporary, details, old, save_dtype, name_of(folder), whitening=whitening)
-    of_another = [CONFUSION_FILE] if details.confusion is None else []  # what the new card and adapter do not have
-    if classes is None:
-        of_another += [CLASSES_FILE, PROTOTYPES_FILE, HEAD_FILE]
-    if whitening is None:
-        of_another.append(WHITENING_FILE)
-    for file in of_another:
+    for file in _not_written(classes, details, whitening):  # those of another save, which `push_folder` would share
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, file))
+
+
+def _not_written(classes: TaskClasses | None, details: CardDetails, whitening: Whitening | None) -> list[str]:
+    """Files that a save of these parts does not have, but another may."""
+    parts = {
+        CONFUSION_FILE: details.confusion,
+        CLASSES_FILE: classes,
+        PROTOTYPES_FILE: None if classes is None else classes.prototypes,
+        HEAD_FILE: None if classes is None else classes.head,
+        WHITENING_FILE: whitening,
+    }
+    return [name for name, part in parts.items() if part is None]
 
 
 def name_of(folder: str | os.PathLike) -> str:

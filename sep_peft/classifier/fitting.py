@@ -13,7 +13,7 @@ from ..method.mix import unit
 from ..tuner.tower import SEPTower
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
-from .inputs import check_labels, check_targets
+from .inputs import check_labels, check_targets, labels_in
 from .logits import ClassWeights, class_logits, head_features, zero_shot_logits
 from .prediction import image_embeds
 
@@ -38,12 +38,13 @@ def fitted_classes(
         logit_weight: of the head's logits; None: what `fit_head` chooses. Prototypes keep theirs.
 
     Raises:
-        ValueError: there are no batches, a label is no class, or a class has no image.
+        ValueError: there are no batches, one has no labels, a label is no class, a class has no image, or an embedding
+            is not finite.
     """
     embeds, own, frozen, labels = [], [], [], []
     for batch in batches:
         check = check_targets if encoder.classes.multi_label else check_labels
-        check(batch["labels"], len(encoder.classes))
+        check(labels_in(batch), len(encoder.classes))
         inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         both = image_embeds(tower, inputs)
         embeds.append(head_features(*both))
@@ -53,6 +54,11 @@ def fitted_classes(
     if not embeds:
         raise ValueError(f"batches of the training images are needed for kind={kind!r}, but there are none.")
     features, told = torch.cat(embeds), torch.cat(labels)
+    if not features.isfinite().all():
+        raise ValueError(
+            "Embeddings of the training images are not finite, so there is nothing to learn from them. Train with a "
+            "lower learning rate."
+        )
     if kind == "prototypes":
         means = class_means(features, told, len(encoder.classes))  # (C, E)
         if missing := (means == 0).all(dim=1).nonzero()[:, 0].tolist():

@@ -6,6 +6,7 @@ do, so they are looked at on the CPU alone. Elsewhere `predict` finds scores tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -138,3 +139,14 @@ def check_targets(targets: Any, count: int, images: int | None = None, *, waits:
         return
     if not ((targets == 0) | (targets == 1)).all():
         raise ValueError("Labels must be 0 or 1 where an image may have several classes, but other values are there.")
+
+
+def labels_in(batch: Mapping[str, Any]) -> Any:
+    """The labels of a batch of training images.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "labels" not in batch:
+        raise ValueError(f"A batch of training images needs labels beside them, but has {shown(sorted(batch))} alone.")
+    return batch["labels"]

@@ -185,7 +185,7 @@ def fit(
 
 @contextmanager
 def _as_before_unless_trained(classifier: SEPClassifier) -> Iterator[dict[str, torch.Tensor]]:
-    """Where the block raises before an epoch has ended, recipe, whitening and what only the loss reads are as they were.
+    """Where the block raises before an epoch has ended, what a training sets before its first step is as it was.
 
     It is given what `values_of` gives before the block.
     """
