@@ -81,12 +81,12 @@ def test_tasks_may_share_an_adapter(classifier):
     for name, names, adapter in [("own", NAMES, "default"), ("zero", NAMES[:2], "__base__"), ("two", NAMES[:2], None)]:
         own.add_task(name, names, adapter=adapter or "default")
     pixels = own.processor.image_processor([read_image(path) for path in IMAGE_FILES], return_tensors="pt").pixel_values
-    module, outputs = files._module(own, ["two", "zero", "own"], embed=False)
+    module, outputs = files._module(own, ["two", "zero", "own"], False, None)
     assert list(outputs) == ["two", "zero", "own"]
     for name, scores in zip(outputs, module(pixels), strict=True):
         for row, expected in zip(scores.tolist(), own.predict(IMAGE_FILES, task=name), strict=True):
             assert sorted(row, reverse=True) == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
-    module, outputs = files._module(own, ["two", "zero", "own"], embed=True)
+    module, outputs = files._module(own, ["two", "zero", "own"], True, None)
     two, zero, same = module(pixels)
     assert torch.equal(two, same) and two.data_ptr() != same.data_ptr() and not torch.allclose(two, zero)
 

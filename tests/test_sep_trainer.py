@@ -140,6 +140,11 @@ def test_mistakes(make, tmp_path):
         SEPTrainer(torch.nn.Linear(1, 1))
     with raises("The classifier has no classes ant; it has lamp, pizza."):
         SEPTrainer(make(), arguments(tmp_path), train_dataset=[("a.jpg", "ant")])
+    with raises(
+        "SEPTrainer fits no whitening, but the recipe has whiten=True. Train by fit, or pass a recipe with "
+        "whiten=False and call classifier.fit_whitening after training."
+    ):
+        SEPTrainer(make(), arguments(tmp_path), recipe=Recipe(whiten=True))
     classifier = make()
     with pytest.raises(ValueError, match="eval_dataset"):  # which is Trainer's message
         SEPTrainer(classifier, arguments(tmp_path), recipe=Recipe(epochs=1), train_dataset=TRAIN)

@@ -17,7 +17,7 @@ from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device
 from ..tuner.save_id import check_save_id, read_save_id
-from .inputs import check_labels
+from .inputs import check_labels, labels_in
 from .prediction import image_embeds
 
 
@@ -57,13 +57,13 @@ def whitening_of(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
         num_classes: labels are below it.
 
     Raises:
-        ValueError: there are no batches, a label is no class, or all images are of one.
+        ValueError: there are no batches, one has no labels, a label is no class, or all images are of one.
     """
     tower, device = find_towers(model)["vision"], compute_device(model)
     embeds, labels = [], []
     with evaluating(model):
         for batch in batches:
-            check_labels(batch["labels"], num_classes)
+            check_labels(labels_in(batch), num_classes)
             inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             embeds.append(image_embeds(tower, inputs)[0].cpu())
             labels.append(batch["labels"].cpu())

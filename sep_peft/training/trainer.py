@@ -45,9 +45,9 @@ class SEPTrainer(Trainer):
 
     Raises:
         TypeError: `model` is no `SEPClassifier`.
-        ValueError: an image may have several classes, the recipe averages over epochs, its batch cannot be shared out
-            evenly among devices and accumulated steps, a sample does not fit, or the recipe's `class_sample` does not
-            suit the adapter.
+        ValueError: an image may have several classes, the recipe averages over epochs or whitens, its batch cannot be
+            shared out evenly among devices and accumulated steps, a sample does not fit, or the recipe's `class_sample`
+            does not suit the adapter.
 
     Example:
         >>> arguments = TrainingArguments("run", eval_strategy="epoch", save_strategy="epoch")
@@ -78,6 +78,11 @@ class SEPTrainer(Trainer):
             raise ValueError(
                 "SEPTrainer averages no weights over epochs, but the recipe has "
                 f"average_center={recipe.average_center!r}. Train by fit, or pass a recipe with average_center=None."
+            )
+        if recipe.whiten:
+            raise ValueError(
+                "SEPTrainer fits no whitening, but the recipe has whiten=True. Train by fit, or pass a recipe with "
+                "whiten=False and call classifier.fit_whitening after training."
             )
         images: Any = _as_images(model, train_dataset, "train on", recipe)
         args = by_recipe(args or TrainingArguments("outputs"), recipe)
@@ -116,6 +121,7 @@ class SEPTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **options):
         """Train, or go on from a checkpoint; see `Trainer.train` and the class."""
         classifier, images = self.classifier, self.train_dataset
+        classifier.whitening = None  # of the weights before
         if not self.recipe.prototype_weight:
             classifier.prototypes = None
         elif not resume_from_checkpoint and isinstance(images, LabelledImages):
