@@ -7,6 +7,7 @@ images. An interval over few runs knows little of how runs differ, and one over 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 
 #: Draws of a bootstrap.
 DRAWS = 5_000
+#: Images up to which draws are kept for the next method, 20 MB at most each.
+MOST_KEPT = 1_000
 #: Ends of an interval of 95 %.
 ENDS = (2.5, 97.5)
 BASE_TO_NEW, FEW_SHOT, CROSS_DATASET, SHIFTED = "base-to-new", "few-shot", "cross-dataset", "domain-generalization"
@@ -92,10 +95,10 @@ def resampled(right: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarr
         seed: of the draws: for the same numbers of runs and images, the same are drawn.
     """
     runs = len(next(iter(right.values())))
-    of_runs = _shares(runs, np.random.default_rng([seed, 0]))  # (D, S)
+    of_runs = _shares(runs, seed, 0)  # (D, S)
     found = {}
     for place, (name, values) in enumerate(right.items(), start=1):
-        of_images = _shares(values.shape[1], np.random.default_rng([seed, place]))  # (D, N)
+        of_images = _shares(values.shape[1], seed, place)  # (D, N)
         found[name] = 100 * ((of_runs @ values) * of_images).sum(axis=1)
     return found
 
@@ -110,6 +113,14 @@ def _size(part: Part, name: str) -> int:
     return len(next(iter(part[name].values())))
 
 
-def _shares(size: int, generator: np.random.Generator) -> np.ndarray:
-    """Shares (D, size) of each of `size` things among as many that are drawn."""
-    return generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) / size
+def _shares(size: int, *seeds: int) -> np.ndarray:
+    """Shares (D, size) of each of `size` things among as many that are drawn; kept where every method asks for them."""
+    return _kept_shares(size, *seeds) if size <= MOST_KEPT else _drawn_shares(size, *seeds)
+
+
+def _drawn_shares(size: int, *seeds: int) -> np.ndarray:
+    drawn = np.random.default_rng(seeds).multinomial(size, np.full(size, 1 / size), size=DRAWS)
+    return (drawn / size).astype(np.float32)
+
+
+_kept_shares = lru_cache(maxsize=16)(_drawn_shares)
