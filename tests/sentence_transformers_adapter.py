@@ -35,3 +35,9 @@ def test_it_gives_the_embeddings_of_the_classifier(tmp_path):
     images = [Image.open(path).convert("RGB") for path in IMAGE_FILES]
     torch.testing.assert_close(encode(images), classifier.embed(IMAGE_FILES), rtol=1e-4, atol=1e-5)
     assert (before - encode(texts)).abs().max() > 1e-3
+
+    # a folder with the processor is all it needs
+    classifier.save_pretrained(tmp_path / "whole", save_processor=True)
+    whole = sentence_transformers.SentenceTransformer(str(tmp_path / "whole"), device="cpu")
+    found = torch.from_numpy(whole.encode(texts, normalize_embeddings=True))
+    torch.testing.assert_close(found, classifier.embed_texts(texts), rtol=1e-4, atol=1e-5)

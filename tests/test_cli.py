@@ -537,13 +537,15 @@ OPTIONS = {
             "--seed",
         ),
         *("--text-prompts", "--vision-prompts", "--start-layer", "--fusion-rank", "--fusion-hidden-size"),
-        *("--share-fusion / --no-share-fusion", "--save-dtype", "--compact", "--published", "--report / --no-report"),
+        *("--share-fusion / --no-share-fusion", "--save-dtype", "--save-processor", "--compact", "--published"),
+        *("--report / --no-report", "--retrieval"),
     ],
     "train-pairs": [
         *("PAIRS", "--base-model", "--output", "--val", "--held-out", "--cut", "--chunk-size", "--loss", "--overwrite"),
         *("--resume", "--name", "--license", "--epochs", "--max-steps", "--batch-size", "--learning-rate", "--mirror"),
         *("--time", "--patience", "--keep-last", "--seed", "--text-prompts", "--vision-prompts", "--start-layer"),
         *("--fusion-rank", "--fusion-hidden-size", "--share-fusion / --no-share-fusion", "--save-dtype"),
+        *("--save-processor", "--mine-negatives", "--report / --no-report"),
     ],
     "predict": [
         *(*FROM_HUB, "IMAGE", "--base-model", "--top-k", "--class", "--zero-shot-margin", "--unknown"),
@@ -554,8 +556,8 @@ OPTIONS = {
         "--page",
     ],
     "duplicates": [*FROM_HUB, "FOLDER", "--base-model", "--threshold", "--index", "--batch-size", "--page"],
-    "embed": [*FROM_HUB, "FOLDER", "FILE", "--base-model", "--index", "--cut", "--batch-size"],
-    "export": [*FROM_HUB, "FILE", "--base-model", "--embed", "--quantize", "--images"],
+    "embed": [*FROM_HUB, "FOLDER", "FILE", "--base-model", "--index", "--whiten", "--cut", "--batch-size"],
+    "export": [*FROM_HUB, "FILE", "--base-model", "--embed", "--whiten", "--quantize", "--images"],
     "evaluate": [
         *(*FROM_HUB, "FOLDER", "--base-model", "--new-classes", "--zero-shot-margin", "--no-zero-shot", "--plots"),
         *("--report", "--batch-size"),
@@ -565,7 +567,7 @@ OPTIONS = {
         "--template",
     ],
     "info": FROM_HUB,
-    "push": ["FOLDER", "NAME", "--private", "--base-model"],
+    "push": ["FOLDER", "NAME", "--private", "--base-model", "--save-processor"],
 }
 
 

@@ -15,6 +15,7 @@ from .card import CardDetails
 from .embeddings import check_batch_size, embed_images, embed_texts
 from .files import load_base, load_whitening, save_files
 from .images import as_images
+from .processor_files import processor_to_save
 from .whitened import Whitening, check_whitening
 
 
@@ -50,7 +51,7 @@ class Adapter:
         Args:
             path: a folder or the id of a repository on the Hub.
             model: the base model; None: the one that the adapter names, which is loaded with its processor.
-            processor: None: the one that is loaded with the base model, if any.
+            processor: None: where the base model is loaded, the one beside the adapter, else that of the base model.
             subfolder: below `path`.
             trust_remote_code: whether code that comes with the base model that the adapter names may run.
             hub_options: `revision`, `token`, `cache_dir` and so on, for the Hub.
@@ -68,7 +69,12 @@ class Adapter:
         return cls(PeftModel.from_pretrained(model, path, **options).eval(), processor, whitening)  # pyright: ignore[reportArgumentType]
 
     def save_pretrained(
-        self, folder: str | os.PathLike, details: CardDetails | None = None, save_dtype: torch.dtype | None = None
+        self,
+        folder: str | os.PathLike,
+        details: CardDetails | None = None,
+        save_dtype: torch.dtype | None = None,
+        *,
+        save_processor: bool = False,
     ) -> None:
         """Save the active adapter and a model card; the class list of an adapter that was there is removed.
 
@@ -76,11 +82,13 @@ class Adapter:
             folder: where to; made where it is missing.
             details: for the model card.
             save_dtype: of the weights in the file; None: as they are.
+            save_processor: as for `SEPClassifier.save_pretrained`.
 
         Raises:
             TypeError, ValueError: as `SEPClassifier.save_pretrained`.
         """
-        save_files(self.model, None, folder, details or CardDetails(), save_dtype, self.whitening)
+        saved = processor_to_save(self.processor, save_processor)
+        save_files(self.model, None, folder, details or CardDetails(), save_dtype, self.whitening, processor=saved)
 
     def embed(self, images: Any, batch_size: int = 32, *, whiten: bool = False) -> torch.Tensor:
         """SEP's embeddings of images, (N, E), of unit length, on the CPU; for one image alone (E,).

@@ -48,6 +48,7 @@ from .label_training import TrainedSigmoids
 from .logits import ClassWeights, class_logits, zero_shot_logits
 from .on_the_way import send
 from .prediction import Task, check_answers, image_embeds, predict_batch
+from .processor_files import processor_to_save
 from .processors import processor_part
 from .strength import with_frozen_weight
 from .summary import summarize
@@ -821,7 +822,12 @@ class SEPClassifier(TrainerMixin):
     # files
 
     def save_pretrained(
-        self, folder: str | os.PathLike, details: CardDetails | None = None, save_dtype: torch.dtype | None = None
+        self,
+        folder: str | os.PathLike,
+        details: CardDetails | None = None,
+        save_dtype: torch.dtype | None = None,
+        *,
+        save_processor: bool = False,
     ) -> None:
         """Save the active adapter, the classes and a model card: safetensors, JSON and Markdown. Prototypes are saved
         where `keep_prototypes` kept them.
@@ -834,13 +840,16 @@ class SEPClassifier(TrainerMixin):
             details: for the model card. Scores belong to the weights, so they are left out unless given again.
             save_dtype: of the weights in the file, `torch.float32`, `torch.bfloat16` or `torch.float16`; None: as they
                 are. Loaded again they are rounded fp32.
+            save_processor: save tokenizer and image processor as well, 3.6 MB for CLIP's, for those who load the folder
+                without this package.
 
         Raises:
             TypeError: the model is no `PeftModel`.
-            ValueError: the metadata of the model card in the folder cannot be read, or the weights cannot have
-                `save_dtype`.
+            ValueError: the metadata of the model card in the folder cannot be read, the weights cannot have
+                `save_dtype`, or there is no processor that can be saved.
         """
-        save_files(self.model, self._saved_classes, folder, details or CardDetails(), save_dtype, self.whitening)
+        options = {"whitening": self.whitening, "processor": processor_to_save(self.processor, save_processor)}
+        save_files(self.model, self._saved_classes, folder, details or CardDetails(), save_dtype, **options)
 
     def push_to_hub(
         self,
@@ -852,6 +861,7 @@ class SEPClassifier(TrainerMixin):
         token: str | bool | None = None,
         revision: str | None = None,
         save_dtype: torch.dtype | None = None,
+        save_processor: bool = False,
         commit_message: str = "Upload SEP adapter",
         **commit_options,
     ) -> str:
@@ -864,7 +874,7 @@ class SEPClassifier(TrainerMixin):
             private: whether a new repository is private.
             token: of the Hub; None: the one of ``hf auth login``.
             revision: branch to commit to; made where it is missing.
-            save_dtype: as for `save_pretrained`.
+            save_dtype, save_processor: as for `save_pretrained`.
             commit_options: what else `HfApi.upload_folder` takes, such as `create_pr`.
 
         Returns:
@@ -876,6 +886,7 @@ class SEPClassifier(TrainerMixin):
         """
         options = {"subfolder": subfolder, "private": private, "token": token, "revision": revision}
         options |= {"save_dtype": save_dtype, "commit_message": commit_message, "whitening": self.whitening}
+        options["processor"] = processor_to_save(self.processor, save_processor)
         return push_files(
             self.model, self._saved_classes, repo_id, details or CardDetails(), **options, **commit_options
         )
@@ -915,7 +926,8 @@ class SEPClassifier(TrainerMixin):
             path: a folder or the id of a repository on the Hub.
             model: the base model, or a `PeftModel` that takes the adapter in as a further one; None: the base model
                 that the adapter names, which is loaded with its processor.
-            processor: for `predict` and `set_classes`; None: the one that is loaded with the base model, if any.
+            processor: for `predict` and `set_classes`; None: the one beside the adapter, else that of the base model,
+                where the base model is loaded.
             adapter_name: name of the adapter in the model.
             is_trainable: whether the adapter is to be trained on; otherwise it is frozen and no prototypes are made.
             subfolder: below `path`.

@@ -22,6 +22,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import PROCESSOR_NAME
 
 from ..tuner.config import SEPConfig
 from ..tuner.disk import try_folder
@@ -41,6 +42,7 @@ from ..tuner.messages import one_line, shown
 from ..tuner.save_id import SAVE_ID, check_save_id, stamp_files
 from .card import CONFUSION_FILE, CardDetails, is_hub_name, make_card, read_card
 from .classes import TaskClasses
+from .processor_files import PROCESSOR_FILES, check_processor, write_processor
 from .whitened import WHITENING_FILE, Whitening, read_whitening, save_whitening
 
 
@@ -82,15 +84,22 @@ def save_files(
     details: CardDetails,
     save_dtype: torch.dtype | None = None,
     whitening: Whitening | None = None,
+    processor: Any = None,
 ) -> None:
     """Write the active adapter, the classes and the whitening if there are any and the model card, all or none.
 
+    Args:
+        processor: to write as well; None: none is. A processor that is there stays then, unless the adapter that was
+            there has another base model.
+
     Raises:
         TypeError: the model is no `PeftModel`.
-        ValueError: the metadata of the card that is there cannot be read, the weights cannot have `save_dtype`, or what
-            is saved could not be loaded; nothing is written then.
+        ValueError: the metadata of the card that is there cannot be read, the weights cannot have `save_dtype`, the
+            processor cannot be saved, or what is saved could not be loaded; nothing is written then.
     """
     model = _as_peft_model(model)
+    if processor is not None:
+        check_processor(processor)
     check_save_dtype(save_dtype)
     check_loadable(model, classes)
     card = os.path.join(folder, REPOCARD_NAME)
@@ -98,7 +107,11 @@ def save_files(
     details = replace(details, base_model=details.base_model or base_model_name(model))
     with replace_files(folder) as temporary:
         _write(model, classes, temporary, details, old, save_dtype, name_of(folder), whitening=whitening)
-    for file in _not_written(classes, details, whitening):  # those of another save, which `push_folder` would share
+        if processor is not None:
+            write_processor(processor, temporary)
+        stale = _stale_processor_files(folder, temporary)
+    # those of another save, which `push_folder` would share
+    for file in (*_not_written(classes, details, whitening), *stale):
         with suppress(FileNotFoundError):
             os.remove(os.path.join(folder, file))
 
@@ -113,6 +126,24 @@ def _not_written(classes: TaskClasses | None, details: CardDetails, whitening: W
         WHITENING_FILE: whitening,
     }
     return [name for name, part in parts.items() if part is None]
+
+
+def _stale_processor_files(folder: str | os.PathLike, written: str) -> list[str]:
+    """Files of a processor in a folder that do not belong to what was written and will take its place there.
+
+    All others where a processor was written; else those of an adapter of another base model, and not what somebody
+    saved beside this one.
+    """
+    if os.path.isfile(os.path.join(written, PROCESSOR_NAME)):
+        return [name for name in PROCESSOR_FILES if not os.path.isfile(os.path.join(written, name))]
+    configs = [os.path.join(place, CONFIG_NAME) for place in (folder, written)]
+    if not os.path.isfile(configs[0]):
+        return []
+    try:
+        before, after = (read_json(config).get("base_model_name_or_path") for config in configs)
+    except ValueError:  # what was there is damaged, and is replaced
+        return list(PROCESSOR_FILES)
+    return [] if before == after else list(PROCESSOR_FILES)
 
 
 def name_of(folder: str | os.PathLike) -> str:
@@ -154,7 +185,7 @@ def try_output(folder: str | os.PathLike, needed: int = 0) -> None:
         ValueError: the metadata of the card that is there cannot be read.
     """
     try_folder(folder, needed)
-    for path in (os.path.join(folder, name) for name in SAVED_FILES):
+    for path in (os.path.join(folder, name) for name in (*SAVED_FILES, *PROCESSOR_FILES)):
         if os.path.isdir(path):
             raise IsADirectoryError(f"{path} is a folder, but a file of that name is to be saved. Rename or remove it.")
     card = os.path.join(folder, REPOCARD_NAME)
@@ -189,6 +220,7 @@ def push_files(
     revision: str | None,
     save_dtype: torch.dtype | None = None,
     whitening: Whitening | None = None,
+    processor: Any = None,
     **commit_options,
 ) -> str:
     """Upload what `save_files` writes, in one commit; the repository and the branch are made where they are missing.
@@ -199,9 +231,11 @@ def push_files(
     Raises:
         TypeError: the model is no `PeftModel`.
         ValueError: nobody else could load the base model, the metadata of the card that is there cannot be read, the
-            weights cannot have `save_dtype`, or what is uploaded could not be loaded.
+            weights cannot have `save_dtype`, the processor cannot be saved, or what is uploaded could not be loaded.
     """
     model = _as_peft_model(model)
+    if processor is not None:
+        check_processor(processor)
     check_save_dtype(save_dtype)
     check_loadable(model, classes)
     base_model = details.base_model or base_model_name(model)
@@ -218,6 +252,8 @@ def push_files(
     details = replace(details, base_model=base_model, repo_id=repo_id)
     with tempfile.TemporaryDirectory() as folder:
         _write(model, classes, folder, details, old, save_dtype, subfolder=subfolder, whitening=whitening)
+        if processor is not None:
+            write_processor(processor, folder)
         name_base_model(folder, base_model)
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
@@ -451,7 +487,7 @@ def _read_prototypes(file: str, names: Any) -> torch.Tensor:
 def load_base(
     path: str, subfolder: str | None, hub_options: Mapping[str, Any], trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """The base model that an adapter was made for, and its processor.
+    """The base model that an adapter was made for, and the processor beside the adapter, else that of the base model.
 
     Args:
         path: of the adapter, a folder or the id of a repository.
@@ -488,7 +524,31 @@ def load_base(
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     with naming_base_model(cast(str, name)):
         model = model_class.from_pretrained(name, **options)
-        return model, transformers.AutoProcessor.from_pretrained(name, **options)
+        if not has_processor(path, subfolder, hub_options):
+            return model, transformers.AutoProcessor.from_pretrained(name, **options)
+    return model, load_processor(path, subfolder, hub_options)
+
+
+def has_processor(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> bool:
+    """Whether a processor lies beside an adapter, in a folder or on the Hub."""
+    return _find(path, PROCESSOR_NAME, subfolder, hub_options)[1]
+
+
+def load_processor(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Any:
+    """The processor beside an adapter; code that comes with it does not run.
+
+    Raises:
+        ValueError: it is damaged, or needs code.
+    """
+    try:
+        return transformers.AutoProcessor.from_pretrained(
+            path, subfolder=subfolder or "", trust_remote_code=False, **hub_options
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise ValueError(
+            f"The processor beside the adapter {path} cannot be loaded ({one_line(str(error)).rstrip('.')}). Pass "
+            "processor=AutoProcessor.from_pretrained(...), or remove its files."
+        ) from error
 
 
 @contextmanager

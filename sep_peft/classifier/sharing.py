@@ -17,16 +17,19 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
+from transformers import AutoProcessor
 
 # the one that huggingface_hub asks with: httpx or, with newer ones, httpx2
 from transformers.image_utils import httpx  # pyright: ignore[reportPrivateImportUsage]
+from transformers.utils import PROCESSOR_NAME
 
 from ..tuner.config import SEPConfig
 from ..tuner.files import WeightsOrigin, check_folder, check_numbers, read_tensors
 from ..tuner.json_files import read_json
 from ..tuner.messages import one_line, shown
 from .card import card_for_hub, is_hub_name, read_card
-from .files import CLASSES_FILE, SAVED_FILES, load_classes, name_base_model, remote_card
+from .files import CLASSES_FILE, SAVED_FILES, load_classes, name_base_model, naming_base_model, remote_card
+from .processor_files import PROCESSOR_FILES, write_processor
 
 
 #: Tokens of the Hub, as they begin, and places on a machine, as far as they tell whose it is.
@@ -62,6 +65,7 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     base_model: str | None = None,
+    save_processor: bool = False,
 ) -> Pushed:
     """Upload what `SEPClassifier.save_pretrained` wrote, in one commit; the repository is made where it is missing.
 
@@ -75,6 +79,8 @@ def push_folder(
         private: whether a new repository is private; None: as the user's account has it.
         token: of the Hub; None: the one of ``hf auth login``.
         base_model: name of the base model on the Hub, where the adapter names a folder.
+        save_processor: upload the base model's processor as well, where none lies in the folder; one that does is
+            uploaded in any case.
 
     Raises:
         FileNotFoundError: `folder` has no adapter or no model card.
@@ -94,9 +100,15 @@ def push_folder(
     base_model = _check_adapter(folder, base_model)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
-        names = [name for name in SAVED_FILES if (folder / name).is_file()]
+        own = (folder / PROCESSOR_NAME).is_file()
+        names = [name for name in (*SAVED_FILES, *(PROCESSOR_FILES if own else ())) if (folder / name).is_file()]
         for name in names:
             shutil.copy(folder / name, temporary)
+        if save_processor and not own:
+            with naming_base_model(base_model):
+                found = AutoProcessor.from_pretrained(base_model, token=token, trust_remote_code=False)
+            write_processor(found, temporary)
+            names += [name for name in PROCESSOR_FILES if Path(temporary, name).is_file()]
         name_base_model(temporary, base_model)
         path = Path(temporary, REPOCARD_NAME)
         card_for_hub(read_card(path), repo_id, base_model).save(path)
@@ -110,7 +122,7 @@ def push_folder(
                 repo_id=repo_id,
                 folder_path=temporary,
                 commit_message="Upload SEP adapter",
-                delete_patterns=list(SAVED_FILES),
+                delete_patterns=[*SAVED_FILES, *(PROCESSOR_FILES if PROCESSOR_NAME in names else ())],
             )
     return Pushed(repo_id, f"{api.endpoint}/{repo_id}", str(commit), names)
 

@@ -164,6 +164,7 @@ def train(
     fusion_hidden_size: options.FusionHiddenSize = None,
     share_fusion: options.ShareFusion = None,
     save_dtype: options.SaveDtype = "fp32",
+    save_processor: options.SaveProcessor = False,
     compact: options.Compact = False,
     published: options.Published = False,
     retrieval: options.Retrieval = False,
@@ -209,6 +210,7 @@ def train(
             cache=cache,
             template=template,
             save_dtype=options.DTYPES[save_dtype],
+            save_processor=save_processor,
             overwrite=overwrite,
             resume=resume,
             max_seconds=time,
@@ -286,6 +288,7 @@ def train_pairs(
     fusion_hidden_size: options.FusionHiddenSize = None,
     share_fusion: options.ShareFusion = None,
     save_dtype: options.SaveDtype = "fp32",
+    save_processor: options.SaveProcessor = False,
     report: options.Report = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -327,6 +330,7 @@ def train_pairs(
             long_captions="cut" if cut else "refuse",
             chunk_size=chunk_size,
             save_dtype=options.DTYPES[save_dtype],
+            save_processor=save_processor,
             overwrite=overwrite,
             resume=resume,
             max_seconds=time,
@@ -743,6 +747,10 @@ def push(
         str | None,
         typer.Option(metavar="NAME", help="The CLIP by its name on the Hub, where the adapter names a folder."),
     ] = None,
+    save_processor: Annotated[
+        bool,
+        typer.Option("--save-processor", help="Upload its processor as well, where none lies in the folder."),
+    ] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -754,7 +762,14 @@ def push(
     from .session import Session
 
     return _report(
-        lambda: run(adapter, repo_id, Session(device, token, quiet), private=private or None, base_model=base_model),
+        lambda: run(
+            adapter,
+            repo_id,
+            Session(device, token, quiet),
+            private=private or None,
+            base_model=base_model,
+            save_processor=save_processor,
+        ),
         as_json,
         quiet,
         debug,

@@ -251,6 +251,10 @@ ShareFusion = Annotated[
 SaveDtype = Annotated[
     str, typer.Option(parser=read_dtype, metavar="|".join(DTYPES), help="Of the weights in the adapter's file.")
 ]
+SaveProcessor = Annotated[
+    bool,
+    typer.Option("--save-processor", help="Save tokenizer and image processor with the adapter, 3.6 MB for CLIP's."),
+]
 Compact = Annotated[
     bool,
     typer.Option("--compact", help="Setting: one small fusion for all layers and its recipe, for a small adapter."),

@@ -10,8 +10,15 @@ from .session import Result, Session
 
 
 def push(
-    adapter: Path, repo_id: str, session: Session, *, private: bool | None = None, base_model: str | None = None
+    adapter: Path,
+    repo_id: str,
+    session: Session,
+    *,
+    private: bool | None = None,
+    base_model: str | None = None,
+    save_processor: bool = False,
 ) -> Result:
     """Upload a saved adapter; arguments as for `push_folder`."""
-    pushed = push_folder(adapter, repo_id, private=private, token=session.token, base_model=base_model)
+    options = {"base_model": base_model, "save_processor": save_processor}
+    pushed = push_folder(adapter, repo_id, private=private, token=session.token, **options)
     return Result(asdict(pushed), [pushed.url])

@@ -71,7 +71,11 @@ def check_file(path: Path, option: str) -> None:
 
 
 def save_somewhere(
-    classifier: SEPClassifier | Adapter, output: Path, details: CardDetails, save_dtype: torch.dtype = torch.float32
+    classifier: SEPClassifier | Adapter,
+    output: Path,
+    details: CardDetails,
+    save_dtype: torch.dtype = torch.float32,
+    save_processor: bool = False,
 ) -> Saved:
     """Save into `output`, and where that fails into a new temporary folder, in full precision.
 
@@ -82,7 +86,7 @@ def save_somewhere(
         OSError: both failed; the message has both reasons.
     """
     try:
-        classifier.save_pretrained(output, details, save_dtype)
+        classifier.save_pretrained(output, details, save_dtype, save_processor=save_processor)
         return Saved(output)
     except Exception as error:  # whatever it is, what was trained must not be lost
         reason = str(error).strip() or type(error).__name__

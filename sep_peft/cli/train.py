@@ -53,6 +53,7 @@ def train(
     cache: str | None = None,
     template: Sequence[str] | None = None,
     save_dtype: torch.dtype = torch.float32,
+    save_processor: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     max_seconds: float | None = None,
@@ -76,6 +77,7 @@ def train(
         cache: as for `fit`.
         template: texts of the frozen text branch, which are averaged; None: `TEMPLATE`.
         save_dtype: of the weights in the file.
+        save_processor: save the base model's processor with the adapter.
         overwrite: replace an adapter, or a training that was not finished, in `output`.
         resume: go on with the training in `output`; where there is none, begin.
         max_seconds, patience, keep: as for `fit`; validation images are those of val/.
@@ -112,7 +114,7 @@ def train(
     shots = None if several else shots or SHOTS
     notes = {"command": command, "data": str(folder.resolve()), "base_model": base_model, "shots": shots}
     details = CardDetails(shots=shots, seeds=[recipe.seed], protocol=str(recipe), license=license)
-    save = partial(save_somewhere, classifier, output, save_dtype=save_dtype)
+    save = partial(save_somewhere, classifier, output, save_dtype=save_dtype, save_processor=save_processor)
     try:
         history = fit(
             classifier,

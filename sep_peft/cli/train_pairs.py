@@ -52,6 +52,7 @@ def train_pairs(
     long_captions: LongCaptions = "refuse",
     chunk_size: int | None = None,
     save_dtype: torch.dtype = torch.float32,
+    save_processor: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     max_seconds: float | None = None,
@@ -75,6 +76,7 @@ def train_pairs(
             a tenth of them, at most `MOST_HELD_OUT`.
         long_captions, chunk_size, max_seconds, patience, keep: as for `fit_pairs`.
         save_dtype: of the weights in the file.
+        save_processor: save the base model's processor with the adapter.
         overwrite: replace an adapter, or a training that was not finished, in `output`.
         resume: go on with the training in `output`; where there is none, begin.
         name: of the data in the model card; None: that of `path`.
@@ -103,7 +105,9 @@ def train_pairs(
     name = name or path.resolve().stem
     notes = {"command": command, "data": str(path.resolve()), "layout": pairs.layout, "base_model": base_model}
     details = CardDetails(seeds=[recipe.seed], protocol=str(recipe), license=license)
-    save = partial(save_somewhere, Adapter(model, processor), output, save_dtype=save_dtype)
+    save = partial(
+        save_somewhere, Adapter(model, processor), output, save_dtype=save_dtype, save_processor=save_processor
+    )
     told = partial(_told, pairs=pairs, broken=broken)
     try:
         history = fit_pairs(
