@@ -36,7 +36,8 @@ from .calibration import Calibration
 from .card import CardDetails
 from .class_encoder import KEPT_TOKENS, TEXT_CHUNK_SIZE, ClassEncoder, padding_of
 from .classes import TEMPLATE, TaskClasses
-from .embeddings import check_batch_size, embed_images, embed_texts
+from .embedding_mixin import EmbeddingMixin
+from .embeddings import check_batch_size
 from .explain import explain_label
 from .explanation import Explanation
 from .files import load_base, load_classes, load_whitening, path_first, push_files, save_files, update_card
@@ -55,7 +56,7 @@ from .summary import summarize
 from .tasks import Tasks
 from .trainer_mixin import TrainerMixin
 from .trunk_cache import embeds_from_trunk
-from .whitened import Whitening, check_whitening, whitening_of
+from .whitened import Whitening, whitening_of
 
 
 @dataclass
@@ -72,7 +73,7 @@ class SEPClassifierOutput(ModelOutput):
     parts: SEPLoss | None = None
 
 
-class SEPClassifier(TrainerMixin):
+class SEPClassifier(EmbeddingMixin, TrainerMixin):
     """Classifies images by a SEP model and a list of classes.
 
     The prompted branch of the text tower reads the bare class name, the frozen branch a template. A training step
@@ -737,62 +738,6 @@ class SEPClassifier(TrainerMixin):
         """
         self.whitening = whitening_of(self.model, batches, len(self.classes))
         return self
-
-    def embed(
-        self, images: Any, batch_size: int = 32, task: str | None = None, *, whiten: bool = False
-    ) -> torch.Tensor:
-        """SEP's embeddings of images, which compare with each other and with `embed_texts` by their product.
-
-        Evaluation is used whatever the mode of the classifier; threads may embed at the same time. Classes, prototypes
-        and calibration take no part.
-
-        Args:
-            images: as for `predict`.
-            batch_size: images read and encoded at a time.
-            task: whose adapter embeds; None: the active one.
-            whiten: by the adapter's whitening, to compare images with images alone; see `fit_whitening`.
-
-        Returns:
-            (N, E), of unit length, in fp32 or wider, on the CPU; for one image alone (E,).
-
-        Raises:
-            ValueError: an image cannot be read, there is none, `batch_size` is below 1, there is no such task, or no
-                whitening of its adapter.
-        """
-        check_batch_size(batch_size)
-        images, single = as_images(images)
-        whitening = check_whitening(self.whitening, task) if whiten else None
-        adapter = None if task is None else self.tasks[task].adapter
-        found = embed_images(self.model, self.processor, images, batch_size, adapter)
-        found = found if whitening is None else whitening(found)
-        return found[0] if single else found
-
-    def embed_texts(
-        self, texts: str | Sequence[str], task: str | None = None, *, truncate: bool = False
-    ) -> torch.Tensor:
-        """SEP's embeddings of any texts, such as "a red dress", as `embed` makes them of images.
-
-        Args:
-            texts: one text, or N of them.
-            task: whose adapter embeds; None: the active one.
-            truncate: cut texts of more tokens than `sep_peft.max_text_length` at their end, and warn of how many.
-
-        Returns:
-            (N, E), of unit length, in fp32 or wider, on the CPU; for one text alone (E,).
-
-        Raises:
-            TypeError: one is no text.
-            ValueError: there is none, one is blank or does not fit beside the prompts, or there is no such task.
-
-        Example:
-            >>> found = classifier.embed(paths) @ classifier.embed_texts("a red dress")
-            >>> best = [paths[index] for index in found.topk(5).indices]
-        """
-        single = isinstance(texts, str)
-        adapter = None if task is None else self.tasks[task].adapter
-        several = [texts] if isinstance(texts, str) else texts
-        found = embed_texts(self.model, self.processor, several, adapter, truncate)
-        return found[0] if single else found
 
     def explain(self, image: Any, label: str | None = None, task: str | None = None) -> Explanation:
         """What in an image decided for a class, and which of its patches SEP selected to make its prompts from.
