@@ -607,10 +607,11 @@ def test_docs_name_every_option(command):
 def test_defaults_in_help(run):
     """They are those of the settings, and the template's is the package's."""
     out = " ".join(help_of(run, "train").split())
-    recipe, published, compact = Recipe(), Recipe.published(), Recipe.compact()
-    assert f"Passes over the images ({recipe.epochs}, published {published.epochs})." in out
+    recipe, published, compact, retrieval = Recipe(), Recipe.published(), Recipe.compact(), Recipe.retrieval()
+    epochs = f"{recipe.epochs}, published {published.epochs}, retrieval {retrieval.epochs}"
+    assert f"Passes over the images ({epochs})." in out
     rates = f"{recipe.learning_rate}, compact {compact.learning_rate}, published {published.learning_rate}"
-    assert f"Of AdamW ({rates})." in out
+    assert f"Of AdamW ({rates}, retrieval {retrieval.learning_rate})." in out
     assert f"Rank of the fusion's projections ({SEPConfig().fusion_rank}, published none)." in out
     assert "One fusion for all layers (no, compact yes)." in out
     assert f"repeat to average; default: {TEMPLATE}" in out
@@ -769,7 +770,7 @@ def test_labels_and_file_names_do_not_act_on_the_terminal(run, evil):
         if err:
             assert_tame(err)
     assert r"/lamp/\x1b[31m" in outputs[1][1] and r"\x1b]0;title\x07ad.jpg" in outputs[1][2]
-    assert len(outputs[2][1].splitlines()) == 17  # no line break of a name makes a line
+    assert len(outputs[2][1].splitlines()) == 18  # no line break of a name makes a line
 
 
 def test_json_of_labels_that_act(run, evil):

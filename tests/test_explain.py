@@ -180,7 +180,7 @@ def test_disabled_adapter(processor):
 
 def test_unreadable_image(processor, tmp_path):
     path = tmp_path / "missing.jpg"
-    with pytest.raises(ValueError, match=f"^{re.escape(f'The image {path!r} cannot be read: ')}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'The image {str(path)!r} cannot be read: ')}"):
         explain(make_model(), processor, path)
 
 

@@ -221,4 +221,4 @@ def test_unreadable_images_are_told_from_the_others(tmp_path):
     assert (readable, seen) == (samples[2:], samples)
     assert list(broken) == paths[:2]
     for path, message in broken.items():
-        assert message.startswith(f"The image {path!r} cannot be read: ")
+        assert message.startswith(f"The image {str(path)!r} cannot be read: ")

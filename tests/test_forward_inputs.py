@@ -48,7 +48,7 @@ WRONG = {
     "a label for all": (
         {"pixel_values": IMAGES, "labels": LABELS[:1]},
         ValueError,
-        "Labels must be one for each image, but there are 1 for 5 images.",
+        "Labels must be one for each image, but there is 1 for 5 images.",
     ),
     "label out of range": (
         {"pixel_values": IMAGES, "labels": LABELS + 1},

@@ -403,7 +403,7 @@ def test_images(kind, tmp_path):
             if image.mode != "RGB" or not 0 < image.width * image.height <= PIXELS:
                 wrong[seed] = f"becomes {image.mode}, {image.size}"
         except ValueError as error:
-            if not str(error).startswith(f"The image {file!r} cannot be read: ") or "\n" in str(error):
+            if not str(error).startswith(f"The image {str(file)!r} cannot be read: ") or "\n" in str(error):
                 wrong[seed] = str(error)
         except BaseException as error:
             wrong[seed] = repr(error)

@@ -102,7 +102,7 @@ def test_gray_that_is_not_finite(value, tmp_path):
     gray = RAMP.astype(np.float32)
     gray[1, 1] = value
     path = save(Image.fromarray(gray), tmp_path / "gray.tif")
-    with raises(f"The image {path!r} cannot be read: it has pixels that are no finite numbers."):
+    with raises(f"The image {str(path)!r} cannot be read: it has pixels that are no finite numbers."):
         read_image(path)
 
 
@@ -222,7 +222,7 @@ def test_heic_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "HEIF_ENDINGS", frozenset())
     path = no_image(tmp_path / "image.HEIC")
     with raises(
-        f"The image {path!r} cannot be read: HEIC needs the package pillow-heif: pip install pillow-heif.",
+        f"The image {str(path)!r} cannot be read: HEIC needs the package pillow-heif: pip install pillow-heif.",
     ):
         read_image(path)
 
@@ -440,7 +440,7 @@ def test_what_is_refused(name, tmp_path, imaged):
     make, described, reason = REFUSED[name]
     path = tmp_path / "image.png"
     image = make(path)
-    described = described.format(path=path, parent=tmp_path, name=str(path))
+    described = described.format(path=str(path), parent=str(tmp_path), name=str(path))
     message = f"The image {described} cannot be read: {reason}"
     with raises(message):
         read_image(image)
@@ -458,7 +458,7 @@ def test_truncated_image_is_refused_in_one_line(tmp_path):
     path = tmp_path / "image.jpg"
     path.write_bytes(IMAGE_FILES[0].read_bytes()[:1500])
     with pytest.raises(
-        ValueError, match=rf"^The image {re.escape(repr(path))} cannot be read: image file is truncated.*$"
+        ValueError, match=rf"^The image {re.escape(repr(str(path)))} cannot be read: image file is truncated.*$"
     ):
         read_image(path)
 
@@ -503,7 +503,7 @@ def test_damaged_files_are_read_or_refused(ending, tmp_path):
         try:
             outcomes[read_image(path).mode] += 1
         except ValueError as error:
-            assert re.match(rf"The image {re.escape(repr(path))} cannot be read: .+", str(error))
+            assert re.match(rf"The image {re.escape(repr(str(path)))} cannot be read: .+", str(error))
             outcomes["refused"] += 1
     assert outcomes["refused"] >= 5 and set(outcomes) <= {"RGB", "refused"}
 

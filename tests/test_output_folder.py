@@ -72,6 +72,7 @@ def test_a_folder_in_the_place_of_any_file_that_is_saved(tmp_path):
     classifier = with_prototypes()
     classifier.save_pretrained(tmp_path / "prototypes")
     classifier.keep_prototypes(kind="gda", batches=[{"pixel_values": IMAGES, "labels": LABELS}])
+    classifier.fit_whitening([{"pixel_values": IMAGES, "labels": LABELS}])
     classifier.save_pretrained(tmp_path / "head", CardDetails(confusion=b"PNG"))
     written = {*contents(tmp_path / "prototypes"), *contents(tmp_path / "head")}
     assert written == set(SAVED_FILES)
@@ -209,10 +210,10 @@ def test_what_cannot_be_saved_goes_to_a_temporary_folder(images, tmp_path, capsy
     """Two failing saves: the output's alone, then that of the temporary folder as well."""
     output, save = tmp_path / "new", SEPClassifier.save_pretrained
 
-    def fail(classifier, folder, *args):
+    def fail(classifier, folder, *args, **options):
         if folder == output:
             raise DiskFullError(FULL.format(output))
-        save(classifier, folder, *args)
+        save(classifier, folder, *args, **options)
 
     monkeypatch.setattr(SEPClassifier, "save_pretrained", fail)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -225,7 +226,7 @@ def test_what_cannot_be_saved_goes_to_a_temporary_folder(images, tmp_path, capsy
     assert f"sep-peft: warning: the adapter is in {rescue}, {reason}" in err
     assert rescue.parent == tmp_path and SEPClassifier.from_pretrained(rescue).class_names == ["cup", "lamp"]
 
-    def fail_always(classifier, folder, *args):
+    def fail_always(classifier, folder, *args, **options):
         raise DiskFullError(FULL.format(Path(folder).name[:8]))
 
     monkeypatch.setattr(SEPClassifier, "save_pretrained", fail_always)

@@ -109,7 +109,7 @@ def test_unreadable_image(kind, write, tmp_path, imaged):
     if write is not None:
         write(path)
     image = kind(path)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'The image {image!r} cannot be read: ')}.+"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'The image {str(path)!r} cannot be read: ')}.+"):
         imaged.predict([IMAGE_FILES[0], image])
 
 

@@ -437,7 +437,7 @@ def test_images_that_cannot_be_cached():
     model = make_classifier().model
     with raises("views must divide the number of entries, but got 2 views and 5 entries."):
         TrunkCache(model, Images(), views=2)
-    with raises("views must divide the number of entries, but got 1 views and 0 entries."):
+    with raises("views must divide the number of entries, but got 1 view and 0 entries."):
         TrunkCache(model, Images(make_images(0)))
     with raises("Every image must have shape (3, 24, 24), but entry 0 has (3, 24, 23)."):
         TrunkCache(model, Images(make_images(5)[..., 1:]))

@@ -100,7 +100,7 @@ def read_method(path: Path, **overrides: Any) -> Method:
 
 def read_recipe(path: Path, method: Method, entries: dict[str, Any]) -> Recipe:
     """The recipe of a method that trains, from what its file says of it."""
-    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - {"seed", "calibration_folds"})
+    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - {"seed", "calibration_folds", "whiten"})
     like = entries.pop("like", "default")
     if like not in RECIPES:
         raise ValueError(f'{path}: a recipe may be "like" {", ".join(RECIPES)}, but this is like {like!r}.')

@@ -142,10 +142,10 @@ def test_a_variant_of_nothing(write, tmp_path, scripts):
         ({"learner": "sep", "lr": 1}, "{file}: unknown entries ['lr']; these are allowed: "
          "cached, config, coupled, description, first_stage, head, learner, recipe, selection."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
-         "agreement_weight, average_center, average_width, batch_size, class_sample, epochs, geometry_weight, "
-         "learning_rate, like, max_steps, negative_focus, prototype_learning_rate, prototype_logit_weight, "
-         "prototype_weight, smallest_crop, text_distance_weight, text_weight, views, vision_distance_weight, "
-         "vision_weight, warmup_epochs, weight_decay, zero_shot_margin."),
+         "agreement_weight, average_center, average_width, batch_size, class_sample, classification_weight, epochs, "
+         "geometry_weight, learning_rate, like, max_steps, negative_focus, prototype_learning_rate, "
+         "prototype_logit_weight, prototype_weight, smallest_crop, text_distance_weight, text_weight, views, "
+         "vision_distance_weight, vision_weight, warmup_epochs, weight_decay, zero_shot_margin."),
         ({"learner": "sep", "recipe": {"like": "mine"}}, "{file}: a recipe may be \"like\" default, compact, "
          "published, but this is like 'mine'."),
         ({"learner": "sep", "recipe": {"epochs": 0}}, "{file}: epochs must be an integer of at least 1, but got 0."),
