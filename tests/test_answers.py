@@ -186,6 +186,18 @@ def test_predict(imaged):
         assert [len(each) for each in imaged.predict(IMAGE_FILES, unknown=True)] == [kept] * 4
 
 
+def test_classes_in_another_order_are_told_alike(imaged):
+    """Each class is compared with its own images, wherever it stands."""
+    typical = tuple(50.0 * place for place in range(len(NAMES)))
+    imaged.finish_training().calibrate(Calibration(1.0, typical_logits=typical, least_nearness=0.0))
+    found = imaged.predict(IMAGE_FILES, unknown=True)
+    turned = NAMES[::-1]
+    assert imaged.set_classes(turned).classes.calibration.typical_logits == typical[::-1]
+    again = imaged.predict(IMAGE_FILES, unknown=True)
+    assert [[each["label"] for each in one] for one in again] == [[each["label"] for each in one] for one in found]
+    assert imaged.set_classes(turned[:-1]).classes.calibration.typical_logits == ()
+
+
 # files and mistakes
 
 

@@ -213,6 +213,12 @@ def test_what_makes_no_sense_with_several_labels_is_refused(trained, tmp_path):
         cross_validate(classifier, TRAIN)
     with raises("SEPTrainer trains classes of which an image has one, but it may have several. Use fit."):
         SEPTrainer(classifier)
+    plain = SEPClassifier.from_class_names(classifier.model, classifier.processor, classifier.class_names)
+    for train in (lambda recipe: fit(plain, [], recipe), lambda recipe: SEPTrainer(plain, recipe=recipe)):
+        with raises(
+            "negative_focus is for images that may have several classes, but these have one. It is 2.0; leave it at 0."
+        ):
+            train(replace(RECIPE, negative_focus=2.0))
     with raises(
         "An image may have several of the classifier's classes. Train by fit and measure by evaluate_labels, with "
         "(image, [name, ...]) for each image."

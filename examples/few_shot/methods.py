@@ -39,6 +39,8 @@ from sep_peft.method.heads import NAMES
 from sep_peft.training import Recipe
 
 
+#: Settings of a recipe that no method has: the runs' own, and what training here does not read.
+NOT_OF_METHODS = {"seed", "calibration_folds", "whiten", "negative_focus"}
 #: The methods that come with these scripts.
 SHIPPED = Path(__file__).parent / "methods"
 #: Entries that hold settings by name.
@@ -100,7 +102,7 @@ def read_method(path: Path, **overrides: Any) -> Method:
 
 def read_recipe(path: Path, method: Method, entries: dict[str, Any]) -> Recipe:
     """The recipe of a method that trains, from what its file says of it."""
-    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - {"seed", "calibration_folds", "whiten"})
+    check_names(path, entries, {"like", *(f.name for f in fields(Recipe))} - NOT_OF_METHODS)
     like = entries.pop("like", "default")
     if like not in RECIPES:
         raise ValueError(f'{path}: a recipe may be "like" {", ".join(RECIPES)}, but this is like {like!r}.')

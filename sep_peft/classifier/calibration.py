@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,10 @@ class Calibration:
     def for_new_classes(self) -> Calibration:
         """That of classes that take the place of these."""
         return Calibration(self.new_class_temperature, self.new_class_temperature, self.images, self.source)
+
+    def in_order(self, rows: Sequence[int]) -> Calibration:
+        """That of all these classes in another order, by their indices."""
+        return replace(self, typical_logits=tuple(self.typical_logits[row] for row in rows if self.typical_logits))
 
     def for_some_classes(self, rows: Sequence[int]) -> Calibration:
         """That of some of these classes among themselves, by their indices; their logits are the same ones.

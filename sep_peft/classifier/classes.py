@@ -208,7 +208,9 @@ class TaskClasses:
         rows = [self.names.index(name) for name in names]
         inputs, *templates = ({key: x[rows] for key, x in each.items()} for each in self._inputs)
         calibration = self.calibration
-        if calibration is not None and (self.multi_label or len(rows) < len(self)):
+        if isinstance(calibration, Calibration) and len(rows) == len(self):
+            calibration = calibration.in_order(rows)
+        elif calibration is not None:
             calibration = calibration.for_some_classes(rows)
         return replace(
             self,

@@ -199,10 +199,10 @@ def _as_before_unless_trained(classifier: SEPClassifier) -> Iterator[dict[str, t
         raise
 
 
-def _check_samples(classifier: SEPClassifier, samples: Any, eval_samples: Any, recipe: Recipe) -> None:
+def check_recipe(classifier: SEPClassifier, recipe: Recipe) -> None:
     """
     Raises:
-        TypeError, ValueError: as `fit`.
+        ValueError: a setting is for classes of another kind than the classifier's.
     """
     several = classifier.classes.multi_label
     if several and (others := recipe.regularizer_weights):
@@ -210,11 +210,25 @@ def _check_samples(classifier: SEPClassifier, samples: Any, eval_samples: Any, r
             f"{', '.join(others)} of the recipe are for classes of which an image has one, but it may have several of "
             "these. Leave them at 0."
         )
+    if not several and recipe.negative_focus:
+        raise ValueError(
+            "negative_focus is for images that may have several classes, but these have one. It is "
+            f"{recipe.negative_focus}; leave it at 0."
+        )
     if several and recipe.whiten:
         raise ValueError(
             "A whitening tells images of one class from others, but an image may have several of these. Pass a recipe "
             "with whiten=False."
         )
+
+
+def _check_samples(classifier: SEPClassifier, samples: Any, eval_samples: Any, recipe: Recipe) -> None:
+    """
+    Raises:
+        TypeError, ValueError: as `fit`.
+    """
+    check_recipe(classifier, recipe)
+    several = classifier.classes.multi_label
     check = check_label_samples if several else check_samples
     check(classifier, samples, "train on")
     if recipe.whiten and len({name for _, name in samples}) < 2:

@@ -16,6 +16,7 @@ from ..method.recipe import Recipe
 from .calibrate import calibrate
 from .data import EpochCallback, EpochDataset, LabelledImages
 from .evaluation import check_samples
+from .fit import check_recipe
 from .folders import Samples
 from .optimizer import count_steps, make_optimizer, make_schedule
 from .shipping import as_shipped, ship
@@ -73,6 +74,7 @@ class SEPTrainer(Trainer):
         if model.classes.multi_label:
             raise ValueError("SEPTrainer trains classes of which an image has one, but it may have several. Use fit.")
         self.recipe = recipe = model.recipe if recipe is None else recipe
+        check_recipe(model, recipe)
         model.drawn_classes(recipe)
         if recipe.average_center is not None:
             raise ValueError(

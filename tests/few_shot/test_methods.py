@@ -143,7 +143,7 @@ def test_a_variant_of_nothing(write, tmp_path, scripts):
          "cached, config, coupled, description, first_stage, head, learner, recipe, selection."),
         ({"learner": "sep", "recipe": {"lr": 1}}, "{file}: unknown entries ['lr']; these are allowed: adam_epsilon, "
          "agreement_weight, average_center, average_width, batch_size, class_sample, classification_weight, epochs, "
-         "geometry_weight, learning_rate, like, max_steps, negative_focus, prototype_learning_rate, "
+         "geometry_weight, learning_rate, like, max_steps, prototype_learning_rate, "
          "prototype_logit_weight, prototype_weight, smallest_crop, text_distance_weight, text_weight, views, "
          "vision_distance_weight, vision_weight, warmup_epochs, weight_decay, zero_shot_margin."),
         ({"learner": "sep", "recipe": {"like": "mine"}}, "{file}: a recipe may be \"like\" default, compact, "
