@@ -86,13 +86,7 @@ def curves(history: History, path: str | os.PathLike | None):
     Raises:
         ValueError: no epoch has ended.
     """
-    if not history.rows:
-        raise ValueError("There is nothing to draw: no epoch has ended.")
-    figure = _figure((7.6, 3.2))
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], ".-", color="tab:blue")
-    left.set_ylabel("loss")
+    figure, right, epochs = _beside_loss(history)
     right.plot(
         epochs,
         [row["accuracy"] for row in history],
@@ -108,9 +102,6 @@ def curves(history: History, path: str | os.PathLike | None):
     right.set_ylabel("accuracy (%)" if history.measure in (None, "val_accuracy") else "%")
     right.set_ylim(0, 102)
     right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
     return _written(figure, path)
 
 
@@ -120,13 +111,7 @@ def pair_curves(history: History, path: str | os.PathLike | None):
     Raises:
         ValueError: no epoch has ended.
     """
-    if not history.rows:
-        raise ValueError("There is nothing to draw: no epoch has ended.")
-    figure = _figure((7.6, 3.2))
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], ".-", color="tab:blue")
-    left.set_ylabel("loss")
+    figure, right, epochs = _beside_loss(history)
     if history.measure is None:
         right.plot(
             epochs, [row["accuracy"] for row in history], ".-", color="tab:gray", label="captions of a batch told"
@@ -143,9 +128,6 @@ def pair_curves(history: History, path: str | os.PathLike | None):
     right.set_ylabel("%")
     right.set_ylim(0, None)
     right.legend(fontsize=6)
-    for axis in (left, right):
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
     return _written(figure, path)
 
 
@@ -176,6 +158,25 @@ def png(figure) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # tables beside a drawing have the names
         figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
+
+
+def _beside_loss(history: History):
+    """A figure with the loss over the epochs, its right half, which is still blank, and the epochs.
+
+    Raises:
+        ValueError: no epoch has ended.
+    """
+    if not history.rows:
+        raise ValueError("There is nothing to draw: no epoch has ended.")
+    figure = _figure((7.6, 3.2))
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], ".-", color="tab:blue")
+    left.set_ylabel("loss")
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure, right, epochs
 
 
 def _figure(size: tuple[float, float]):
