@@ -10,11 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..classifier.card import package_versions
 from ..classifier.images import read_image
 from ..classifier.near_duplicates import Group
-from ..tuner.files import replace_files
-from .report import environment, file_name
+from .report import file_name, write_page
 from .thumbnails import thumbnail
 
 
@@ -81,8 +79,9 @@ def write_search_page(
         },
         "others": {who: next((other for other in found if other != who), None) for who in found},
         "places": places,
+        "facts": facts or {},
     }
-    _write(path, SEARCH_TEMPLATE, page, facts)
+    write_page(path, SEARCH_TEMPLATE, page)
 
 
 def write_duplicates_page(
@@ -120,15 +119,9 @@ def write_duplicates_page(
         "alike": sum(len(group.places) for group in found),
         "least": least,
         "measured": measured,
+        "facts": facts or {},
     }
-    _write(path, DUPLICATES_TEMPLATE, page, facts)
-
-
-def _write(path: str | os.PathLike, template: str, page: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:
-    path = Path(path)
-    text = environment().get_template(template).render(**page, facts=facts or {}, versions=package_versions())
-    with replace_files(path.parent) as temporary:
-        Path(temporary, path.name).write_text(text, encoding="utf-8")
+    write_page(path, DUPLICATES_TEMPLATE, page)
 
 
 def _shown(folder: Path, name: str, similarity: float) -> Shown:

@@ -6,13 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..classifier.card import package_versions
 from ..classifier.classifier import SEPClassifier
 from ..classifier.label_calibration import LabelCalibration
-from ..tuner.files import replace_files
 from ..words import are, counted
 from . import plots
 from .evaluation import main_part
@@ -20,9 +17,8 @@ from .findings import Finding, of_unreadable
 from .history import History
 from .label_evaluation import ClassMeasures, LabelEvaluation
 from .label_files import LabelSamples
-from .report import SHOWN_IMAGES, environment, file_name, has_drawings
-from .run_log import CURVES_FILE
-from .thumbnails import data_uri, marked_thumbnail
+from .report import SHOWN_IMAGES, curves_of, file_name, write_page
+from .thumbnails import marked_thumbnail
 
 
 TEMPLATE = "label_report_template.html"
@@ -75,9 +71,7 @@ def write_label_report(
     Raises:
         OSError: the file cannot be written; one that was there is as it was.
     """
-    path, zero_shot, part = Path(path), zero_shot or {}, main_part(evaluations)
-    drawn = has_drawings() and history is not None and bool(history.rows)
-    drawings = {"curves": data_uri("png", plots.png(plots.curves(history, None)))} if drawn and history else {}
+    zero_shot, part = zero_shot or {}, main_part(evaluations)
     page = {
         "title": title,
         "evaluations": evaluations,
@@ -93,15 +87,10 @@ def write_label_report(
         "rows": _rows(classifier, evaluations, zero_shot, training, part),
         "wrong": [] if part is None else _wrong(classifier, evaluations[part]),
         "history": history,
-        "drawings": drawings,
+        "drawings": curves_of(history, plots.curves),
         "facts": facts or {},
-        "versions": package_versions(),
     }
-    text = environment().get_template(TEMPLATE).render(page)
-    with replace_files(path.parent) as temporary:
-        Path(temporary, path.name).write_text(text, encoding="utf-8")
-        if drawn and history is not None:
-            plots.curves(history, Path(temporary, CURVES_FILE))
+    write_page(path, TEMPLATE, page, plots.curves)
 
 
 def _rows(

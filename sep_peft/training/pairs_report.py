@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ..classifier.card import package_versions
-from ..tuner.files import replace_files
 from . import plots
 from .evaluation import main_part
 from .findings import Finding, of_unreadable
 from .history import History
 from .recall import RANKS
-from .report import environment, file_name, has_drawings
+from .report import curves_of, file_name, write_page
 from .retrieval import PairEvaluation
-from .run_log import CURVES_FILE
-from .thumbnails import data_uri, thumbnail
+from .thumbnails import thumbnail
 
 
 TEMPLATE = "pairs_report_template.html"
@@ -45,9 +41,7 @@ def write_pairs_report(
     Raises:
         OSError: the file cannot be written; one that was there is as it was.
     """
-    path, part = Path(path), main_part(evaluations)
-    drawn = has_drawings() and history is not None and bool(history.rows)
-    drawings = {"curves": data_uri("png", plots.png(plots.pair_curves(history, None)))} if drawn and history else {}
+    part = main_part(evaluations)
     page = {
         "title": title,
         "evaluations": evaluations,
@@ -58,15 +52,10 @@ def write_pairs_report(
         "findings": [*_findings(evaluations, history), *of_unreadable(unreadable or {})],
         "hardest": [] if part is None else [_shown(each) for each in evaluations[part].hardest],
         "history": history,
-        "drawings": drawings,
+        "drawings": curves_of(history, plots.pair_curves),
         "facts": facts or {},
-        "versions": package_versions(),
     }
-    text = environment().get_template(TEMPLATE).render(page)
-    with replace_files(path.parent) as temporary:
-        Path(temporary, path.name).write_text(text, encoding="utf-8")
-        if drawn and history is not None:
-            plots.pair_curves(history, Path(temporary, CURVES_FILE))
+    write_page(path, TEMPLATE, page, plots.pair_curves)
 
 
 def _shown(each) -> tuple[str, str, str, str, Any]:

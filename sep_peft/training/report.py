@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -105,7 +105,7 @@ def write_report(
         >>> found = evaluate(classifier, images.tests["test"])
         >>> write_report("report.html", classifier, {"test": found}, training=images.train, history=history)
     """
-    path, zero_shot, unreadable = Path(path), zero_shot or {}, unreadable or {}
+    zero_shot, unreadable = zero_shot or {}, unreadable or {}
     duplicates = near_duplicates(classifier, evaluations, training) if training else {}
     calibration = _calibration(classifier)
     part = main_part(evaluations)
@@ -127,16 +127,46 @@ def write_report(
         ],
         "history": history,
         "facts": facts or {},
-        "versions": package_versions(),
         "drawn": has_drawings(),
         **_of_part(classifier, evaluations.get(part or "")),
     }
     page["drawings"] = _drawings(page, history)
-    text = environment().get_template(TEMPLATE_FILE.name).render(page)
+    write_page(path, TEMPLATE_FILE.name, page, plots.curves)
+
+
+def write_page(
+    path: str | os.PathLike,
+    template: str,
+    page: Mapping[str, Any],
+    curves: Callable[[History, Path], Any] | None = None,
+) -> None:
+    """Write an HTML file from a template of this folder, and beside it the curves of a training.
+
+    Args:
+        path: of the file; its folder is made where it is missing.
+        template: name of its file.
+        page: what the template names, without the versions of packages.
+        curves: draws those of ``page["history"]`` into a file; None: there are none.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is as it was.
+    """
+    path = Path(path)
+    text = environment().get_template(template).render(page, versions=package_versions())
     with replace_files(path.parent) as temporary:
         Path(temporary, path.name).write_text(text, encoding="utf-8")
-        if page["drawn"] and history is not None and history.rows:
-            plots.curves(history, Path(temporary, CURVES_FILE))
+        if curves is not None and has_curves(page["history"]):
+            curves(page["history"], Path(temporary, CURVES_FILE))
+
+
+def curves_of(history: History | None, curves: Callable[[History, None], Any]) -> dict[str, str]:
+    """{"curves": drawing}, empty where there are none to draw."""
+    return {"curves": data_uri("png", plots.png(curves(history, None)))} if has_curves(history) else {}
+
+
+def has_curves(history: History | None) -> TypeGuard[History]:
+    """Whether a training has epochs to draw, and there is what draws them."""
+    return history is not None and bool(history.rows) and has_drawings()
 
 
 def has_drawings() -> bool:
@@ -195,8 +225,7 @@ def _drawings(page: Mapping[str, Any], history: History | None) -> dict[str, str
     found: dict[str, str] = {}
     if not page["drawn"]:
         return found
-    if history is not None and history.rows:
-        found["curves"] = data_uri("png", plots.png(plots.curves(history, None)))
+    found |= curves_of(history, plots.curves)
     if page["part"] is not None:
         evaluation, before = page["evaluations"][page["part"]], page["before"][page["part"]]
         found["confusion"] = data_uri("png", evaluation.confusion_png)
