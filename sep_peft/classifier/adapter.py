@@ -12,9 +12,8 @@ from torch import nn
 
 from ..tuner.config import SEPConfig
 from .card import CardDetails
-from .embeddings import check_batch_size, embed_images, embed_texts
+from .embeddings import embed_given_images, embed_given_texts
 from .files import load_base, load_whitening, save_files
-from .images import as_images
 from .processor_files import processor_to_save
 from .whitened import Whitening, check_whitening
 
@@ -102,12 +101,8 @@ class Adapter:
             ValueError: an image cannot be read, there is none, `batch_size` is below 1, or the adapter has no
                 whitening.
         """
-        check_batch_size(batch_size)
-        images, single = as_images(images)
         whitening = check_whitening(self.whitening) if whiten else None
-        found = embed_images(self.model, self.processor, images, batch_size)
-        found = found if whitening is None else whitening(found)
-        return found[0] if single else found
+        return embed_given_images(self.model, self.processor, images, batch_size, whitening=whitening)
 
     def embed_texts(self, texts: str | Sequence[str], *, truncate: bool = False) -> torch.Tensor:
         """SEP's embeddings of texts, (N, E), of unit length, on the CPU; for one text alone (E,).
@@ -120,6 +115,4 @@ class Adapter:
             TypeError: one is no text.
             ValueError: there is none, or one is blank or does not fit beside the prompts.
         """
-        several = [texts] if isinstance(texts, str) else texts
-        found = embed_texts(self.model, self.processor, several, None, truncate)
-        return found[0] if isinstance(texts, str) else found
+        return embed_given_texts(self.model, self.processor, texts, None, truncate)

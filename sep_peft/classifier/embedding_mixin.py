@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .embeddings import check_batch_size, embed_images, embed_texts
-from .images import as_images
+from .embeddings import embed_given_images, embed_given_texts
 from .tasks import Tasks
 from .whitened import Whitening, check_whitening
 
@@ -43,13 +42,9 @@ class EmbeddingMixin:
             ValueError: an image cannot be read, there is none, `batch_size` is below 1, there is no such task, or no
                 whitening of its adapter.
         """
-        check_batch_size(batch_size)
-        images, single = as_images(images)
         whitening = check_whitening(self.whitening, task) if whiten else None
         adapter = None if task is None else self.tasks[task].adapter
-        found = embed_images(self.model, self.processor, images, batch_size, adapter)
-        found = found if whitening is None else whitening(found)
-        return found[0] if single else found
+        return embed_given_images(self.model, self.processor, images, batch_size, adapter, whitening)
 
     def embed_texts(
         self, texts: str | Sequence[str], task: str | None = None, *, truncate: bool = False
@@ -72,8 +67,5 @@ class EmbeddingMixin:
             >>> found = classifier.embed(paths) @ classifier.embed_texts("a red dress")
             >>> best = [paths[index] for index in found.topk(5).indices]
         """
-        single = isinstance(texts, str)
         adapter = None if task is None else self.tasks[task].adapter
-        several = [texts] if isinstance(texts, str) else texts
-        found = embed_texts(self.model, self.processor, several, adapter, truncate)
-        return found[0] if single else found
+        return embed_given_texts(self.model, self.processor, texts, adapter, truncate)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
 from ..method.mix import mix_embeddings, wide
+from ..method.whitening import Whitening
 from ..tuner.current import chosen_adapters
 from ..tuner.messages import shown
 from ..tuner.model import find_towers
@@ -18,7 +19,7 @@ from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device
 from ..words import are, counted
 from .class_encoder import TEXT_CHUNK_SIZE, padding_of
-from .images import read_image
+from .images import as_images, read_image
 from .prediction import image_embeds
 from .processors import processor_part
 from .text_chunks import TextChunks
@@ -49,6 +50,26 @@ def embed_images(
             batch = [read_image(image) for image in images[start : start + batch_size]]
             found.append(image_embeds(tower, processor(batch, return_tensors="pt").to(device))[0].cpu())
     return torch.cat(found)
+
+
+def embed_given_images(
+    model: nn.Module,
+    processor: Any,
+    images: Any,
+    batch_size: int,
+    adapter: str | None = None,
+    whitening: Whitening | None = None,
+) -> torch.Tensor:
+    """As `embed_images`, of one image alone too, (E,), and by a whitening.
+
+    Raises:
+        ValueError: as there, or `batch_size` is below 1.
+    """
+    check_batch_size(batch_size)
+    images, single = as_images(images)
+    found = embed_images(model, processor, images, batch_size, adapter)
+    found = found if whitening is None else whitening(found)
+    return found[0] if single else found
 
 
 def max_text_length(model: nn.Module, adapter: str | None = None) -> int:
@@ -127,6 +148,15 @@ def embed_texts(
         return mix_embeddings(wide(prompted), wide(frozen), tower.frozen_weight).cpu()
 
 
+def embed_given_texts(
+    model: nn.Module, processor: Any, texts: str | Sequence[str], adapter: str | None, truncate: bool
+) -> torch.Tensor:
+    """As `embed_texts`, of one text alone too, (E,)."""
+    several = [texts] if isinstance(texts, str) else texts
+    found = embed_texts(model, processor, several, adapter, truncate)
+    return found[0] if isinstance(texts, str) else found
+
+
 def _warn_of_cuts(cut: int, count: int, longest: int) -> None:
     """
     Args:
@@ -137,7 +167,7 @@ def _warn_of_cuts(cut: int, count: int, longest: int) -> None:
     if cut:
         ends = "its end is" if cut == 1 else "their ends are"
         message = f"{cut} of {counted(count, 'text')} {are(cut)} longer than {longest} tokens; {ends} not read."
-        warnings.warn(message, stacklevel=5)  # where `SEPClassifier.embed_texts` was called
+        warnings.warn(message, stacklevel=6)  # where `SEPClassifier.embed_texts` was called
 
 
 def check_texts(texts: Iterable[Any]) -> None:

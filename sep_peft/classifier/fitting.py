@@ -18,6 +18,14 @@ from .logits import ClassWeights, class_logits, head_features, zero_shot_logits
 from .prediction import image_embeds
 
 
+def labelled_embeds(
+    tower: SEPTower, batch: Mapping[str, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`image_embeds` of a batch with labels, which the tower does not take: two of (B, E)."""
+    inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    return image_embeds(tower, inputs)
+
+
 @torch.no_grad()
 def fitted_classes(
     kind: str,
@@ -42,11 +50,10 @@ def fitted_classes(
             is not finite.
     """
     embeds, own, frozen, labels = [], [], [], []
+    check = check_targets if encoder.classes.multi_label else check_labels
     for batch in batches:
-        check = check_targets if encoder.classes.multi_label else check_labels
         check(labels_in(batch), len(encoder.classes))
-        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        both = image_embeds(tower, inputs)
+        both = labelled_embeds(tower, batch, device)
         embeds.append(head_features(*both))
         own.append(both[0])
         frozen.append(both[1])

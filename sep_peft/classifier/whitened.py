@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,8 +16,8 @@ from ..tuner.model import find_towers
 from ..tuner.modes import evaluating
 from ..tuner.offload import compute_device
 from ..tuner.save_id import check_save_id, read_save_id
+from .fitting import labelled_embeds
 from .inputs import check_labels, labels_in
-from .prediction import image_embeds
 
 
 #: File beside the adapter that holds its whitening.
@@ -64,8 +63,7 @@ def whitening_of(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]
     with evaluating(model):
         for batch in batches:
             check_labels(labels_in(batch), num_classes)
-            inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            embeds.append(image_embeds(tower, inputs)[0].cpu())
+            embeds.append(labelled_embeds(tower, batch, device)[0].cpu())
             labels.append(batch["labels"].cpu())
     if not embeds:
         raise ValueError("batches of the training images are needed for a whitening, but there are none.")
