@@ -419,13 +419,7 @@ def search(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     top_k: Annotated[int, options.count("Images to name, the most similar first.")] = 10,
-    index: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Where embeddings are kept for the next search, which embeds only what is new; default: the cache.",
-        ),
-    ] = None,
+    index: options.Index = None,
     batch_size: options.BatchSize = 32,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Search by the base model alone as well, and show both.")
@@ -473,13 +467,7 @@ def duplicates(
         float | None,
         options.number("Cosine from which on two images are nearly the same; default: measured on copies of these."),
     ] = None,
-    index: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Where embeddings are kept for the next time, which embeds only what is new; default: the cache.",
-        ),
-    ] = None,
+    index: options.Index = None,
     batch_size: options.BatchSize = 32,
     page: options.Page = None,
     as_json: options.AsJson = False,
@@ -520,10 +508,7 @@ def embed(
     base_model: options.OtherBaseModel = None,
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
-    index: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Where embeddings of images are kept for the next time; default: the cache."),
-    ] = None,
+    index: options.Index = None,
     cut: Annotated[
         bool, typer.Option("--cut", help="Cut the ends of texts that are too long; default: refuse them.")
     ] = False,

@@ -6,14 +6,15 @@ from functools import partial
 from pathlib import Path
 
 from ..classifier.embeddings import embed_images
-from ..classifier.image_index import ImageIndex, of_base
+from ..classifier.image_index import of_base
 from ..classifier.images import other_endings, warn_left_out
 from ..classifier.near_duplicates import copy_similarity, groups
 from ..training.image_pages import write_duplicates_page
 from ..tuner.mixed_batch import BASE
 from ..words import counted
+from .folder_index import counts_of, facts_of, open_index, with_page
 from .saving import check_file
-from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
+from .session import AdapterSource, Result, Session, load_adapter, warn_unreadable
 
 
 def duplicates(
@@ -57,15 +58,7 @@ def duplicates(
     adapter = load_adapter(source, base_model, session)
     warn_left_out(folder, other_endings(folder))
     embed = partial(embed_images, adapter.model, adapter.processor, batch_size=batch_size, adapter=BASE)
-    found = ImageIndex.of_folder(
-        folder,
-        adapter.model,
-        adapter.processor,
-        file=of_base(folder, index),
-        adapter=BASE,
-        batch_size=batch_size,
-        progress=session.progress("batches"),
-    )
+    found = open_index(folder, adapter, session, of_base(folder, index), batch_size, BASE)
     warn_unreadable(found.unreadable)
     paths = [folder / name for name in found.names]
     least = copy_similarity(paths, found.embeds, embed) if threshold is None else threshold
@@ -76,9 +69,7 @@ def duplicates(
             for group in same
         ],
         "threshold": least,
-        "images": len(paths),
-        "embedded": found.embedded,
-        "unreadable": listed({folder / name: error for name, error in found.unreadable.items()}),
+        **counts_of(found),
     }
     lines = []
     for group in same:
@@ -88,8 +79,9 @@ def duplicates(
     lines.append(
         f"{alike} of {counted(len(paths), 'image')} in {counted(len(same), 'group')}, from a cosine of {least:.3f} on"
     )
-    if page is not None:
-        facts = {"command": command, "adapter": source.name, "folder": str(folder.resolve())}
-        write_duplicates_page(page, folder, found.names, same, least, measured=threshold is None, facts=facts)
-        data, lines = data | {"page": str(page)}, [*lines, f"page: {page}"]
-    return Result(data, lines, code=1 if found.unreadable else 0)
+    result = Result(data, lines, code=1 if found.unreadable else 0)
+    if page is None:
+        return result
+    facts = facts_of(command, source, folder)
+    write_duplicates_page(page, folder, found.names, same, least, measured=threshold is None, facts=facts)
+    return with_page(result, page)

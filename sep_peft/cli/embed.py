@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from ..classifier.adapter import Adapter
 from ..classifier.embeddings import max_text_length, too_long
-from ..classifier.image_index import ImageIndex
 from ..classifier.images import other_endings, warn_left_out
 from ..classifier.whitened import check_whitening
 from ..training.pairs import is_unicode
@@ -21,7 +20,8 @@ from ..tuner.disk import try_folder
 from ..tuner.files import replace_files
 from ..tuner.messages import shown
 from ..words import counted
-from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
+from .folder_index import open_index, unreadable_in
+from .session import AdapterSource, Result, Session, load_adapter, warn_unreadable
 
 
 #: Lines that are too long which a message names.
@@ -71,14 +71,7 @@ def embed(
     unreadable: dict[str, str] = {}
     if given.is_dir():
         warn_left_out(given, other_endings(given))
-        found = ImageIndex.of_folder(
-            given,
-            adapter.model,
-            adapter.processor,
-            file=index,
-            batch_size=batch_size,
-            progress=session.progress("batches"),
-        )
+        found = open_index(given, adapter, session, index, batch_size)
         names, embeds, unreadable = list(found.names), found.embeds, found.unreadable
         embeds = embeds if whitening is None else whitening(embeds)
         warn_unreadable(unreadable)
@@ -96,7 +89,7 @@ def embed(
         "kind": kind,
         "rows": len(names),
         "size": embeds.shape[1],
-        "unreadable": listed({given / name: error for name, error in unreadable.items()}),
+        "unreadable": unreadable_in(given, unreadable),
     }
     line = f"wrote {output}, {counted(len(names), kind)}, {embeds.shape[1]} numbers each"
     return Result(data, [line], code=1 if unreadable else 0)

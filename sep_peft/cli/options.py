@@ -203,6 +203,13 @@ Layers = Annotated[
 ]
 Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the images: one HTML file.")]
 BatchSize = Annotated[int, count("Images at a time.")]
+Index = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Where embeddings of images are kept, so that the next time embeds only what is new; default: the cache.",
+    ),
+]
 
 # options of train
 

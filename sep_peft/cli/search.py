@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from ..classifier.images import ENDINGS, other_endings, read_image, warn_left_ou
 from ..training.image_pages import write_search_page
 from ..tuner.messages import shown
 from ..tuner.mixed_batch import BASE
+from .folder_index import counts_of, facts_of, open_index, with_page
 from .saving import check_file
-from .session import AdapterSource, Result, Session, listed, load_adapter, warn_unreadable
+from .session import AdapterSource, Result, Session, load_adapter, warn_unreadable
 
 
 #: Who searched, in pages and lines.
@@ -68,31 +68,22 @@ def search(
     given = read_image(query) if is_image_query(query) else query
     adapter = load_adapter(source, base_model, session)
     warn_left_out(folder, other_endings(folder))
-    find = partial(
-        ImageIndex.of_folder,
-        folder,
-        adapter.model,
-        adapter.processor,
-        batch_size=batch_size,
-        progress=session.progress("batches"),
-    )
     asked = {SEP: embed_query(adapter, given)}
     if compare_base:
         asked[BASE_MODEL] = embed_query(adapter, given, BASE)
-    found = {SEP: find(file=index)}
+    found = {SEP: open_index(folder, adapter, session, index, batch_size)}
     warn_unreadable(found[SEP].unreadable)
     if compare_base:
-        found[BASE_MODEL] = find(file=of_base(folder, index), adapter=BASE)
+        found[BASE_MODEL] = open_index(folder, adapter, session, of_base(folder, index), batch_size, BASE)
     white = {SEP: adapter.whitening if isinstance(given, Image.Image) else None}  # texts have none
     hits = {who: each.search(asked[who], top_k, white.get(who)) for who, each in found.items()}
     data = _data(found, hits, query, isinstance(given, Image.Image), folder)
-    lines = _lines(hits, folder)
-    if page is not None:
-        facts = {"command": command, "adapter": source.name, "folder": str(folder.resolve())}
-        count = len(found[SEP].names)
-        write_search_page(page, given, folder, hits, name=query, images=count, facts=facts)
-        data, lines = data | {"page": str(page)}, [*lines, f"page: {page}"]
-    return Result(data, lines, code=1 if found[SEP].unreadable else 0)
+    result = Result(data, _lines(hits, folder), code=1 if found[SEP].unreadable else 0)
+    if page is None:
+        return result
+    facts, count = facts_of(command, source, folder), len(found[SEP].names)
+    write_search_page(page, given, folder, hits, name=query, images=count, facts=facts)
+    return with_page(result, page)
 
 
 def is_image_query(query: str) -> bool:
@@ -119,7 +110,6 @@ def embed_query(adapter: Adapter, query: str | Image.Image, by: str | None = Non
 def _data(
     found: dict[str, ImageIndex], hits: dict[str, list[tuple[str, float]]], query: str, is_image: bool, folder: Path
 ) -> dict[str, Any]:
-    own = found[SEP]
     entries = {
         who: [{"image": str(folder / name), "similarity": cosine} for name, cosine in each]
         for who, each in hits.items()
@@ -127,9 +117,7 @@ def _data(
     data = {
         "query": {"image" if is_image else "text": query},
         "found": entries[SEP],
-        "images": len(own.names),
-        "embedded": own.embedded,
-        "unreadable": listed({folder / name: error for name, error in own.unreadable.items()}),
+        **counts_of(found[SEP]),
     }
     return data | ({"found_by_base_model": entries[BASE_MODEL]} if BASE_MODEL in entries else {})
 
