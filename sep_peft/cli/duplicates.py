@@ -12,7 +12,7 @@ from ..classifier.near_duplicates import copy_similarity, groups
 from ..training.image_pages import write_duplicates_page
 from ..tuner.mixed_batch import BASE
 from ..words import counted
-from .folder_index import counts_of, facts_of, open_index, with_page
+from .folder_index import counts_of, facts_of, open_index
 from .saving import check_file
 from .session import AdapterSource, Result, Session, load_adapter, warn_unreadable
 
@@ -84,4 +84,4 @@ def duplicates(
         return result
     facts = facts_of(command, source, folder)
     write_duplicates_page(page, folder, found.names, same, least, measured=threshold is None, facts=facts)
-    return with_page(result, page)
+    return result.with_file("page", page)

@@ -65,7 +65,7 @@ def with_report(result: Result, path: Path, write: Callable[[Path], None]) -> Re
     except Exception as error:
         warn(f"no report could be written: {str(error).strip() or type(error).__name__}")
         return replace(result, data=result.data | {"report": None})
-    return replace(result, data=result.data | {"report": str(path)}, lines=[*result.lines, f"report: {path}"])
+    return result.with_file("report", path)
 
 
 def saved_result(saved: Saved, data: dict[str, Any], lines: list[str]) -> Result:

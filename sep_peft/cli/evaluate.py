@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -107,7 +106,7 @@ def evaluate(
     facts = {"command": command, "adapter": source.name, "data": str(folder.resolve())}
     parts = {"title": Path(source.name).name, "unreadable": broken, "facts": facts}
     write_report(report, classifier, {part: adapted}, bases, **parts)
-    return replace(result, data=result.data | {"report": str(report)}, lines=[*result.lines, f"report: {report}"])
+    return result.with_file("report", report)
 
 
 def _evaluate_labels(
@@ -134,7 +133,7 @@ def _evaluate_labels(
     facts = {"command": command, "adapter": source.name, "data": str(file.resolve())}
     parts = {"title": Path(source.name).name, "unreadable": broken, "facts": facts}
     write_label_report(report, classifier, {"test": adapted}, {} if base is None else {"test": base}, **parts)
-    return replace(result, data=data | {"report": str(report)}, lines=[*result.lines, f"report: {report}"])
+    return result.with_file("report", report)
 
 
 def _trained_by(adapter: str) -> tuple[Recipe, int]:

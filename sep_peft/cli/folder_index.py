@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..classifier.adapter import Adapter
 from ..classifier.image_index import ImageIndex
-from .session import AdapterSource, Result, Session, listed
+from .session import AdapterSource, Session, listed
 
 
 def open_index(
@@ -49,8 +48,3 @@ def counts_of(index: ImageIndex) -> dict[str, Any]:
 def facts_of(command: str | None, source: AdapterSource, folder: Path) -> dict[str, Any]:
     """How a page of a folder was made."""
     return {"command": command, "adapter": source.name, "folder": str(folder.resolve())}
-
-
-def with_page(result: Result, page: Path) -> Result:
-    """A result with the page that was written."""
-    return replace(result, data=result.data | {"page": str(page)}, lines=[*result.lines, f"page: {page}"])

@@ -16,7 +16,7 @@ from ..classifier.images import ENDINGS, other_endings, read_image, warn_left_ou
 from ..training.image_pages import write_search_page
 from ..tuner.messages import shown
 from ..tuner.mixed_batch import BASE
-from .folder_index import counts_of, facts_of, open_index, with_page
+from .folder_index import counts_of, facts_of, open_index
 from .saving import check_file
 from .session import AdapterSource, Result, Session, load_adapter, warn_unreadable
 
@@ -83,7 +83,7 @@ def search(
         return result
     facts, count = facts_of(command, source, folder), len(found[SEP].names)
     write_search_page(page, given, folder, hits, name=query, images=count, facts=facts)
-    return with_page(result, page)
+    return result.with_file("page", page)
 
 
 def is_image_query(query: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +39,10 @@ class Result:
     data: Any
     lines: list[str]
     code: int = 0
+
+    def with_file(self, kind: str, path: Path) -> Result:
+        """The same and a file that was written, such as a "report", for both kinds of reader."""
+        return replace(self, data=self.data | {kind: str(path)}, lines=[*self.lines, f"{kind}: {path}"])
 
 
 @dataclass(frozen=True)
