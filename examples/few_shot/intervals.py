@@ -1,14 +1,17 @@
 """Paired bootstrap: how sure an accuracy, or a difference between two methods, is over runs and test images.
 
 Runs and images are drawn anew with replacement, the same for every method, so that a difference is that of the same
-images. An interval over few runs knows little of how runs differ, and one over a single run nothing.
+images. In an average over cells each cell has the same weight, however many runs it has; cells of one data set, on
+other models or at other numbers of shots, share the draws of its images, so that more of them do not make an interval
+narrower than the images allow. An interval over few runs knows little of how runs differ, and one over a single run
+nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +25,18 @@ ENDS = (2.5, 97.5)
 BASE_TO_NEW, FEW_SHOT, CROSS_DATASET, SHIFTED = "base-to-new", "few-shot", "cross-dataset", "domain-generalization"
 #: Name of the evaluation on images like those that were trained on.
 SOURCE = "source"
-#: What a method did on one data set: evaluation -> seed -> for each test image 1 where it was right, else 0, (N,).
-Part = dict[str, dict[int, np.ndarray]]
+
+
+class Part(NamedTuple):
+    """What a method did in one cell.
+
+    Args:
+        dataset: whose images these are; parts of one data set share draws.
+        right: evaluation -> seed -> for each test image 1 where it was right, else 0, (N,).
+    """
+
+    dataset: str
+    right: dict[str, dict[int, np.ndarray]]
 
 
 def score_of(protocol: str, columns: dict[str, Any]) -> Any:
@@ -44,19 +57,20 @@ def score_of(protocol: str, columns: dict[str, Any]) -> Any:
 
 
 def intervals_of(parts: Sequence[Part], protocol: str) -> dict[str, list[float]]:
-    """The 95 % interval of each evaluation's mean accuracy over data sets, runs and images, and of the "score"."""
+    """The 95 % interval of each evaluation's mean accuracy over cells, runs and images, and of the "score"."""
     seeds = [common_seeds(part) for part in parts]
-    _, draws = _estimates(parts, list(parts[0]), seeds, protocol) if all(seeds) else ({}, {})
+    _, draws = _estimates(parts, list(parts[0].right), seeds, protocol) if all(seeds) else ({}, {})
     return {name: interval(values) for name, values in draws.items()}
 
 
 def difference(ours: Sequence[Part], theirs: Sequence[Part], protocol: str) -> dict[str, dict[str, Any]] | None:
     """Paired difference for each evaluation and the "score": its "mean" in points and its "interval".
 
-    It is over the runs that both have, on each of the same data sets; None where both have no run or other images.
+    It is over the runs that both have, in each of the same cells; None where both have no run or other images.
     """
     pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
-    columns = [name for name in (ours[0] if pairs else ()) if all(name in part for pair in pairs for part in pair)]
+    first = ours[0].right if pairs else ()
+    columns = [name for name in first if all(name in part.right for pair in pairs for part in pair)]
     seeds = [sorted(set(common_seeds(a)) & set(common_seeds(b))) for a, b in pairs]
     if not columns or not all(seeds) or any(_size(a, name) != _size(b, name) for a, b in pairs for name in columns):
         return None
@@ -69,18 +83,18 @@ def difference(ours: Sequence[Part], theirs: Sequence[Part], protocol: str) -> d
 
 def common_seeds(part: Part) -> list[int]:
     """The runs that all evaluations of a part have."""
-    return sorted(set.intersection(*map(set, part.values()))) if part else []
+    return sorted(set.intersection(*map(set, part.right.values()))) if part.right else []
 
 
 def _estimates(
     parts: Sequence[Part], columns: list[str], seeds: list[list[int]], protocol: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Means over data sets, as measured and as draws (D,), of each column and of the score."""
-    measured, drawn = [], []
-    for place, (part, own) in enumerate(zip(parts, seeds, strict=True)):
-        whole = {name: np.stack([part[name][seed] for seed in own]) for name in columns}  # (S, N)
+    """Means over cells, as measured and as draws (D,), of each column and of the score."""
+    measured, drawn, names = [], [], [part.dataset for part in parts]
+    for part, own in zip(parts, seeds, strict=True):
+        whole = {name: np.stack([part.right[name][seed] for seed in own]) for name in columns}  # (S, N)
         measured.append({name: 100 * right.mean() for name, right in whole.items()})
-        drawn.append(resampled(whole, place))
+        drawn.append(resampled(whole, names.index(part.dataset)))
     means = [{name: sum(part[name] for part in side) / len(side) for name in columns} for side in (measured, drawn)]
     if protocol != BASE_TO_NEW or set(columns) == {"base", "new"}:
         means = [{**side, "score": score_of(protocol, side)} for side in means]
@@ -110,7 +124,7 @@ def interval(draws: np.ndarray) -> list[float]:
 
 def _size(part: Part, name: str) -> int:
     """N, the images of an evaluation."""
-    return len(next(iter(part[name].values())))
+    return len(next(iter(part.right[name].values())))
 
 
 def _shares(size: int, *seeds: int) -> np.ndarray:
@@ -123,4 +137,5 @@ def _drawn_shares(size: int, *seeds: int) -> np.ndarray:
     return (drawn / size).astype(np.float32)
 
 
-_kept_shares = lru_cache(maxsize=16)(_drawn_shares)
+#: Those of eleven data sets, each of runs and of the images of base and new classes.
+_kept_shares = lru_cache(maxsize=33)(_drawn_shares)

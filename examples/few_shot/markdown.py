@@ -5,22 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from intervals import BASE_TO_NEW, CROSS_DATASET, FEW_SHOT, SHIFTED
-from tables import ZERO_SHOT
+from tables import ZERO_SHOT, Key, title_of
 
 
 #: What the score of a protocol is called in a table; few-shot has it as its only column.
 SCORES = {BASE_TO_NEW: "H", CROSS_DATASET: "average of targets", SHIFTED: "average of shifted", FEW_SHOT: None}
 
 
-def to_markdown(key: tuple[str, str, int], rows: dict[str, dict[str, Any]], against: str) -> str:
+def to_markdown(key: Key, rows: dict[str, dict[str, Any]], against: str, note: str = "") -> str:
     """A table of accuracies, and one of the differences from `against`, where there are any.
 
     Accuracies are means and standard deviations over seeds, the score with its interval of 95 %; the best of each
     column is bold. Differences are bold where their interval leaves out 0.
+
+    Args:
+        note: a line below the accuracies.
     """
-    protocol, dataset, shots = key
-    lines = [f"### {protocol}, {dataset}, {shots} shots", "", *accuracies(rows, SCORES.get(protocol, "average"))]
-    if ZERO_SHOT not in rows:
+    protocol = key[0]
+    lines = [f"### {protocol}, {title_of(key)}", ""]
+    lines += accuracies(rows, SCORES.get(protocol, "average")) if rows else ["No method has all of its cells."]
+    lines += ["", note] if note else []
+    if rows and ZERO_SHOT not in rows:
         lines += ["", "Zero-shot is missing here; run it with `--method zero-shot`."]
     if any(row.get("differences") for row in rows.values()):
         lines += ["", f"Differences from {against}, of the same runs and images:", ""]
@@ -41,9 +46,22 @@ def accuracies(rows: dict[str, dict[str, Any]], score: str | None) -> list[str]:
         cells = [cell(row["columns"].get(name), best[name]) for name in names]
         cells += [cell(scores[method], largest(list(scores.values())), with_interval=True)] if score else []
         error = "–" if row["ece"] is None else f"{row['ece']:.1f}"
-        cells += [error, f"{row['parameters']:,}", f"{row['seconds']:.0f}", str(len(row["seeds"]))]
+        cells += [error, parameters(row), f"{row['seconds']:.0f}", seeds(row)]
         lines.append(line(method, cells))
     return lines
+
+
+def parameters(row: dict[str, Any]) -> str:
+    """How many are trained: "1,234", or "1,234 to 5,678" in an average over models."""
+    numbers = row["parameters"] if isinstance(row["parameters"], list) else [row["parameters"]]
+    return " to ".join(f"{number:,}" for number in numbers)
+
+
+def seeds(row: dict[str, Any]) -> str:
+    """How many runs there are: "3", or "1 to 3" where cells have different numbers."""
+    each = row["seeds"] if isinstance(row["seeds"][0], list) else [row["seeds"]]
+    counts = sorted({len(own) for own in each})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
 def differences(rows: dict[str, dict[str, Any]], score: str | None) -> list[str]:

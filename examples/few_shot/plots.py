@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from averages import is_of_one_model
 from intervals import BASE_TO_NEW, CROSS_DATASET, FEW_SHOT, SOURCE
+from labels import add_label, place_labels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory, offset_copy
-from tables import AVERAGE, EACH_HELD_OUT, ZERO_SHOT, Tables
+from tables import AVERAGE, EACH_HELD_OUT, ZERO_SHOT, Key, Tables, title_of
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
@@ -29,8 +31,6 @@ LABEL_ENDS = (0.03, 0.97)
 #: Least distance of two letters, in shares of the width of their panel.
 LETTER_DISTANCE = 0.018
 MARKERS = "osD^vPX<"
-#: Of a table: protocol, data set and shots.
-Key = tuple[str, str, int]
 
 
 def chosen_methods(tables: Tables, against: str, wanted: list[str]) -> list[str]:
@@ -54,7 +54,7 @@ def plot_base_new(tables: Tables, drawn: list[str], file: Path, each: Path) -> N
     """New-class accuracy against base-class accuracy with lines of equal harmonic mean, one panel a table.
 
     Args:
-        each: file for the data sets where there are averages, which are then alone in `file`.
+        each: file for the cells where there is an average, which is then alone in `file`.
     """
     found = {key: rows for key, rows in tables.items() if key[0] == BASE_TO_NEW}
     for part, place in averages_apart(found, file, each):
@@ -62,27 +62,34 @@ def plot_base_new(tables: Tables, drawn: list[str], file: Path, each: Path) -> N
 
 
 def averages_apart(found: dict[Key, Any], file: Path, each: Path) -> list[tuple[dict[Key, Any], Path]]:
-    """What to draw, and where: averages and data sets in files of their own, or all in the first."""
+    """What to draw, and where: the average over all cells and the cells in files of their own, or cells in the first.
+
+    Where no method has all cells, the averages are those of each number of shots.
+    """
     averages = {key: value for key, value in found.items() if key[1].startswith(AVERAGE)}
     sets = {key: value for key, value in found.items() if key not in averages}
-    return [(averages, file), (sets, each)] if averages else [(sets, file)]
+    shown = {key: value for key, value in averages.items() if not is_of_one_model(key)}
+    over_all = {key: value for key, value in shown.items() if key[2] is None}
+    return [(over_all or shown, file), (sets, each)] if shown else [(sets, file)]
 
 
 def draw_base_new(tables: Tables, drawn: list[str], file: Path) -> None:
-    for axes, ((_, dataset, shots), rows) in panels(tables, file, 4.6, 4.2):
+    for axes, (key, rows) in panels(tables, file, 4.6, 4.2):
         points = {m: rows[m]["columns"] for m in drawn if m in rows and all(rows[m]["columns"].values())}
         for method, columns in points.items():
             x, y = columns["base"], columns["new"]
             spread = {"xerr": x["std"], "yerr": y["std"], "elinewidth": 0.8}
             look = style(method, drawn)
             axes.errorbar(x["mean"], y["mean"], **spread, color=look["color"], alpha=0.35, zorder=2)
-            axes.plot(x["mean"], y["mean"], **look, zorder=5)
+            # the first of `drawn` on top, and an edge, so that methods at one place are told apart
+            place = 5 - 0.1 * drawn.index(method)
+            axes.plot(x["mean"], y["mean"], **look, markeredgecolor="white", markeredgewidth=0.5, zorder=place)
         axes.margins(x=0.16, y=0.12)
-        axes.set(
-            title=f"{dataset}, {shots} shots", xlabel="base classes, accuracy (%)", ylabel="new classes, accuracy (%)"
-        )
+        axes.set(title=title_of(key), xlabel="base classes, accuracy (%)", ylabel="new classes, accuracy (%)")
         draw_equal_scores(axes)
-        label(axes, {m: (c["base"]["mean"], c["new"]["mean"]) for m, c in points.items()}, drawn)
+        for method, columns in points.items():
+            point = columns["base"]["mean"], columns["new"]["mean"]
+            add_label(axes, method, point, style(method, drawn)["color"])
 
 
 def draw_equal_scores(axes: Axes) -> None:
@@ -113,7 +120,7 @@ def plot_differences(tables: Tables, against: str, drawn: list[str], file: Path,
 
 def draw_differences(found: dict[Key, dict[str, Any]], against: str, drawn: list[str], file: Path) -> None:
     height = 1.2 + 0.26 * max((min(len(bars), MOST_BARS) for bars in found.values()), default=0)
-    for axes, ((_, dataset, shots), bars) in panels(found, file, 5.2, height):
+    for axes, (key, bars) in panels(found, file, 5.2, height):
         chosen = sorted(bars, key=lambda name: (name not in drawn, -abs(bars[name]["mean"])))[:MOST_BARS]
         names = sorted(chosen, key=lambda name: bars[name]["mean"])
         means = np.array([bars[name]["mean"] for name in names])
@@ -123,13 +130,13 @@ def draw_differences(found: dict[Key, dict[str, Any]], against: str, drawn: list
         away = np.abs(np.stack([means - ends[:, 0], ends[:, 1] - means]))
         axes.barh(names, means, xerr=away, color=colours, error_kw={"elinewidth": 1, "ecolor": "0.3", "capsize": 2})
         axes.axvline(0, color="0.2", linewidth=0.8)
-        axes.set(title=f"{dataset}, {shots} shots", xlabel=f"H minus that of {against} (points, 95 % interval)")
+        axes.set(title=title_of(key), xlabel=f"H minus that of {against} (points, 95 % interval)")
         axes.tick_params(axis="y", length=0)
 
 
 def plot_shots(tables: Tables, drawn: list[str], file: Path) -> None:
     """Accuracy over shots, one panel a data set, with zero-shot as a line."""
-    found: dict[tuple[str, str, int], dict[int, dict[str, dict]]] = {}
+    found: dict[Key, dict[int, dict[str, dict]]] = {}
     for (protocol, dataset, shots), rows in sorted(tables.items()):
         if protocol == FEW_SHOT:
             found.setdefault((protocol, dataset, 0), {})[shots] = rows
@@ -161,7 +168,7 @@ def plot_other_images(tables: Tables, protocol: str, drawn: list[str], file: Pat
         if key[0] == protocol and any(m in rows for m in drawn) and not _stands_in_another(key, tables)
     }
     height = 1.8 + 0.32 * max((sum(m in rows for m in drawn) for rows in found.values()), default=0)
-    for axes, ((_, dataset, shots), rows) in panels(found, file, 5.6, height):
+    for axes, (key, rows) in panels(found, file, 5.6, height):
         names = sorted((m for m in drawn if m in rows and rows[m]["score"] is not None), key=lambda m: rows[m]["score"])
         columns = list(next(iter(rows.values()))["columns"])
         others = columns[1:] if protocol == CROSS_DATASET else [name for name in columns if name != SOURCE]
@@ -179,7 +186,7 @@ def plot_other_images(tables: Tables, protocol: str, drawn: list[str], file: Pat
         for place, name in enumerate(names):
             write_letters(axes, place, {letters[c]: rows[name]["columns"].get(c) for c in letters})
         meaning = ", ".join(f"{letter} {column}" for column, letter in letters.items())
-        axes.set(title=f"{dataset}, {shots} shots", xlabel=f"accuracy (%): mean, 95 % interval\n{meaning}")
+        axes.set(title=title_of(key), xlabel=f"accuracy (%): mean, 95 % interval\n{meaning}")
         axes.tick_params(axis="y", length=0)
 
 
@@ -191,13 +198,13 @@ def write_letters(axes: Axes, place: int, values: dict[str, dict[str, Any] | Non
         axes.text(at, place + 0.38, letter, fontsize=7.5, ha="center", va="center")
 
 
-def _stands_in_another(key: tuple[str, str, int], tables: Tables) -> bool:
+def _stands_in_another(key: Key, tables: Tables) -> bool:
     """Whether a table with one domain held out is a column of one with each held out."""
     place, without, _ = key[1].partition("-without-")
     return bool(without) and any(name.startswith(f"{place}{EACH_HELD_OUT}") for _, name, _ in tables)
 
 
-def panels(tables: dict[tuple[str, str, int], Any], file: Path, width: float, height: float):
+def panels(tables: dict[Key, Any], file: Path, width: float, height: float):
     """A panel for each table, at most three in a row; the file is written after the last, and not without a table."""
     if not tables:
         return
@@ -211,15 +218,18 @@ def panels(tables: dict[tuple[str, str, int], Any], file: Path, width: float, he
         axes.spines[["top", "right"]].set_visible(False)
         yield axes, item
         axes.title.set_fontsize(TITLE_SIZE)
+    figure.draw_without_rendering()  # the layout gives axes their sizes
+    for axes in figure.axes:
+        place_labels(axes)
     figure.savefig(file, dpi=110)
 
 
 def style(method: str, drawn: list[str]) -> dict[str, Any]:
     """Colour and marker of a method, the same in all drawings; zero-shot is a black star."""
     if method == ZERO_SHOT:
-        return {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
+        return {"color": "black", "marker": "*", "markersize": 12, "linestyle": "none"}
     place = [name for name in drawn if name != ZERO_SHOT].index(method)
-    return {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 6, "linestyle": "none"}
+    return {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 7, "linestyle": "none"}
 
 
 def label(axes: Axes, points: dict[str, tuple[float, float]], drawn: list[str]) -> None:

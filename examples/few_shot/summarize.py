@@ -10,7 +10,9 @@ writes `summary.md`, `summary.json` and the drawings that the runs have data for
     domains.png       accuracy on domains and shifts that were not trained on
     targets.png       accuracy on data sets that were not trained on
 
-The first two show averages where there are any; the data sets are then in base_new_sets.png and differences_sets.png.
+Tables of base-to-new begin with averages: over all cells (data set, model, number of shots), over those of each number
+of shots, and over those of each model. The first two drawings show the average over all cells, where some method has
+all; the cells are then in base_new_sets.png and differences_sets.png.
 Several folders of runs make one summary, where the names of data sets say the model. With `--earlier summary.json`,
 methods without runs keep their rows of that summary.
 """
@@ -20,12 +22,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from averages import average_tables, notes_of
 from intervals import CROSS_DATASET, SHIFTED
 from markdown import to_markdown
 from plots import chosen_methods, plot_base_new, plot_differences, plot_other_images, plot_shots
 from run_folder import write_json
 from script import run_as_script
-from tables import Tables, add_differences, add_earlier, average_tables, make_tables, read, read_runs
+from tables import Tables, add_differences, add_earlier, make_tables, read, read_runs
 
 
 def main() -> None:
@@ -49,18 +52,26 @@ def main() -> None:
         drawn = chosen_methods(tables, args.against, args.drawn)
     except ValueError as error:
         parser.error(str(error))
-    write(tables, args.output or args.runs[0], args.against, drawn)
-
-
-def write(tables: Tables, output: Path, against: str, drawn: list[str]) -> None:
-    """Write everything that stands in the head of this file, and print the tables."""
+    output = args.output or args.runs[0]
     output.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(to_markdown(key, rows, against) for key, rows in tables.items())
+    print(write(tables, output, args.against))
+    draw(tables, output, args.against, drawn)
+
+
+def write(tables: Tables, output: Path, against: str) -> str:
+    """Write `summary.md` and `summary.json`; returns the former."""
+    notes = notes_of(tables)
+    empty = {key: {} for key in notes if key not in tables}
+    text = "\n".join(to_markdown(key, rows, against, notes.get(key, "")) for key, rows in {**empty, **tables}.items())
     (output / "summary.md").write_text(text, encoding="utf-8")
     names = ("protocol", "dataset", "shots", "methods")
     entries = [(*key, {name: without_parts(row) for name, row in rows.items()}) for key, rows in tables.items()]
     write_json(output / "summary.json", [dict(zip(names, entry, strict=True)) for entry in entries])
-    print(text)
+    return text
+
+
+def draw(tables: Tables, output: Path, against: str, drawn: list[str]) -> None:
+    """The drawings that stand in the head of this file."""
     plot_base_new(tables, drawn, output / "base_new.png", output / "base_new_sets.png")
     plot_differences(tables, against, drawn, output / "differences.png", output / "differences_sets.png")
     plot_shots(tables, drawn, output / "shots.png")

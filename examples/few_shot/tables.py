@@ -3,6 +3,8 @@
 A row of a table holds
 
     columns       evaluation -> mean and standard deviation over seeds, and its interval; None where it is not defined
+    seeds         of the runs; where several tables were joined whose rows have other seeds, a list of them for each
+    parameters    that are trained; where they differ between joined tables, the least and the most
     score         what methods are ordered by, see `intervals.score_of`, and its interval as "interval"
     ece           mean calibration error over evaluations and seeds, in percent
     differences   from the method that all are compared with: mean and interval for each column and the "score"
@@ -28,10 +30,12 @@ AVERAGE = "average of"
 ON = " on "
 #: What stands after the name of a data set whose domains were held out in turn.
 EACH_HELD_OUT = ", each domain held out"
-#: A table's key (protocol, data set, shots) -> its rows by method.
-Tables = dict[tuple[str, str, int], dict[str, dict[str, Any]]]
+#: Of a table: protocol, data set and shots; None in an average over several numbers of shots, whose name says them.
+Key = tuple[str, str, int | None]
+#: A table's rows by method.
+Tables = dict[Key, dict[str, dict[str, Any]]]
 #: As `Tables`, but for each method its runs.
-Grouped = dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]]
+Grouped = dict[Key, dict[str, list[dict[str, Any]]]]
 
 
 def read_runs(*folders: Path) -> list[dict[str, Any]]:
@@ -42,6 +46,12 @@ def read_runs(*folders: Path) -> list[dict[str, Any]]:
 
 def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def title_of(key: Key) -> str:
+    """What a table is of, beside its protocol."""
+    _, dataset, shots = key
+    return dataset if shots is None else f"{dataset}, {shots} shot{'s' * (shots != 1)}"
 
 
 def make_tables(runs: list[dict[str, Any]]) -> Tables:
@@ -77,14 +87,14 @@ def group(runs: list[dict[str, Any]]) -> Grouped:
 def make_row(runs: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
     """What the runs of one method say."""
     columns: dict[str, Any] = {}
-    part: Part = {}
+    part = Part(runs[0]["settings"]["dataset"], {})
     for name in runs[0]["results"]:
         found = {run["settings"]["seed"]: run["results"][name] for run in runs if run["results"][name]}
         values = [result["accuracy"] for result in found.values()]
         columns[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None} if values else None
         images = {seed: np.array(list(result.get("correct", "")), float) for seed, result in found.items()}
         if len(set(map(len, images.values())) - {0}) == 1:  # unreadable images are not the same ones
-            part[name] = images
+            part.right[name] = images
     row = {"seeds": sorted(run["settings"]["seed"] for run in runs), "columns": columns}
     row["parameters"] = runs[0]["trained_parameters"]
     row["seconds"] = mean(run["training_seconds"] for run in runs)
@@ -98,7 +108,7 @@ def with_scores(row: dict[str, Any], protocol: str, parts: list[Part]) -> dict[s
     means = {name: value["mean"] for name, value in row["columns"].items() if value}
     whole = protocol != BASE_TO_NEW or set(means) == {"base", "new"}
     row |= {"score": float(score_of(protocol, means)) if whole and means else None, "parts": parts}
-    found = intervals_of(parts, protocol) if all(parts) and parts else {}
+    found = intervals_of(parts, protocol) if parts and all(part.right for part in parts) else {}
     for name, ends in found.items():
         if name != "score":
             row["columns"][name]["interval"] = ends
@@ -108,7 +118,7 @@ def with_scores(row: dict[str, Any], protocol: str, parts: list[Part]) -> dict[s
 
 def held_out_tables(grouped: Grouped, tables: Tables) -> Tables:
     """For data sets of which several domains were held out in turn a table with a column for each of these domains."""
-    found: dict[tuple[str, str, int], dict[str, dict[str, dict]]] = {}  # key -> method -> domain -> row
+    found: dict[Key, dict[str, dict[str, dict]]] = {}  # key -> method -> domain -> row
     for (protocol, place, shots), methods in grouped.items():
         for name, runs in methods.items():
             if (domain := runs[0]["settings"].get("held_out")) is not None:
@@ -120,23 +130,26 @@ def held_out_tables(grouped: Grouped, tables: Tables) -> Tables:
         domains = {domain for of_method in methods.values() for domain in of_method}
         whole = {name: of_method for name, of_method in methods.items() if set(of_method) == domains}
         if len(domains) > 1 and whole:
-            joined[key] = {name: join(of_method, key[0]) for name, of_method in whole.items()}
+            joined[key] = {name: join(of_method, key) for name, of_method in whole.items()}
     return joined
 
 
-def join(rows: dict[str, dict[str, Any]], protocol: str) -> dict[str, Any]:
+def join(rows: dict[str, dict[str, Any]], key: Key) -> dict[str, Any]:
     """The rows of one method with each domain held out -> a row with a column for each."""
-    first = next(iter(rows.values()))
-    part = {domain: row["parts"][0][domain] for domain, row in sorted(rows.items()) if domain in row["parts"][0]}
+    parts = {domain: row["parts"][0] for domain, row in sorted(rows.items())}
+    right = {domain: part.right[domain] for domain, part in parts.items() if domain in part.right}
     columns = {domain: dict(row["columns"][domain]) for domain, row in sorted(rows.items())}
-    joined = {"seeds": first["seeds"], "columns": columns, "parameters": first["parameters"], **means_of(rows.values())}
-    return with_scores(joined, protocol, [part] if len(part) == len(rows) else [])
+    joined = {"columns": columns, **common(list(rows.values()))}
+    return with_scores(joined, key[0], [Part(key[1], right)] if len(right) == len(rows) else [])
 
 
-def means_of(rows) -> dict[str, float | None]:
-    """Mean seconds and calibration error of rows."""
-    errors = [row.get("ece") for row in rows]
+def common(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seeds and parameters of rows that become one, and mean seconds and calibration error."""
+    seeds, parameters = [row["seeds"] for row in rows], [row["parameters"] for row in rows]
+    errors = [row["ece"] for row in rows]
     return {
+        "seeds": seeds[0] if all(own == seeds[0] for own in seeds) else seeds,
+        "parameters": parameters[0] if len(set(parameters)) == 1 else [min(parameters), max(parameters)],
         "seconds": mean(row["seconds"] for row in rows),
         "ece": None if None in errors else mean(errors),
     }
@@ -171,27 +184,3 @@ def order(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return method != ZERO_SHOT, row["score"] is None, row["score"] or 0.0
 
     return dict(sorted(rows.items(), key=place))
-
-
-def average_tables(tables: Tables) -> Tables:
-    """Base-to-new over all data sets, for methods that have all of them."""
-    found: Tables = {}
-    for shots in sorted({key[2] for key in tables if key[0] == BASE_TO_NEW}):
-        parts = [rows for (protocol, _, s), rows in tables.items() if (protocol, s) == (BASE_TO_NEW, shots)]
-        names = [name for name in parts[0] if all(name in rows for rows in parts)]
-        if len(parts) > 1 and names:
-            sets = {name.split(ON)[0] for protocol, name, s in tables if (protocol, s) == (BASE_TO_NEW, shots)}
-            what = "data sets" if len(sets) == len(parts) else "data sets and models"
-            key = (BASE_TO_NEW, f"{AVERAGE} {len(parts)} {what}", shots)
-            found[key] = order({name: average_row([rows[name] for rows in parts]) for name in names})
-    return found
-
-
-def average_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    columns = {}
-    for name in rows[0]["columns"]:
-        values = [row["columns"][name]["mean"] for row in rows if row["columns"][name]]
-        columns[name] = {"mean": mean(values), "std": None} if len(values) == len(rows) else None
-    row = {"seeds": rows[0]["seeds"], "columns": columns, "parameters": rows[0]["parameters"], **means_of(rows)}
-    parts = [part for row in rows for part in row["parts"]]
-    return with_scores(row, BASE_TO_NEW, parts if len(parts) == len(rows) else [])

@@ -12,10 +12,13 @@ import sys
 import numpy as np
 import pytest
 import summarize
-from intervals import difference, intervals_of, score_of
-from plots import chosen_methods, spread_out
+from averages import average_tables, notes_of
+from intervals import Part, difference, intervals_of, score_of
+from labels import add_label, place_labels
+from matplotlib.figure import Figure
+from plots import averages_apart, chosen_methods, spread_out
 from script import run_as_script
-from tables import add_differences, average_tables, make_tables, read_runs
+from tables import add_differences, make_tables, read_runs
 
 
 def write_run(folder, protocol, dataset, method, shots, seed, settings=None, images=0, **accuracies):
@@ -111,31 +114,118 @@ def rights(share, seeds=(1, 2), images=300, place=0):
 
 def test_intervals_hold_what_is_drawn_anew():
     """Of one run that of a share of N images; over runs that differ it is wider."""
-    one = intervals_of([{"base": rights(0.5, (1,)), "new": rights(0.5, (1,), place=1)}], "base-to-new")
+    one = intervals_of([Part("a", {"base": rights(0.5, (1,)), "new": rights(0.5, (1,), place=1)})], "base-to-new")
     width = 2 * 1.96 * 100 * 0.5 / 300**0.5
     assert one["base"][1] - one["base"][0] == pytest.approx(width, rel=0.1)
     assert one["score"][1] - one["score"][0] == pytest.approx(width / 2**0.5, rel=0.15)
     apart = {1: rights(0.3)[1], 2: rights(0.7)[2]}
-    low, high = intervals_of([{"all": apart}], "few-shot")["all"]
+    low, high = intervals_of([Part("a", {"all": apart})], "few-shot")["all"]
     assert high - low > 30
-    averaged = intervals_of([{"all": apart}, {"all": apart}], "few-shot")["all"]  # data sets are drawn by themselves
-    assert averaged[1] - averaged[0] < high - low
+    averaged = intervals_of([Part("a", {"all": apart}), Part("b", {"all": apart})], "few-shot")["all"]
+    assert averaged[1] - averaged[0] < high - low  # data sets are drawn by themselves
+    same = intervals_of([Part("a", {"all": apart}), Part("a", {"all": apart})], "few-shot")["all"]
+    assert same == pytest.approx([low, high], abs=1e-4)  # the same images again tell nothing
 
 
 def test_differences_are_paired():
-    theirs, lift = {"all": rights(0.5)}, rights(0.2, place=5)
-    assert difference([theirs], [theirs], "few-shot")["score"] == {"mean": 0.0, "interval": [0.0, 0.0]}
-    ours = {"all": {seed: np.maximum(values, lift[seed]) for seed, values in theirs["all"].items()}}
-    found = difference([ours], [theirs], "few-shot")["all"]
-    exact = 100 * np.mean([ours["all"][s].mean() - theirs["all"][s].mean() for s in (1, 2)])
+    theirs, lift = rights(0.5), rights(0.2, place=5)
+
+    def compare(ours, theirs):
+        return difference([Part("a", {"all": ours})], [Part("a", {"all": theirs})], "few-shot")
+
+    assert compare(theirs, theirs)["score"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+    ours = {seed: np.maximum(values, lift[seed]) for seed, values in theirs.items()}
+    found = compare(ours, theirs)["all"]
+    exact = 100 * np.mean([ours[s].mean() - theirs[s].mean() for s in (1, 2)])
     assert found["mean"] == pytest.approx(exact)
     assert 0 < found["interval"][0] < exact < found["interval"][1] < 2 * exact
-    fewer = {"all": {1: theirs["all"][1]}}  # the runs that both have
-    assert difference([ours], [fewer], "few-shot")["all"]["mean"] == pytest.approx(
-        100 * (ours["all"][1].mean() - theirs["all"][1].mean())
+    fewer = compare(ours, {1: theirs[1]})["all"]  # the runs that both have
+    assert fewer["mean"] == pytest.approx(100 * (ours[1].mean() - theirs[1].mean()))
+    assert compare(ours, {3: theirs[1]}) is None
+    assert compare(ours, rights(0.5, images=299)) is None
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Birds at two numbers of shots and cars, on two models; three runs in one cell, one in each other."""
+    for model, more in (("small", 0), ("large", 20)):
+        for dataset, shots, seeds in (("birds", 4, (1, 2, 3)), ("birds", 16, (1,)), ("cars", 16, (1,))):
+            own = {"model": f"org/{model}"}
+            for seed in seeds if model == "small" else seeds[:1]:
+                value = 20.0 + more + 10 * seed
+                write_run(tmp_path / model, "base-to-new", dataset, "sep", shots, seed, own, 40, base=value, new=30)
+                less = value - shots / 1.6
+                write_run(tmp_path / model, "base-to-new", dataset, "lora", shots, seed, own, 40, base=less, new=30)
+    write_run(tmp_path / "large", "base-to-new", "cars", "vpt", 16, 1, own, 40, base=50.0, new=50.0)
+    return tmp_path / "small", tmp_path / "large"
+
+
+def test_average_over_all_cells(cells):
+    """Each cell counts the same, however many runs it has; what is known of a data set does not grow with cells."""
+    tables = make_tables(read_runs(*cells))
+    averages = add_differences(average_tables(tables), "sep")
+    assert [key[1:] for key in averages] == [
+        ("average of 6 cells, 4 and 16 shots", None),
+        ("average of 2 data sets and models", 4),
+        ("average of 4 data sets and models", 16),
+        ("average of 3 cells on large, 4 and 16 shots", None),
+        ("average of 3 cells on small, 4 and 16 shots", None),
+    ]
+    rows = averages["base-to-new", "average of 6 cells, 4 and 16 shots", None]
+    assert list(rows) == ["lora", "sep"]
+    assert rows["sep"]["columns"]["base"]["mean"] == pytest.approx((40 + 30 + 30 + 3 * 50) / 6)
+    assert rows["sep"]["ece"] == pytest.approx((20 + 5 * 10) / 6)
+    assert rows["sep"]["seeds"] == [[1], [1], [1, 2, 3], [1], [1], [1]]
+    assert rows["lora"]["differences"]["base"]["mean"] == pytest.approx(-(2 * 2.5 + 4 * 10) / 6)
+    note = notes_of(tables)["base-to-new", "average of 6 cells, 4 and 16 shots", None]
+    assert note == (
+        "Over 6 cells: birds on large, 4 shots; birds on large, 16 shots; birds on small, 4 shots; birds on small, "
+        "16 shots; cars on large, 16 shots; cars on small, 16 shots. Left out, because they have fewer of these cells: "
+        "vpt (1)."
     )
-    assert difference([ours], [{"all": {3: theirs["all"][1]}}], "few-shot") is None
-    assert difference([ours], [{"all": rights(0.5, images=299)}], "few-shot") is None
+
+
+def test_summary_of_cells(cells, tmp_path):
+    tables = make_tables(read_runs(*cells))
+    text = summarize.write(average_tables(tables) | tables, tmp_path, "sep")
+    first = text.split("### ")[1].splitlines()
+    assert first[0] == "base-to-new, average of 6 cells, 4 and 16 shots"
+    row = r"\| lora \| 34\.2 \| \*\*30\.0\*\* \| 31\.9 \(.*\) \| 11\.7 \| 1,234 \| 2 \| 1 to 3 \|"
+    assert re.match(row, first[4]) and first[7].startswith("Over 6 cells: ")
+    entry = json.loads((tmp_path / "summary.json").read_text())[0]
+    assert (entry["dataset"], entry["shots"]) == ("average of 6 cells, 4 and 16 shots", None)
+    assert set(entry["methods"]) == {"lora", "sep"}
+
+
+def test_what_drawings_show():
+    """The average over all cells, or where no method has all those of each number of shots; and the cells apart."""
+    keys = [
+        ("base-to-new", "average of 6 cells, 4 and 16 shots", None),
+        ("base-to-new", "average of 2 data sets and models", 4),
+        ("base-to-new", "average of 4 data sets and models", 16),
+        ("base-to-new", "average of 3 cells on small, 4 and 16 shots", None),
+        ("base-to-new", "birds on small", 4),
+    ]
+
+    def drawn(keys):
+        return [(list(part), file) for part, file in averages_apart(dict.fromkeys(keys), "one", "each")]
+
+    assert drawn(keys) == [(keys[:1], "one"), (keys[4:], "each")]
+    assert drawn(keys[1:]) == [(keys[1:3], "one"), (keys[4:], "each")]
+    assert drawn(keys[4:]) == [(keys[4:], "one")]
+
+
+def test_no_method_has_all_cells(tmp_path):
+    for dataset, method in (("birds", "sep"), ("cars", "lora")):
+        write_run(tmp_path, "base-to-new", dataset, method, 16, 1, base=50.0, new=50.0)
+    tables = make_tables(read_runs(tmp_path))
+    first = summarize.write(average_tables(tables) | tables, tmp_path, "sep").split("### ")[1].splitlines()
+    assert first[::2] == [
+        "base-to-new, average of 2 data sets, 16 shots",
+        "No method has all of its cells.",
+        "Over 2 cells: birds, 16 shots; cars, 16 shots. Left out, because they have fewer of these cells: lora (1), "
+        "sep (1).",
+    ]
 
 
 def test_drawn_methods(runs):
@@ -149,6 +239,27 @@ def test_drawn_methods(runs):
         with pytest.raises(ValueError) as error:
             chosen_methods(tables, "sep", wanted)
         assert str(error.value) == message
+
+
+def test_names_cover_neither_each_other_nor_markers():
+    figure = Figure(figsize=(4.6, 4.2))
+    axes = figure.subplots()
+    points = {f"method-{i}": (50.0 + 0.2 * i, 40.0 + 0.1 * (i % 3)) for i in range(8)} | {"zero-shot": (20.0, 30.0)}
+    for name, point in points.items():
+        axes.plot(*point, "o")
+        add_label(axes, name, point, "black")
+    axes.margins(0.16)
+    figure.draw_without_rendering()
+    place_labels(axes)
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_bbox_patch().get_window_extent() for text in axes.texts}
+    markers = [axes.transData.transform(point) for point in points.values()]
+    for name, box in boxes.items():
+        assert not any(box.overlaps(other) for other_name, other in boxes.items() if other_name != name)
+        assert not any(box.contains(*marker) for marker in markers)
+        assert axes.get_window_extent().containsx(box.x0) and axes.get_window_extent().containsx(box.x1)
+    middle = (boxes["zero-shot"].x0 + boxes["zero-shot"].x1) / 2, (boxes["zero-shot"].y0 + boxes["zero-shot"].y1) / 2
+    assert np.hypot(*(markers[-1] - middle)) < 60  # pixels; nothing keeps it away
 
 
 def test_labels_are_spread_out():
@@ -202,8 +313,9 @@ def test_files(runs, summary, tmp_path):
     assert not (output / "differences_sets.png").exists()  # no average has a difference
 
 
-def test_rows_of_an_earlier_summary(runs, summary, tmp_path):
+def test_rows_of_an_earlier_summary(runs, summary, tmp_path, monkeypatch):
     """What was run anew replaces them, what was not stays, and averages are of what stands there now."""
+    monkeypatch.setattr(summarize, "draw", lambda *arguments: None)
     first, later, output = tmp_path / "first", tmp_path / "later", tmp_path / "second"
     summary(runs, "--output", first)
     write_run(later, "base-to-new", "birds", "sep", 16, 1, base=90.0, new=80.0)
