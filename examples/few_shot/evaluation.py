@@ -77,7 +77,8 @@ def measure(
     unreadable = sorted(gather_object(unreadable))
     found = sorted(gather_object(list(zip(places, scores, told, strict=True))))
     if not found:
-        raise ValueError(f"{evaluation.data.name}: none of the {len(unreadable)} test images can be read.")
+        part = {"val": "validation"}.get(evaluation.split, evaluation.split)
+        raise ValueError(f"{evaluation.data.name}: none of the {len(unreadable)} {part} images can be read.")
     if kept is not None:
         kept.add(evaluation.name, classifier, embedded)
     probabilities, labels = torch.tensor([entry[1] for entry in found]), torch.tensor([entry[2] for entry in found])

@@ -66,7 +66,8 @@ def intervals_of(parts: Sequence[Part], protocol: str) -> dict[str, list[float]]
 def difference(ours: Sequence[Part], theirs: Sequence[Part], protocol: str) -> dict[str, dict[str, Any]] | None:
     """Paired difference for each evaluation and the "score": its "mean" in points and its "interval".
 
-    It is over the runs that both have, in each of the same cells; None where both have no run or other images.
+    It is over the runs that both have, in each of the same cells; None where both have no run or other images. There is
+    no score where one of both lacks an evaluation.
     """
     pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
     first = ours[0].right if pairs else ()
@@ -75,9 +76,11 @@ def difference(ours: Sequence[Part], theirs: Sequence[Part], protocol: str) -> d
     if not columns or not all(seeds) or any(_size(a, name) != _size(b, name) for a, b in pairs for name in columns):
         return None
     exact, draws = zip(*(_estimates(side, columns, seeds, protocol) for side in (ours, theirs)), strict=True)
+    whole = all(set(part.right) == set(columns) for pair in pairs for part in pair)
     return {
         name: {"mean": float(exact[0][name] - exact[1][name]), "interval": interval(draws[0][name] - draws[1][name])}
         for name in exact[0]
+        if whole or name != "score"
     }
 
 

@@ -47,6 +47,7 @@ SHIPPED = Path(__file__).parent / "methods"
 PARTS = ("config", "recipe")
 #: What "like" in a recipe may say, and what it stands for.
 RECIPES = {"default": Recipe, "compact": Recipe.compact, "published": Recipe.published}
+CONFIGS = {"sep": SEPConfig, "lora": LoraConfig}
 LEARNERS = ("zero-shot", "sep", "lora", "linear-probe", "tip-adapter")
 #: Learners that see the training images once, as frozen features, and take no gradient steps through the towers.
 FEATURE_LEARNERS = {"linear-probe": LinearProbe, "tip-adapter": TipAdapter}
@@ -78,10 +79,11 @@ class Method:
         return self.learner in ("sep", "lora")
 
 
-def read_method(path: Path, **overrides: Any) -> Method:
+def read_method(path: Path, changes: dict[str, dict[str, Any]] | None = None, **overrides: Any) -> Method:
     """Read a method's file.
 
     Args:
+        changes: entries of "recipe" and "config" to replace, as if the file said them.
         overrides: entries of the recipe to replace, of methods that have one.
 
     Raises:
@@ -89,6 +91,7 @@ def read_method(path: Path, **overrides: Any) -> Method:
         ValueError: an entry is unknown, or has a value that is not allowed.
     """
     data = read_entries(path)
+    data |= {part: {**data.get(part, {}), **own} for part, own in (changes or {}).items()}
     check_names(path, data, {f.name for f in fields(Method)} - {"name"})
     entries = data.pop("recipe", None)
     method = Method(name=path.stem, **data)
@@ -143,6 +146,22 @@ def check_method(path: Path, method: Method) -> None:
         raise ValueError(f'{path}: coupled is for learner "sep" with "fusion": "independent".')
     if method.cached and method.learner != "sep":
         raise ValueError(f'{path}: cached is for learner "sep", but this is {method.learner!r}.')
+    check_config(path, method)
+
+
+def check_config(path: Path, method: Method) -> None:
+    """
+    Raises:
+        ValueError: the learner has no config, or its class refuses it.
+    """
+    if not method.trains:
+        if method.config:
+            raise ValueError(f'{path}: config is for learners "sep" and "lora", but this is {method.learner!r}.')
+        return
+    try:
+        CONFIGS[method.learner](**method.config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_entries(path: Path) -> dict[str, Any]:

@@ -165,7 +165,9 @@ def plot_other_images(tables: Tables, protocol: str, drawn: list[str], file: Pat
     found = {
         key: rows
         for key, rows in tables.items()
-        if key[0] == protocol and any(m in rows for m in drawn) and not _stands_in_another(key, tables)
+        if key[0] == protocol
+        and any(m in rows and rows[m]["score"] is not None for m in drawn)
+        and not _stands_in_another(key, tables)
     }
     height = 1.8 + 0.32 * max((sum(m in rows for m in drawn) for rows in found.values()), default=0)
     for axes, (key, rows) in panels(found, file, 5.6, height):

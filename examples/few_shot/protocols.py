@@ -65,13 +65,13 @@ def cross_dataset(data: ImageSet, shots: int, seed: int, targets: Sequence[Image
 def domain_generalization(data: ImageSet, shots: int, seed: int, held_out: str | None = None) -> Plan:
     """Train on what the model knows, test on what is shifted.
 
-    With several domains: train on all but `held_out`, test on it. With one: test on the test images as they are and
-    shifted in four ways.
+    With several domains: train on all but `held_out`, test on it. With one: test on the test images as they are
+    ("source") and shifted in four ways.
 
     Raises:
         ValueError: `held_out` is no domain, or missing where there are several.
     """
-    if data.domains == [""]:
+    if len(data.domains) < 2:
         shifted = [Measurement(name, data, shift=name) for name in SHIFTS]
         return Plan(data, draw(data, shots, seed), [Measurement("source", data), *shifted])
     if held_out not in data.domains:
@@ -107,9 +107,41 @@ PROTOCOLS = {
 }
 
 
+def without_domain(data: ImageSet, domain: str | None) -> ImageSet:
+    """The images of all other domains.
+
+    Raises:
+        ValueError: it is no domain, or the only one.
+    """
+    if len(data.domains) < 2:
+        raise ValueError(f"{data.name} has one domain; --held-out is for data sets of several.")
+    if domain not in data.domains:
+        raise ValueError(f"--held-out must be one of {', '.join(data.domains)}, but is {domain!r}.")
+    return replace(data, splits={k: [s for s in v if s.domain != domain] for k, v in data.splits.items()})
+
+
 def on_validation(plan: Plan) -> Plan:
-    """The same plan measured on validation images, for tuning."""
-    return replace(plan, evaluations=[replace(e, split="val") for e in plan.evaluations if not e.shift])
+    """The same plan measured on validation images, shifted ones as well, for tuning.
+
+    Raises:
+        ValueError: there are none.
+    """
+    for evaluation in plan.evaluations:
+        if not evaluation.data.splits["val"]:
+            raise ValueError(f"{evaluation.data.name} has no validation images, which tuning needs.")
+    return replace(plan, evaluations=[replace(e, split="val") for e in plan.evaluations])
+
+
+def with_shifts(plan: Plan) -> Plan:
+    """The same plan, which measures its first evaluation, that of the classes that are trained, shifted as well."""
+    first = plan.evaluations[0]
+    shifted = [replace(first, name=shifted_name(first.name, shift), shift=shift) for shift in SHIFTS]
+    return replace(plan, evaluations=[*plan.evaluations, *shifted])
+
+
+def shifted_name(name: str, shift: str) -> str:
+    """What an evaluation is called under a shift."""
+    return f"{name}, {shift}"
 
 
 def limited(plan: Plan, count: int) -> Plan:

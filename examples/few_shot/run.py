@@ -26,9 +26,11 @@ from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
 from script import run_as_script
 from torch import nn
-from training import fit, keep_head
+from training import fit, keep_head, work_of
 from transformers import AutoProcessor
 from transformers.utils import logging
+
+from sep_peft.training.history import History
 
 
 HERE = Path(__file__).parent
@@ -92,7 +94,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--protocol", choices=list(PROTOCOLS), required=True)
     parser.add_argument("--method", nargs="+", required=True, help="files in methods/, or paths of such files")
     parser.add_argument("--shots", type=int, nargs="+", default=[16], help="training images per class")
-    parser.add_argument("--targets", nargs="*", default=[], help="data sets to test on, for cross-dataset")
     parser.add_argument(
         "--held-out", help="domain to test on, for domain-generalization with several domains; all: each"
     )
@@ -100,10 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.shots) < 1:
         parser.error("--shots must be at least 1")
-    if args.targets and args.protocol != "cross-dataset":
-        parser.error("--targets is for --protocol cross-dataset")
-    if args.held_out and args.protocol != "domain-generalization":
-        parser.error("--held-out is for --protocol domain-generalization")
+    check_protocol(parser, args)
     args.recipe = parse_changes(parser, args.recipe)
     return args
 
@@ -112,6 +110,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every script that runs cells."""
     parser.add_argument("--dataset", nargs="+", required=True, help="files in data_sets/, or paths of such files")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all images")
+    parser.add_argument("--targets", nargs="*", default=[], help="data sets to test on, for cross-dataset")
     parser.add_argument("--model", default=str(HERE.parent / "assets" / "clip-small"), help="name on the Hub or path")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("outputs/few_shot"), help="runs go below this folder")
@@ -126,6 +125,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+
+
+def check_protocol(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where options are of another protocol."""
+    if args.targets and args.protocol != "cross-dataset":
+        parser.error("--targets is for --protocol cross-dataset")
+    if args.held_out and args.protocol != "domain-generalization":
+        parser.error("--held-out is for --protocol domain-generalization")
 
 
 def parse_changes(parser: argparse.ArgumentParser, changes: list[str]) -> dict[str, float]:
@@ -192,9 +199,11 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     images = processor.image_processor
     classifier = build_classifier(method, args.model, processor, plan.data.classes, plan.data.template, **options)
     classifier.to(accelerator.device)
-    log, chosen, start = [], {}, time.perf_counter()
+    history, chosen, start = History(0), {}, time.perf_counter()
+    own: list[History] = []  # an entry for each epoch of this process, which may go on from one that was killed
     if method.trains:
-        log = fit(classifier, method, plan, processor, accelerator, folder, cell.seed, args.workers, args.cache)
+        options = {"workers": args.workers, "cache": args.cache, "callbacks": [own.append]}
+        history = fit(classifier, method, plan, processor, accelerator, folder, cell.seed, **options)
         if method.head is None and method.recipe.prototype_weight and method.recipe.prototype_logit_weight:
             classifier.keep_prototypes(method.recipe.prototype_logit_weight)
     elif hasattr(classifier, "fit"):
@@ -203,10 +212,10 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
         chosen = classifier.fit(*(t for part in parts for t in features(classifier, plan.data, part, images)))
     if method.head is not None:
         chosen = keep_head(classifier, method.head, plan, processor, args.workers)
-    seconds = time.perf_counter() - start
+    trained = time.perf_counter()
     if args.save_adapters and method.trains and accelerator.is_main_process:
         (classifier if method.learner == "sep" else classifier.model).save_pretrained(folder / "adapter")
-    results, trained, kept = {}, classifier.classes, None
+    results, classes, kept = {}, classifier.classes, None
     known = frozen_embeddings(args.model, args.attention, args.precision, args.data_root)
     seen = kept_pixels(args.model, args.data_root, int(args.keep_images * 2**30))
     seen.keep_only(evaluation.data.name for evaluation in plan.evaluations)
@@ -218,7 +227,7 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     for evaluation in plan.evaluations:
         # kept prototypes belong to the classes of the training images
         if evaluation.data.classes == plan.data.classes:
-            classifier.set_classes(trained)
+            classifier.set_classes(classes)
         else:
             margin = {"zero_shot_margin": method.recipe.zero_shot_margin} if method.trains else {}
             classifier.set_classes(evaluation.data.classes, **margin)
@@ -228,10 +237,12 @@ def train_and_evaluate(cell: Cell, args, accelerator: Accelerator, folder: Path)
     return {
         "results": results,
         "chosen": chosen,
-        "log": log,
+        "log": history.rows,
         "trained_parameters": count_trained(classifier),
-        "training_seconds": seconds,
-        "evaluation_seconds": time.perf_counter() - start - seconds,
+        **work_of(method, len(plan.images.train), len(history)),
+        "epoch_seconds": history.seconds,
+        "training_seconds": trained - start + sum(history.seconds[: len(history) - len(own)]),
+        "evaluation_seconds": time.perf_counter() - trained,
         "processes": accelerator.num_processes,
     }
 

@@ -106,13 +106,14 @@ def make_row(runs: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
 def with_scores(row: dict[str, Any], protocol: str, parts: list[Part]) -> dict[str, Any]:
     """The row with its score, and with intervals where `parts` say whether each image was right."""
     means = {name: value["mean"] for name, value in row["columns"].items() if value}
-    whole = protocol != BASE_TO_NEW or set(means) == {"base", "new"}
-    row |= {"score": float(score_of(protocol, means)) if whole and means else None, "parts": parts}
+    whole = bool(means) and len(means) == len(row["columns"])
+    whole = whole and (protocol != BASE_TO_NEW or set(means) == {"base", "new"})
+    row |= {"score": float(score_of(protocol, means)) if whole else None, "parts": parts}
     found = intervals_of(parts, protocol) if parts and all(part.right for part in parts) else {}
     for name, ends in found.items():
         if name != "score":
             row["columns"][name]["interval"] = ends
-    row["interval"] = found.get("score") if set(found) == {*means, "score"} else None
+    row["interval"] = found.get("score") if whole and set(found) == {*means, "score"} else None
     return row
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from coupling import uncouple
@@ -20,8 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sep_peft import SEPClassifier
-from sep_peft.training import CachedImages, LabelledImages, train
+from sep_peft.training import CachedImages, LabelledImages, Recipe, train
+from sep_peft.training.history import History
 from sep_peft.training.loop import Callback
+from sep_peft.training.optimizer import count_steps
 
 
 def fit(
@@ -35,7 +36,7 @@ def fit(
     workers: int,
     cache: Path | None = None,
     callbacks: Sequence[Callback] = (),
-) -> list[dict[str, Any]]:
+) -> History:
     """Train the classifier in place, or go on where a checkpoint in `folder` stands.
 
     Args:
@@ -43,11 +44,9 @@ def fit(
         callbacks: called with the history after every epoch.
 
     Returns:
-        a dict per epoch: loss, accuracy on the training images, learning rate.
+        the history, with the epochs before a checkpoint.
     """
-    recipe, names = replace(method.recipe, seed=seed), plan.data.classes
-    if method.first_stage is not None:
-        recipe = replace(recipe, epochs=max(1, round(method.first_stage * recipe.epochs)))
+    recipe, names = replace(recipe_of(method), seed=seed), plan.data.classes
     if isinstance(classifier, SEPClassifier):
         classifier.recipe = recipe
     samples = training_samples(plan)
@@ -61,7 +60,26 @@ def fit(
     history = train(classifier, images, recipe, checkpoint=checkpoint, **options)
     if method.coupled:
         uncouple(classifier.model)
-    return history.rows
+    return history
+
+
+def recipe_of(method: Method) -> Recipe:
+    """By which the adapter is trained: with two stages for its share of the epochs."""
+    recipe = method.recipe
+    if method.first_stage is not None:
+        recipe = replace(recipe, epochs=max(1, round(method.first_stage * recipe.epochs)))
+    return recipe
+
+
+def work_of(method: Method, images: int, epochs: int) -> dict[str, int]:
+    """Training steps, and the images in their batches, of a method that went so many times through its images."""
+    if not method.trains:
+        return {"training_steps": 0, "training_images": 0}
+    recipe = recipe_of(method)
+    per_epoch = -(-images // recipe.batch_size)
+    steps = min(epochs * per_epoch, count_steps(recipe, per_epoch))
+    whole, rest = divmod(steps, per_epoch)
+    return {"training_steps": steps, "training_images": whole * images + rest * recipe.batch_size}
 
 
 def keep_head(classifier: nn.Module, kind: str, plan: Plan, processor, workers: int) -> dict[str, float]:

@@ -1,87 +1,132 @@
-"""Tune methods on validation images: every candidate of a method's file, base-to-new, never a test image.
+"""Tune methods on validation images: as many candidates of each, for any protocol, never on a test image.
 
-    python examples/few_shot/tune.py --data-root data --dataset caltech101-covered --method sep lora --seeds 1
+    python examples/few_shot/tune.py --data-root data --dataset caltech101 --method sep lora --budget 8 --seeds 1
 
-`tuning/<method>.json` lists candidates as changes of the method's `recipe` and `config`. What was tried is written to
-`tried.json` in the output folder, best first.
+tries the first 8 changes of recipe and config in `tuning/sep.json` and `tuning/lora.json`; those of a method file
+elsewhere are in a folder `tuning` beside it. Printed are the best of each method and what all took; `tried.json` in
+`tuning/<protocol>` of the output folder has every candidate that was tried there, best first. Candidates are ordered by
+what the protocol's tables are: H of base and new classes, the average of targets or of shifted images.
+
+Domain generalization is tuned on shifted validation images where there is one domain. Of several, that of `--held-out`
+is never looked at; each of the others is held out of training in its turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import NamedTuple
 
 from accelerate import Accelerator
-from methods import Method, read_method
-from protocols import base_to_new, limited, on_validation
-from readers import read_dataset
-from run import HERE, Cell, add_common_arguments, find, run_cell
+from candidates import Candidate, equally_many, read_candidates
+from intervals import SHIFTED
+from protocols import PROTOCOLS, Plan, limited, on_validation, with_shifts, without_domain
+from readers import ImageSet, read_dataset
+from run import HERE, Cell, add_common_arguments, check_protocol, find, make_plan, run_cell
 from run_folder import write_json
 from script import run_as_script
 from transformers.utils import logging
+from tried import to_text, tried
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    parser.add_argument("--method", nargs="+", required=True, help="files in methods/ that have one in tuning/")
-    parser.add_argument("--shots", type=int, default=16, help="training images per class")
-    args = parser.parse_args()
+    args = parse_arguments()
     logging.disable_progress_bar()
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.precision)
-    data = {name: read_dataset(find(HERE / "data_sets", name), args.data_root) for name in args.dataset}
-    for name in args.method:
-        method = read_method(find(HERE / "methods", name))
-        candidates = json.loads(find(HERE / "tuning", name).read_text(encoding="utf-8"))
-        for changes, dataset, seed in itertools.product(candidates, args.dataset, args.seeds):
-            plan = on_validation(base_to_new(data[dataset], args.shots, seed))
-            plan = plan if args.test_images is None else limited(plan, args.test_images)
-            path = args.output / "tuning" / Path(dataset).stem / method.name / title(changes) / f"seed_{seed}"
-            cell = Cell("tuning", Path(dataset).stem, change(method, changes), plan, args.shots, seed)
-            run_cell(path, cell, args, accelerator)
+    methods = equally_many(candidates_of(args.method), args.budget)
+    data = {
+        name: read_dataset(find(HERE / "data_sets", name), args.data_root) for name in (*args.dataset, *args.targets)
+    }
+    places = [(name, place) for name in args.dataset for place in places_of(name, data[name], args)]
+    plans = [
+        (place, tuning_plan(args, data | {name: place.data}, name, seed, place.held_out), seed)
+        for name, place in places
+        for seed in args.seeds
+    ]
+    folder = args.output / "tuning" / args.protocol
+    for candidate, (place, plan, seed) in itertools.product(itertools.chain(*methods.values()), plans):
+        path = folder / place.name / candidate.method.name / candidate.title / f"seed_{seed}"
+        cell = Cell("tuning", place.name, candidate.method, plan, args.shots, seed, place.held_out)
+        run_cell(path, cell, args, accelerator)
     if accelerator.is_main_process:
-        write_json(args.output / "tuning" / "tried.json", tried(args.output / "tuning"))
+        found = tried(folder)
+        write_json(folder / "tried.json", found)
+        print(to_text(found))
 
 
-def change(method: Method, changes: dict[str, dict[str, Any]]) -> Method:
-    """The method with some entries of its recipe and config replaced."""
-    if unknown := sorted(set(changes) - {"recipe", "config"}):
-        raise ValueError(f"A candidate may change recipe and config, but has {unknown}.")
-    return replace(
-        method,
-        recipe=replace(method.recipe, **changes.get("recipe", {})),
-        config={**method.config, **changes.get("config", {})},
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="base-to-new")
+    parser.add_argument("--method", nargs="+", required=True, help="files in methods/, or paths of such files")
+    parser.add_argument("--shots", type=int, default=16, help="training images per class")
+    parser.add_argument("--budget", type=int, metavar="N", help="candidates of each method at most; default: all")
+    parser.add_argument("--held-out", help="domain that will be tested on, for domain-generalization with several")
+    parser.add_argument(
+        "--shifts", action="store_true", help="measure the trained classes on shifted validation images beside"
     )
+    args = parser.parse_args()
+    if args.shots < 1:
+        parser.error("--shots must be at least 1")
+    if args.budget is not None and args.budget < 1:
+        parser.error("--budget must be at least 1")
+    check_protocol(parser, args)
+    if args.shifts and args.protocol == SHIFTED:
+        parser.error("--shifts is for other protocols; domain-generalization has shifted images of its own")
+    return args
 
 
-def title(changes: dict[str, dict[str, Any]]) -> str:
-    """A folder name that says what changed."""
-    parts = [f"{key}={value}" for part in changes.values() for key, value in part.items()]
-    return ",".join(parts).replace(" ", "").replace("/", "-") or "unchanged"
+def candidates_of(names: list[str]) -> dict[str, list[Candidate]]:
+    """The candidates of methods, given as files in methods/ or by path.
+
+    Raises:
+        ValueError: two files have the same name.
+    """
+    files = list(dict.fromkeys(find(HERE / "methods", name) for name in names))
+    if len({file.stem for file in files}) < len(files):
+        raise ValueError(f"Runs are told apart by the names of methods, but {', '.join(map(str, files))} share one.")
+    return {file.stem: read_candidates(file) for file in files}
 
 
-def tried(folder: Path) -> list[dict[str, Any]]:
-    """Every candidate with its accuracies on validation images, best harmonic mean first."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, float]]]] = {}
-    for file in sorted(folder.glob("*/*/*/seed_*/results.json")):
-        dataset, method, candidate = file.parts[-5:-2]
-        results = json.loads(file.read_text(encoding="utf-8"))["results"]
-        accuracies = {name: result["accuracy"] for name, result in results.items()}
-        found.setdefault((method, candidate), {}).setdefault(dataset, []).append(accuracies)
-    rows = []
-    for (method, candidate), datasets in found.items():
-        means = {d: {k: mean(run[k] for run in runs) for k in ("base", "new")} for d, runs in datasets.items()}
-        base, new = (mean(m[key] for m in means.values()) for key in ("base", "new"))
-        harmonic = 2 * base * new / (base + new) if base + new else 0.0
-        seeds = min(map(len, datasets.values()))
-        row = {"method": method, "candidate": candidate, "base": base, "new": new, "harmonic": harmonic}
-        rows.append({**row, "seeds": seeds, "datasets": means})
-    return sorted(rows, key=lambda row: (row["method"], -row["harmonic"]))
+class Place(NamedTuple):
+    """What is tuned on.
+
+    Args:
+        name: of the folder.
+        data: the images that may be looked at.
+        held_out: domain that is not trained on; None: none.
+    """
+
+    name: str
+    data: ImageSet
+    held_out: str | None = None
+
+
+def places_of(name: str, data: ImageSet, args: argparse.Namespace) -> list[Place]:
+    """The places of a data set, one, or with several domains one for each domain but that of `--held-out`.
+
+    Raises:
+        ValueError: `--held-out` is not one domain of several.
+    """
+    stem = Path(name).stem
+    if args.protocol != SHIFTED or (len(data.domains) < 2 and args.held_out is None):
+        return [Place(stem, data)]
+    if args.held_out == "all":
+        raise ValueError("Tune for one held-out domain at a time, so that its images are not looked at.")
+    rest, stem = without_domain(data, args.held_out), f"{stem}-without-{args.held_out}"
+    if len(rest.domains) < 2:
+        return [Place(stem, rest)]
+    return [Place(f"{stem}-and-{domain}", rest, domain) for domain in rest.domains]
+
+
+def tuning_plan(
+    args: argparse.Namespace, data: dict[str, ImageSet], name: str, seed: int, held_out: str | None
+) -> Plan:
+    """What the protocol trains, measured on validation images."""
+    plan = on_validation(make_plan(args, data, name, args.shots, seed, held_out))
+    plan = with_shifts(plan) if args.shifts else plan
+    return plan if args.test_images is None else limited(plan, args.test_images)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,9 @@ def test_killed_run_goes_on_and_ends_the_same(command, run_here, tmp_path):
     assert 1 <= done < 3
     assert "3/3" not in run_here(command(killed))
     assert results(killed) == results(whole)
+    took = json.loads(next(killed.rglob("results.json")).read_text())
+    assert len(took["epoch_seconds"]) == 3 and took["training_seconds"] > sum(took["epoch_seconds"])
+    assert (took["training_steps"], took["training_images"]) == (6, 24)
     assert not list(killed.rglob("checkpoint.safetensors")) and not list(killed.rglob("*.tmp"))
 
     assert "finished before" in run_here(command(whole))

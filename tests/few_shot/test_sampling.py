@@ -7,9 +7,19 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-from protocols import base_to_new, cross_dataset, domain_generalization, few_shot, held_out_domains, on_validation
+from protocols import (
+    base_to_new,
+    cross_dataset,
+    domain_generalization,
+    few_shot,
+    held_out_domains,
+    on_validation,
+    with_shifts,
+    without_domain,
+)
 from readers import read_dataset
 from sampling import draw, halves
+from transforms import SHIFTS
 
 
 @pytest.fixture
@@ -73,8 +83,17 @@ def test_base_to_new(pets):
 
 
 def test_tuning_sees_no_test_image(pets):
-    for evaluation in on_validation(base_to_new(pets, 4, 1)).evaluations:
-        assert {s.key.split("/")[0] for s in evaluation.data.splits[evaluation.split]} == {"val"}
+    """In no protocol, and with shifted images beside."""
+    plans = [base_to_new(pets, 4, 1), few_shot(pets, 4, 1), domain_generalization(pets, 4, 1)]
+    for plan in (*plans, cross_dataset(pets, 4, 1, [pets.only(["cat", "dog"])])):
+        tuned = with_shifts(on_validation(plan))
+        assert [e.name for e in tuned.evaluations[: len(plan.evaluations)]] == [e.name for e in plan.evaluations]
+        first = plan.evaluations[0].name
+        assert [(e.name, e.shift) for e in tuned.evaluations[-4:]] == [(f"{first}, {s}", s) for s in SHIFTS]
+        for evaluation in tuned.evaluations:
+            assert {s.key.split("/")[0] for s in evaluation.data.splits[evaluation.split]} == {"val"}
+    with pytest.raises(ValueError, match=r"^pets has no validation images, which tuning needs\.$"):
+        on_validation(few_shot(replace(pets, splits={**pets.splits, "val": []}), 1, 1))
 
 
 def test_few_shot(pets):
@@ -112,5 +131,12 @@ def test_held_out_domain(images, describe, tmp_path):
         domain_generalization(data, 4, 1)
     assert held_out_domains("all", data) == ["clay", "photo", "sketch"]
     assert held_out_domains("clay", data) == ["clay"] and held_out_domains(None, data) == [None]
+    assert {s.domain for split in without_domain(data, "clay").splits.values() for s in split} == {"photo", "sketch"}
+    with pytest.raises(ValueError, match=r"^--held-out must be one of clay, photo, sketch, but is 'wood'\.$"):
+        without_domain(data, "wood")
+    alone = without_domain(without_domain(data, "clay"), "photo")  # one domain that has a name
+    assert [e.name for e in domain_generalization(alone, 2, 1).evaluations] == ["source", *SHIFTS]
+    with pytest.raises(ValueError, match=r"^shapes has one domain; --held-out is for data sets of several\.$"):
+        without_domain(alone, "sketch")
     with pytest.raises(ValueError, match=r"^--held-out all needs several domains, but pets has one\.$"):
         held_out_domains("all", replace(data, name="pets", splits={"train": [], "val": [], "test": []}))

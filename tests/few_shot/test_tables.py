@@ -81,6 +81,16 @@ def test_average_of_targets_leaves_the_source_out():
     assert score_of("few-shot", {"all": 30.0}) == 30.0
 
 
+def test_no_score_without_all_evaluations(tmp_path):
+    """A linear probe knows the classes of the source alone; that is no average of targets and no difference."""
+    write_run(tmp_path, "cross-dataset", "birds", "sep", 16, 1, None, 20, birds=90.0, cars=50.0)
+    write_run(tmp_path, "cross-dataset", "birds", "linear-probe", 16, 1, None, 20, birds=80.0, cars=None)
+    rows = add_differences(make_tables(read_runs(tmp_path)), "sep")["cross-dataset", "birds", 16]
+    probe = rows["linear-probe"]
+    assert (probe["score"], probe["interval"]) == (None, None) and "score" not in probe["differences"]
+    assert probe["differences"]["birds"]["mean"] == pytest.approx(-10) and rows["sep"]["score"] == 50.0
+
+
 def test_domains_that_were_each_held_out_are_one_table(tmp_path):
     for method, shift in (("sep", 0), ("lora", -10)):
         for domain, value in (("photo", 80.0), ("sketch", 40.0)):
