@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from intervals import BASE_TO_NEW, CROSS_DATASET, FEW_SHOT, SHIFTED
-from tables import ZERO_SHOT, Key, title_of
+from tables import EACH_HELD_OUT, WITHOUT, ZERO_SHOT, Key, title_of
 
 
 #: What the score of a protocol is called in a table; few-shot has it as its only column.
 SCORES = {BASE_TO_NEW: "H", CROSS_DATASET: "average of targets", SHIFTED: "average of shifted", FEW_SHOT: None}
+
+
+def score_name(protocol: str, dataset: str) -> str | None:
+    """What the score of a table is called; None where its only column has it."""
+    if protocol == SHIFTED and EACH_HELD_OUT in dataset:
+        return "average of domains"
+    if protocol == SHIFTED and WITHOUT in dataset:
+        return "held-out domain"
+    return SCORES.get(protocol, "average")
 
 
 def to_markdown(key: Key, rows: dict[str, dict[str, Any]], against: str, note: str = "") -> str:
@@ -21,15 +30,16 @@ def to_markdown(key: Key, rows: dict[str, dict[str, Any]], against: str, note: s
     Args:
         note: a line below the accuracies.
     """
-    protocol = key[0]
+    protocol, dataset, _ = key
+    score = score_name(protocol, dataset)
     lines = [f"### {protocol}, {title_of(key)}", ""]
-    lines += accuracies(rows, SCORES.get(protocol, "average")) if rows else ["No method has all of its cells."]
+    lines += accuracies(rows, score) if rows else ["No method has all of its cells."]
     lines += ["", note] if note else []
     if rows and ZERO_SHOT not in rows:
         lines += ["", "Zero-shot is missing here; run it with `--method zero-shot`."]
     if any(row.get("differences") for row in rows.values()):
         lines += ["", f"Differences from {against}, of the same runs and images:", ""]
-        lines += differences(rows, SCORES.get(protocol, "average"))
+        lines += differences(rows, score)
     return "\n".join([*lines, ""])
 
 

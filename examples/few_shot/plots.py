@@ -16,7 +16,7 @@ from labels import add_label, place_labels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory, offset_copy
-from tables import AVERAGE, EACH_HELD_OUT, ZERO_SHOT, Key, Tables, title_of
+from tables import AVERAGE, EACH_HELD_OUT, WITHOUT, ZERO_SHOT, Key, Tables, title_of
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
@@ -202,7 +202,7 @@ def write_letters(axes: Axes, place: int, values: dict[str, dict[str, Any] | Non
 
 def _stands_in_another(key: Key, tables: Tables) -> bool:
     """Whether a table with one domain held out is a column of one with each held out."""
-    place, without, _ = key[1].partition("-without-")
+    place, without, _ = key[1].partition(WITHOUT)
     return bool(without) and any(name.startswith(f"{place}{EACH_HELD_OUT}") for _, name, _ in tables)
 
 

@@ -25,6 +25,7 @@ from protocols import PROTOCOLS, Plan, held_out_domains, limited
 from readers import ImageSet, read_dataset
 from run_folder import RunFolder, write_json
 from script import run_as_script
+from tables import WITHOUT
 from torch import nn
 from training import fit, keep_head, work_of
 from transformers import AutoProcessor
@@ -52,7 +53,7 @@ def main() -> None:
         args.keep_images = 0  # nobody asks for them again
     for (dataset, domain), shots, method, seed in cells:
         plan = make_plan(args, data, dataset, shots, seed, domain)
-        place = Path(dataset).stem + (f"-without-{domain}" if domain else "")
+        place = Path(dataset).stem + (f"{WITHOUT}{domain}" if domain else "")
         path = args.output / args.protocol / place / method.name / f"shots_{shots}" / f"seed_{seed}"
         run_cell(path, Cell(args.protocol, place, method, plan, shots, seed, domain), args, accelerator)
 

@@ -28,6 +28,8 @@ ZERO_SHOT = "zero-shot"
 AVERAGE = "average of"
 #: What stands between the names of a data set and of a model, where there are several models.
 ON = " on "
+#: What stands between the names of a data set and of a domain that was held out.
+WITHOUT = "-without-"
 #: What stands after the name of a data set whose domains were held out in turn.
 EACH_HELD_OUT = ", each domain held out"
 #: Of a table: protocol, data set and shots; None in an average over several numbers of shots, whose name says them.
@@ -123,7 +125,7 @@ def held_out_tables(grouped: Grouped, tables: Tables) -> Tables:
     for (protocol, place, shots), methods in grouped.items():
         for name, runs in methods.items():
             if (domain := runs[0]["settings"].get("held_out")) is not None:
-                key = (protocol, place.replace(f"-without-{domain}", EACH_HELD_OUT), shots)
+                key = (protocol, place.replace(f"{WITHOUT}{domain}", EACH_HELD_OUT), shots)
                 row = tables[protocol, place, shots][name]
                 found.setdefault(key, {}).setdefault(name, {})[domain] = row
     joined: Tables = {}

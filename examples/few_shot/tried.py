@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from intervals import BASE_TO_NEW, score_of
-from markdown import SCORES, heading, line
+from markdown import heading, line, score_name
 from protocols import shifted_name
 from tables import read
 from transforms import SHIFTS
@@ -114,7 +114,8 @@ def score_over(places: Sequence[Accuracies], protocol: str) -> float | None:
 
 def to_text(found: dict[str, Any]) -> str:
     """The best candidate of each method, and what all of them took, as Markdown."""
-    score = SCORES[found["protocol"]] or "accuracy"
+    places = sorted({place for row in found["candidates"] for place in row["places"]})
+    score = score_name(found["protocol"], places[0]) or "accuracy"
     best = {row["method"]: row for row in reversed(found["candidates"])}
     shown = {"score": score} | (
         {"shifted": "shifted"} if any(row["shifted"] is not None for row in best.values()) else {}

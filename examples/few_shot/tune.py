@@ -26,6 +26,7 @@ from readers import ImageSet, read_dataset
 from run import HERE, Cell, add_common_arguments, check_protocol, find, make_plan, run_cell
 from run_folder import write_json
 from script import run_as_script
+from tables import WITHOUT
 from transformers.utils import logging
 from tried import to_text, tried
 
@@ -114,7 +115,7 @@ def places_of(name: str, data: ImageSet, args: argparse.Namespace) -> list[Place
         return [Place(stem, data)]
     if args.held_out == "all":
         raise ValueError("Tune for one held-out domain at a time, so that its images are not looked at.")
-    rest, stem = without_domain(data, args.held_out), f"{stem}-without-{args.held_out}"
+    rest, stem = without_domain(data, args.held_out), f"{stem}{WITHOUT}{args.held_out}"
     if len(rest.domains) < 2:
         return [Place(stem, rest)]
     return [Place(f"{stem}-and-{domain}", rest, domain) for domain in rest.domains]

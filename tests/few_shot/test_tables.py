@@ -15,6 +15,7 @@ import summarize
 from averages import average_tables, notes_of
 from intervals import Part, difference, intervals_of, score_of
 from labels import add_label, place_labels
+from markdown import to_markdown
 from matplotlib.figure import Figure
 from plots import averages_apart, chosen_methods, spread_out
 from script import run_as_script
@@ -102,6 +103,9 @@ def test_domains_that_were_each_held_out_are_one_table(tmp_path):
     rows = tables["domain-generalization", "pacs, each domain held out", 16]
     assert list(rows) == ["lora", "sep"]  # vpt was not tried on sketches
     assert {name: value["mean"] for name, value in rows["lora"]["columns"].items()} == {"photo": 70.0, "sketch": 30.0}
+    text = {key[1]: to_markdown(key, rows, "sep").splitlines()[2] for key, rows in tables.items()}
+    assert text["pacs, each domain held out"].startswith("| method | photo | sketch | average of domains | ECE")
+    assert text["pacs-without-photo"].startswith("| method | source | photo | held-out domain | ECE")
     assert rows["lora"]["score"] == 50.0 and rows["lora"]["differences"]["score"]["mean"] == pytest.approx(-10)
 
 
