@@ -122,6 +122,17 @@ def test_residual_is_the_least_of_its_objective_and_its_penalty_suits_other_imag
     assert losses[1] <= losses[0]
 
 
+def test_the_mean_of_prototypes_and_gda_is_both_of_them():
+    embeds, labels = clusters(15, 2, spread=0.5)
+    others, zero_shot = clusters(6, 3)[0], embeds @ TEXTS.T
+    prototypes = torch.randn(3, 12, generator=torch.Generator().manual_seed(5))
+    head = fit_head("prototypes-gda", embeds, labels, TEXTS, zero_shot, prototype_weights=prototypes)
+    expected = (others @ prototypes.T + run_head(fit_head("gda", embeds, labels, TEXTS, zero_shot), others, 3)) / 2
+    torch.testing.assert_close(run_head(head, others, 3), expected)
+    with raises("A prototypes-gda head needs prototype_weights, which it averages with GDA."):
+        fit_head("prototypes-gda", embeds, labels, TEXTS, zero_shot)
+
+
 def test_cache_is_its_formula_and_training_it_helps():
     embeds, labels = clusters(15, 2, spread=0.6)
     others, other_labels = clusters(6, 3)
@@ -150,7 +161,9 @@ def test_the_weight_follows_how_good_zero_shot_is(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_image_a_class(kind):
     embeds, labels = clusters(3, 2)
-    head = fit_head(kind, embeds, labels, TEXTS, 10 * embeds @ TEXTS.T, text_logits=torch.zeros(3, 3))
+    head = fit_head(
+        kind, embeds, labels, TEXTS, 10 * embeds @ TEXTS.T, text_logits=torch.zeros(3, 3), prototype_weights=embeds
+    )
     logits = run_head(head, embeds, 3)
     assert logits.isfinite().all() and (logits.argmax(dim=1) == labels).all()
 
@@ -159,13 +172,15 @@ def test_one_image_a_class(kind):
 def test_images_that_are_all_alike_give_finite_numbers(kind):
     embeds, labels = TEXTS[[0, 0, 0, 0, 0, 0]], torch.arange(6) % 3
     logits = 10 * embeds @ TEXTS.T
-    head = fit_head(kind, embeds, labels, TEXTS, logits, text_logits=logits)
+    head = fit_head(kind, embeds, labels, TEXTS, logits, text_logits=logits, prototype_weights=TEXTS)
     assert all(value.isfinite().all() for value in head.tensors.values())
 
 
 def test_mistakes_in_fitting():
     embeds, labels = clusters(6, 2)
-    with raises("The kind of a head must be one of gda, probe, residual, tip-adapter-f, but got 'GDA'."):
+    with raises(
+        "The kind of a head must be one of gda, probe, prototypes-gda, residual, tip-adapter-f, but got 'GDA'."
+    ):
         fit_head("GDA", embeds, labels, TEXTS, embeds @ TEXTS.T)
     with raises("A head needs an image of every class, but has none of classes [1]."):
         fit_head("gda", embeds[labels != 1], labels[labels != 1], TEXTS, embeds[labels != 1] @ TEXTS.T)
@@ -181,7 +196,8 @@ GOOD = {"weight": torch.ones(3, 12), "bias": torch.zeros(3)}
 @pytest.mark.parametrize(
     ("kind", "tensors", "weight", "message"),
     [
-        ("mine", GOOD, 1.0, "The kind of a head must be one of gda, probe, residual, tip-adapter-f, but got 'mine'."),
+        ("mine", GOOD, 1.0, "The kind of a head must be one of gda, probe, prototypes-gda, residual, "
+         "tip-adapter-f, but got 'mine'."),
         ("gda", {"weight": torch.ones(3, 12)}, 1.0, "A gda head has weight and bias, but got ['weight']."),
         ("gda", GOOD | {"bias": torch.ones(2)}, 1.0, "weight and bias of a gda head must have shapes (count, embedding "
          "size) and (count,), but got (3, 12) and (2,)."),
@@ -244,7 +260,10 @@ def test_logits_are_those_of_the_texts_and_of_the_head(kind):
     weights = plain.encoder.weights(training=False)
     zero_shot = plain.model.logit_scale.exp() * t0 @ weights.frozen_text_embeds.T
     texts = plain(TRAIN).logits
-    head = fit_head(kind, (t + t0) / 2, TRAIN_LABELS, weights.text_embeds, zero_shot, text_logits=texts)
+    prototypes = 50 * F.normalize(plain.prototypes, dim=1)  # the default weight times the scale of their loss
+    head = fit_head(
+        kind, (t + t0) / 2, TRAIN_LABELS, weights.text_embeds, zero_shot, None, texts, prototype_weights=prototypes
+    )
     assert classifier.classes.head.logit_weight == pytest.approx(head.logit_weight)
     added = run_head(head, (v + v0) / 2, 4)
     assert added.abs().max() > 0.1
@@ -359,7 +378,7 @@ def test_a_head_needs_no_prototypes_in_the_loss_and_leaves_the_mode_alone():
     ("options", "message"),
     [
         ({"kind": "GDA", "batches": BATCHES},
-         "kind must be one of prototypes, gda, probe, residual, tip-adapter-f, but got 'GDA'."),
+         "kind must be one of prototypes, gda, probe, prototypes-gda, residual, tip-adapter-f, but got 'GDA'."),
         ({"kind": "gda"}, "batches of the training images are needed for kind='gda'."),
         ({"kind": "gda", "batches": []},
          "batches of the training images are needed for kind='gda', but there are none."),

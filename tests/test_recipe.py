@@ -237,7 +237,7 @@ def test_trained_classes_are_not_held_back(recipe, finish, make):
     assert classifier.classes.prototypes is kept
 
 
-@pytest.mark.parametrize("kind", ["prototypes", "gda", "tip-adapter-f"])
+@pytest.mark.parametrize("kind", ["prototypes", "gda", "prototypes-gda", "tip-adapter-f"])
 def test_some_of_the_trained_names_keep_their_logits_and_temperature(kind, make):
     """In whatever order they are named; where one is missing, nothing is known of other images and of sets."""
     whole = Calibration(4.0, 2.5, 12, "cross-fitting", 50.0, -1.0, (0.2, 0.7))

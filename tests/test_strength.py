@@ -96,7 +96,7 @@ def test_a_calibration_is_dropped():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["prototypes", "gda", "tip-adapter-f"])
+@pytest.mark.parametrize("kind", ["prototypes", "gda", "prototypes-gda", "tip-adapter-f"])
 def test_heads_are_made_anew(kind, tmp_path):
     def keep(classifier):
         return classifier.keep_prototypes(2.0) if kind == "prototypes" else classifier.keep_prototypes(**options)
@@ -117,7 +117,7 @@ def test_heads_are_made_anew(kind, tmp_path):
 
     after = classifier.set_frozen_weight(0.8, batches=BATCHES)(IMAGES).logits
     anew = make_classifier(config={"frozen_weight": 0.8}).eval()
-    if kind == "prototypes":
+    if kind.startswith("prototypes"):
         features = head_features(*anew.image_embeds(IMAGES))
         means = torch.stack([features[LABELS == c].mean(dim=0) for c in range(4)])
         anew.prototypes.data = means

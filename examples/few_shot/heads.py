@@ -89,10 +89,22 @@ def features(part: dict) -> torch.Tensor:
     return head_features(part["images"], part["frozen_images"])
 
 
+def prototype_weights(found: dict) -> torch.Tensor | None:
+    """(C, E), whose products with `features` are the logits of the trained prototypes; None where there are none."""
+    if "prototypes" not in found:
+        return None
+    return PROTOTYPE_LOGIT_WEIGHT * PROTOTYPE_SCALE * F.normalize(found["prototypes"], dim=1)
+
+
+def kinds_for(found: dict) -> list[str]:
+    """Kinds of heads that a run has what it takes for."""
+    return [kind for kind in NAMES if kind != "prototypes-gda" or "prototypes" in found]
+
+
 def head_of(found: dict, kind: str) -> ClassHead:
     """The head that a run's training images teach."""
     train = found["train"]
-    logits = frozen_logits(found, train), None, texts_logits(found, train)
+    logits = frozen_logits(found, train), None, texts_logits(found, train), prototype_weights(found)
     return fit_head(kind, features(train), train["labels"], train["texts"], *logits)
 
 
@@ -108,16 +120,16 @@ def predictions(found: dict) -> dict[str, torch.Tensor]:
     Its first word is the evaluation.
     """
     logits, labels = {}, {}
-    heads = {kind: head_of(found, kind) for kind in NAMES}
+    heads = {kind: head_of(found, kind) for kind in kinds_for(found)}
+    prototypes = prototype_weights(found)
     for name, part in found.items():
         if not isinstance(part, dict) or name in DRAWN:
             continue
         texts, zero_shot = texts_logits(found, part), frozen_logits(found, part)
         ways = {"zero-shot": zero_shot, "texts": texts}
         if trained(found, part):
-            if "prototypes" in found:
-                cosines = features(part) @ F.normalize(found["prototypes"], dim=1).T
-                ways["prototypes"] = texts + PROTOTYPE_LOGIT_WEIGHT * PROTOTYPE_SCALE * cosines
+            if prototypes is not None:
+                ways["prototypes"] = texts + features(part) @ prototypes.T
             ways |= {kind: with_head(found, part, head) for kind, head in heads.items()}
         else:
             ways |= {f"margin {m:g}": more_confident(texts, zero_shot, m) for m in MARGINS}
@@ -132,12 +144,18 @@ def trained(found: dict, part: dict) -> bool:
 
 
 def write_row(run: Path, kind: str) -> Path | None:
-    """A run of the same adapter with another head, as `run.py` finds it; None where it is there, or has one already."""
+    """A run of the same adapter with another head, as `run.py` finds it.
+
+    None where it is there, or has one already, or lacks what this one needs.
+    """
     method = settings_of(run)["method"]
     if method.get("head") is not None:
         return None
     name = kind if method["learner"] == "zero-shot" else f"{method['name']}-{kind}"
-    head = head_of(read_embeddings(run / FILE), kind)
+    found = read_embeddings(run / FILE)
+    if kind not in kinds_for(found):
+        return None
+    head = head_of(found, kind)
     described = {"name": name, "description": f"{method['description']}; head {kind}", "head": kind}
     return write_run(run, method | described, {"logit_weight": head.logit_weight}, head)
 

@@ -17,9 +17,9 @@ from transformers.utils.generic import ModelOutput
 
 from ..method.heads import NAMES, check_logit_weight
 from ..method.label_losses import asymmetric_loss, label_loss
-from ..method.losses import SEPLoss, sep_loss
+from ..method.losses import PROTOTYPE_SCALE, SEPLoss, sep_loss
 from ..method.mix import unit, wide
-from ..method.recipe import Recipe
+from ..method.recipe import PROTOTYPE_LOGIT_WEIGHT, Recipe
 from ..method.regularizers import regularizers
 from ..tuner.config import SEPConfig
 from ..tuner.current import walked_adapter
@@ -416,12 +416,13 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
         Other heads read the mean of v and v0 of the training images as they are, without augmentation: "gda" (class
         means and one covariance), "probe" (a linear one that the texts take part in), "residual" (a linear one that
         starts at the texts) and "tip-adapter-f" (a cache of them); see `sep_peft.method.fit_heads`. They stand on any
-        adapter, need no prototypes in the loss, and take the place of what was kept.
+        adapter, need no prototypes in the loss, and take the place of what was kept. "prototypes-gda" is the mean of
+        the logits of the trained prototypes and of GDA.
 
         Args:
             logit_weight: weight of the head's logits, above 0; None: for prototypes the recipe's
                 `prototype_logit_weight`, 5, for other heads what `fit_head` chooses.
-            kind: "prototypes", "gda", "probe", "residual" or "tip-adapter-f".
+            kind: "prototypes", "gda", "probe", "prototypes-gda", "residual" or "tip-adapter-f".
             batches: dicts with `pixel_values`, what else the image tower takes, and `labels` (B,), of the training
                 images; for all kinds but prototypes.
 
@@ -437,12 +438,20 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
             return self
         if batches is not None:
             raise ValueError('batches must be left out for kind="prototypes", which were trained with the adapter.')
-        if self.prototypes is None:
-            raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
-        kept = unit(wide(self.prototypes.detach())).cpu()
+        kept = self._unit_prototypes().cpu()
         weight = self.recipe.prototype_logit_weight if logit_weight is None else logit_weight
         self._take_as_trained(replace(self.classes, prototypes=kept, prototype_logit_weight=weight, head=None))
         return self
+
+    def _unit_prototypes(self) -> torch.Tensor:
+        """W as trained, (C, E), of unit length.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.prototypes is None:
+            raise ValueError("There are no prototypes to keep: the classifier was made with prototype_weight=0.")
+        return unit(wide(self.prototypes.detach()))
 
     def _keep_head(
         self, kind: str, batches: Iterable[Mapping[str, torch.Tensor]] | None, logit_weight: float | None
@@ -457,8 +466,14 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
             check_logit_weight(logit_weight, "logit_weight")
         if batches is None:
             raise ValueError(f"batches of the training images are needed for kind={kind!r}.")
+        prototypes = None
+        if kind == "prototypes-gda":
+            weight = self.recipe.prototype_logit_weight or PROTOTYPE_LOGIT_WEIGHT
+            prototypes = weight * PROTOTYPE_SCALE * self._unit_prototypes()
         with evaluating(self.model):
-            classes = fitted_classes(kind, self.vision_tower, self.encoder, batches, self.device, logit_weight)
+            classes = fitted_classes(
+                kind, self.vision_tower, self.encoder, batches, self.device, logit_weight, prototypes
+            )
         self._take_as_trained(classes)
 
     def finish_training(self) -> SEPClassifier:

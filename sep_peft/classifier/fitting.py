@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from ..method.fit_heads import class_means, fit_head
+from ..method.losses import PROTOTYPE_SCALE
 from ..method.mix import unit
+from ..method.recipe import PROTOTYPE_LOGIT_WEIGHT
 from ..tuner.tower import SEPTower
 from .class_encoder import ClassEncoder
 from .classes import TaskClasses
@@ -34,6 +36,7 @@ def fitted_classes(
     batches: Iterable[Mapping[str, torch.Tensor]],
     device: torch.device,
     logit_weight: float | None = None,
+    prototype_weights: torch.Tensor | None = None,
 ) -> TaskClasses:
     """The classes of an encoder with a head that is fitted anew; nothing else of them is changed.
 
@@ -44,6 +47,8 @@ def fitted_classes(
         batches: dicts with `pixel_values`, what else the tower takes, and `labels` (B,), of the training images.
         device: of the model.
         logit_weight: of the head's logits; None: what `fit_head` chooses. Prototypes keep theirs.
+        prototype_weights: (C, E), which make the trained prototypes into logits, for "prototypes-gda"; None: those of
+            the class means, with the default weight.
 
     Raises:
         ValueError: there are no batches, one has no labels, a label is no class, a class has no image, or an embedding
@@ -75,6 +80,9 @@ def fitted_classes(
     zero_shot = zero_shot_logits(tower, torch.cat(frozen), weights.frozen_text_embeds)
     texts = ClassWeights(weights.text_embeds, weights.frozen_text_embeds)
     text_logits = class_logits(tower, torch.cat(own), torch.cat(frozen), texts)
-    head = fit_head(kind, features, told, weights.text_embeds, zero_shot, logit_weight, text_logits)
+    if kind == "prototypes-gda" and prototype_weights is None:
+        means = unit(class_means(features, told, len(encoder.classes)))  # (C, E)
+        prototype_weights = PROTOTYPE_LOGIT_WEIGHT * PROTOTYPE_SCALE * means
+    head = fit_head(kind, features, told, weights.text_embeds, zero_shot, logit_weight, text_logits, prototype_weights)
     head = replace(head, tensors={name: value.cpu() for name, value in head.tensors.items()})
     return replace(encoder.classes, prototypes=None, prototype_logit_weight=0.0, head=head)

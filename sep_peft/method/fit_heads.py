@@ -4,6 +4,7 @@ Sources:
 
 - GDA: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", arXiv 2402.04087.
 - probe: Huang et al., "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP", arXiv 2404.02285.
+- prototypes-gda: the mean of GDA and the prototypes of SEP's loss; compared in `examples/few_shot`.
 - residual: Yu et al., "Task Residual for Tuning Vision-Language Models", arXiv 2211.10277; the second stage of Farina
   et al., "Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages" (2SFS), arXiv 2503.11609.
 - Tip-Adapter-F: Zhang et al., "Tip-Adapter", arXiv 2111.03930.
@@ -42,6 +43,7 @@ def fit_head(
     zero_shot_logits: torch.Tensor,
     logit_weight: float | None = None,
     text_logits: torch.Tensor | None = None,
+    prototype_weights: torch.Tensor | None = None,
 ) -> ClassHead:
     """Fit a head on the embeddings of training images.
 
@@ -57,9 +59,12 @@ def fit_head(
             fitted on, in `FOLDS` turns; where a class has a single image, that with which both spread alike.
         text_logits: (N, C), of the class texts by the adapter, beside which a residual is trained; other heads do not
             read them.
+        prototype_weights: (C, E), whose products with x are the logits of the trained prototypes, which those of GDA
+            are averaged with in "prototypes-gda"; other heads do not read them.
 
     Raises:
-        ValueError: an unknown kind, a class without an image, or a residual without `text_logits`.
+        ValueError: an unknown kind, a class without an image, a residual without `text_logits`, or "prototypes-gda"
+            without `prototype_weights`.
     """
     check_kind(kind)
     if empty := sorted(set(range(len(text_embeds))) - set(labels.tolist())):
@@ -74,6 +79,11 @@ def fit_head(
             raise ValueError("A residual head needs text_logits, beside which it is trained.")
         weight = best_residual(embeds, labels, wide(text_logits))
         return ClassHead(kind, {"weight": weight, "bias": torch.zeros_like(weight[:, 0])}, logit_weight or 1.0)
+    if kind == "prototypes-gda":
+        if prototype_weights is None:
+            raise ValueError("A prototypes-gda head needs prototype_weights, which it averages with GDA.")
+        of_gda = fit_head("gda", embeds, labels, text_embeds, zero_shot_logits)
+        return averaged(of_gda, wide(prototype_weights), 1.0 if logit_weight is None else logit_weight)
     fit: Fit = gda
     if kind == "probe":
         fit = partial(probe, penalty=_best_penalty(embeds, labels, text_embeds))
@@ -110,6 +120,22 @@ def gda(embeds: torch.Tensor, labels: torch.Tensor, text_embeds: torch.Tensor) -
     weight = size * torch.linalg.solve(shrunk, means.double().T).T  # (C, E)
     bias = -(weight * means).sum(dim=1) / 2
     return weight.to(embeds.dtype), bias.to(embeds.dtype)
+
+
+def averaged(head: ClassHead, prototype_weights: torch.Tensor, logit_weight: float) -> ClassHead:
+    """The mean of a linear head's logits and those of the trained prototypes: again a linear head.
+
+    Prototypes learn what augmented images have in common and forget how channels spread; GDA knows only that. A softmax
+    of the mean of logits is the geometric mean of both probabilities, so neither is sure where the other is not.
+
+    Args:
+        head: with `weight` (C, E) and `bias` (C,).
+        prototype_weights: (C, E).
+        logit_weight: of the mean.
+    """
+    weight = (prototype_weights + head.logit_weight * head.tensors["weight"]) / 2
+    bias = head.logit_weight * head.tensors["bias"] / 2
+    return ClassHead("prototypes-gda", {"weight": weight, "bias": bias}, logit_weight)
 
 
 def probe(

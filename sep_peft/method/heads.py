@@ -27,6 +27,7 @@ MAX_LOGIT_WEIGHT = 1000
 NAMES = {
     "gda": ("weight", "bias"),
     "probe": ("weight", "bias"),
+    "prototypes-gda": ("weight", "bias"),
     "residual": ("weight", "bias"),
     "tip-adapter-f": ("keys", "labels"),
 }
@@ -37,8 +38,8 @@ class ClassHead:
     """What a head of C classes has learned.
 
     Args:
-        kind: "gda", "probe", "residual" or "tip-adapter-f".
-        tensors: of the first three `weight` (C, E) and `bias` (C,), of "tip-adapter-f" `keys` (N, E) and `labels`
+        kind: "gda", "probe", "prototypes-gda", "residual" or "tip-adapter-f".
+        tensors: of the first four `weight` (C, E) and `bias` (C,), of "tip-adapter-f" `keys` (N, E) and `labels`
             (N,), class indices.
         logit_weight: that its logits are multiplied by, above 0 and at most `MAX_LOGIT_WEIGHT`.
 

@@ -26,7 +26,7 @@ def test_every_way_to_predict():
     found = {"scale": 20.0, "train": part(12, 1, 3), "base": part(30, 2, 3), "new": part(20, 3, 2)}
     found["prototypes"] = found["base"]["texts"]
     right = heads.predictions(found)
-    base = ("zero-shot", "texts", "prototypes", "gda", "probe", "residual", "tip-adapter-f")
+    base = ("zero-shot", "texts", "prototypes", "gda", "probe", "prototypes-gda", "residual", "tip-adapter-f")
     new = ("zero-shot", "texts", "margin 1", "margin 1.5")
     assert list(right) == [*(f"base {name}" for name in base), *(f"new {name}" for name in new)]
     shares = {name: value.float().mean().item() for name, value in right.items()}

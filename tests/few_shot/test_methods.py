@@ -145,8 +145,8 @@ def test_a_variant_of_nothing(write, tmp_path, scripts):
         ({"learner": "lora", "selection": "random"}, '{file}: selection is for learner "sep", but this is \'lora\'.'),
         ({"learner": "tip-adapter", "recipe": {}}, '{file}: recipe is for learners "sep" and "lora", but this is '
          "'tip-adapter'."),
-        ({"learner": "sep", "head": "svm"}, "{file}: head must be one of gda, probe, residual, tip-adapter-f, "
-         "but is 'svm'."),
+        ({"learner": "sep", "head": "svm"}, "{file}: head must be one of gda, probe, prototypes-gda, residual, "
+         "tip-adapter-f, but is 'svm'."),
         ({"learner": "tip-adapter", "head": "gda"}, "{file}: head is for learners that compare images with texts, but "
          "this is 'tip-adapter'."),
         ({"learner": "sep", "first_stage": 0.5}, "{file}: first_stage must be above 0 and below 1, of a method that "
