@@ -246,3 +246,58 @@ def test_samples_are_checked():
         classifier(pixels, labels=torch.tensor([0, 1]))
     with raises("Labels must be 0 or 1 where an image may have several classes, but other values are there."):
         classifier(pixels, labels=torch.full((2, 3), 0.5))
+
+
+def with_sigmoids() -> SEPClassifier:
+    """Not calibrated, with what training might have left of the sigmoids."""
+    classifier = make_classifier()
+    for parameter in classifier.sigmoids.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(3))
+    return classifier.finish_training()
+
+
+@torch.no_grad()
+def test_without_calibration_logits_are_those_of_before_a_save_and_of_each_class_among_all(tmp_path):
+    classifier = with_sigmoids()
+    pixels = classifier.processor(images=[image for image, _ in VAL], return_tensors="pt")["pixel_values"]
+    expected = classifier(pixels).logits
+    classifier.save_pretrained(tmp_path)
+    loaded = SEPClassifier.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixels).logits, expected)
+    assert not any(p.requires_grad for p in loaded.sigmoids.parameters())
+    going_on = SEPClassifier.from_pretrained(tmp_path, is_trainable=True)
+    assert same(dict(going_on.sigmoids.named_parameters()), dict(classifier.sigmoids.named_parameters()))
+    assert all(p.requires_grad for p in going_on.sigmoids.parameters())
+    loaded.set_classes(["lamp", "cup"])
+    assert not torch.equal(loaded(pixels).logits[:, 0], expected[:, 0])
+    loaded.set_classes(NAMES[:0:-1])
+    torch.testing.assert_close(loaded(pixels).logits, expected[:, [2, 1]])
+    data = json.loads((tmp_path / "sep_classes.json").read_text())
+    kept = data["sigmoids"]
+    keys = "log_slope, biases, prototype_biases"
+    for change, message in (
+        ({"sigmoids": [1]}, f"sigmoids of the class list must have {keys}, got [1]."),
+        ({"sigmoids": kept | {"log_slope": 31}}, "log_slope of the sigmoids must be a number from -30 to 30, got 31. "
+         "Train with a lower learning rate."),
+        ({"sigmoids": kept | {"biases": ["a"]}}, "biases of the sigmoids must be numbers from -10000 to 10000, got "
+         "('a',). Train with a lower learning rate."),
+        ({"sigmoids": kept | {"biases": [1.0]}}, "biases and prototype_biases of the sigmoids must be as many, but are "
+         "1 and 3."),
+        ({"sigmoids": {"log_slope": 0, "biases": [1.0], "prototype_biases": [1.0]}}, "The sigmoids have the biases of "
+         "1 class, but there are 3."),
+        ({"multi_label": False}, "sigmoids are for classes of which an image may have several, but these have one."),
+    ):  # fmt: skip
+        file = tmp_path / "sep_classes.json"
+        file.write_text(json.dumps(data | change))
+        with raises(f"{file}: {message}"):
+            SEPClassifier.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_takes_the_place_of_the_loss_trains_as_it_did(trains):
+    """Of the classes before, and where there was none, as the model does."""
+    classifier = make_classifier().requires_grad_(trains)
+    for classes in (["cup", "lamp"], replace(classifier.classes, multi_label=False), classifier.classes):
+        classifier.set_classes(classes)
+        of_loss = [classifier.prototypes, *(classifier.sigmoids.parameters() if classifier.sigmoids else ())]
+        assert {p.requires_grad for p in of_loss} == {trains}

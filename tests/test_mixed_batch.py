@@ -167,7 +167,11 @@ class TestErrors:
             self.run(model, call, ["one"] * count)
 
     def test_unknown_names(self, call, model):
-        with raises("Trying to infer with non-existing adapter(s): five, six"):
+        has = ", ".join(map(repr, sorted(model.peft_config)))
+        with raises(
+            f"The model has no SEP adapter 'five', 'six'; it has {has}. Add or load it first, or name one of these, or "
+            '"__base__" for the model without an adapter.'
+        ):
             self.run(model, call, ["six", "one", "five", "six", "__base__"])
 
     def test_a_single_name(self, call, model):
@@ -190,7 +194,10 @@ class TestErrors:
 
 def test_adapters_of_other_methods_are_unknown():
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_clip(), adapter_name="lora")
-    with raises("Trying to infer with non-existing adapter(s): lora"):
+    with raises(
+        "The model has no SEP adapter 'lora'; it has none. Add or load it first, or name one of these, or "
+        '"__base__" for the model without an adapter.'
+    ):
         mixed_batch.check_adapter_names(["lora"], {"lora": LoraConfig()})
     assert find_towers(model) == {}
 

@@ -164,7 +164,11 @@ def test_embeddings_of_several_adapters_share_the_frozen_branch(model):
     assert seen == [COUNT] * 5  # the frozen pass, and four prompted ones
     for name, embeds in zip(names, found, strict=True):
         torch.testing.assert_close(embeds, run_alone(model, name, lambda: embedder(IMAGES)), rtol=1e-5, atol=1e-5)
-    with raises("Trying to infer with non-existing adapter(s): other"):
+    has = ", ".join(map(repr, sorted(model.peft_config)))
+    with raises(
+        f"The model has no SEP adapter 'other'; it has {has}. Add or load it first, or name one of these, or "
+        '"__base__" for the model without an adapter.'
+    ):
         embedder.by_adapters(IMAGES, ["low 0", "other"])
 
 

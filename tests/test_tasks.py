@@ -181,6 +181,10 @@ def test_tasks_follow_the_model(served):
 
 
 NO_BIRDS = "There is no task 'birds'; the tasks are ['pets', 'clothing', 'plain']."
+NO_ADAPTER = (
+    "The model has no SEP adapter '{}'; it has {}. Add or load it first, or name one of these, or \"__base__\" for the "
+    "model without an adapter."
+)
 TOO_LONG = (
     "A text of 19 tokens does not fit: the text tower has 20 positions and 2 are taken by prompts, so 18 tokens are "
     "left (BOS and EOS included). Shorten the text or use fewer prompts (num_text_prompts)."
@@ -198,7 +202,8 @@ ERRORS = [
     ),
     (lambda c: c.add_task("pets", OWN), "There is a task 'pets' already. Remove it first, or choose another name."),
     (lambda c: c.add_task(" ", OWN), "A task's name must be a text that is not blank, but got ' '."),
-    (lambda c: c.add_task("birds", OWN), "Trying to infer with non-existing adapter(s): birds"),
+    (lambda c: c.add_task("birds", OWN), NO_ADAPTER.format("birds", "'clothing', 'default'")),
+    (lambda c: c.add_task("birds", OWN, adapter="b\x1b"), NO_ADAPTER.format("b\\x1b", "'clothing', 'default'")),
     (lambda c: c.add_task("birds", ["crow"], adapter="default"), NO_PROCESSOR.format("to read class names")),
     (lambda c: c.add_task("birds", TaskClasses(make_texts([3, 19])), adapter="default"), TOO_LONG),
 ]
@@ -221,7 +226,7 @@ def test_the_longest_text_is_that_of_the_tasks_adapter(served):
 
 def test_a_deleted_adapter(served):
     served.model.delete_adapter("clothing")
-    with raises("Trying to infer with non-existing adapter(s): clothing"):
+    with raises(NO_ADAPTER.format("clothing", "'default'")):
         served.predict(IMAGE_FILES[:2], task=["pets", "clothing"])
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from sep_peft.classifier.image_index import ImageIndex
 from sep_peft.classifier.whitened import WHITENING_FILE
 from sep_peft.cli.app import main
 from sep_peft.method.whitening import NEW_CLASSES, Whitening, fit_whitening
-from sep_peft.training import Recipe, fit
+from sep_peft.training import Recipe, TrainingInterrupted, fit
 from sep_peft.training.data import LabelledImages
 from sep_peft.tuner.save_id import SAVE_ID, MixedSaveError
 
@@ -245,3 +248,45 @@ def test_an_index_keeps_embeddings_as_they_are_and_compares_whitened_ones(traine
     assert main(["embed", str(saved), str(folder), str(output), "--whiten", "--quiet", "--index", options[1]]) == 0
     assert np.load(output)["embeddings"] == pytest.approx(own.numpy(), abs=1e-5)
     assert main(["embed", str(saved), str(tmp_path / "texts.txt"), str(output), "--whiten", "--quiet"]) == 1
+
+
+LACKS_BOTH = (
+    "; there is no whitening and no calibration, which comes after the last epoch. Call {}"
+    "classifier.fit_whitening(batches) and sep_peft.training.calibrate(classifier, images)."
+)
+RESUME = "fit(..., resume=True) with a classifier that is made anew, or "
+
+
+def test_an_interrupted_training_says_what_it_lacks_and_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    make = classifier_maker(Recipe.retrieval(epochs=2, batch_size=3), SEPConfig.retrieval())
+    options = {"eval_samples": TRAIN[:2], "keep": "last", "quiet": True}
+    whole = make()
+    fit(whole, TRAIN, **options)
+
+    def end(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    calibration_alone = LACKS_BOTH.replace("whitening and no ", "").replace(
+        "classifier.fit_whitening(batches) and ", ""
+    )
+    for epochs, place, lacks in (
+        (1, None, LACKS_BOTH),
+        (2, (SEPClassifier, "fit_whitening"), LACKS_BOTH),
+        (2, (sys.modules["sep_peft.training.fit"], "calibrate"), calibration_alone),
+    ):
+        stopped, folder = make(), tmp_path / lacks[:30]
+        with monkeypatch.context() as patch:
+            if place is not None:
+                patch.setattr(*place, end)
+            callbacks = [lambda history, place=place: end() if place is None and len(history) == 1 else None]
+            with raises(
+                f"stopped by SIGTERM after {epochs} of 2 epochs{lacks.format(RESUME)}", TrainingInterrupted
+            ) as stop:
+                fit(stopped, TRAIN, folder=folder, resume=True, callbacks=callbacks, **options)
+        assert (stopped.whitening is None) == ("whitening" in stop.value.missing) and not stopped.training
+        assert stopped.classes.calibration is None and stop.value.missing[-1] == "calibration"
+        resumed = make()
+        fit(resumed, TRAIN, folder=folder, resume=True, **options)
+        for name in ("mean", "matrix"):
+            assert torch.equal(getattr(resumed.whitening, name), getattr(whole.whitening, name))
+        assert resumed.classes.calibration == whole.classes.calibration is not None

@@ -16,6 +16,7 @@ from ..words import are, counted
 from .calibration import Calibration, is_number
 from .descriptions import Descriptions
 from .label_calibration import LabelCalibration
+from .label_training import KeptSigmoids
 from .tokenized import check_inputs, check_text, to_lists, to_tensors, token_rows
 
 
@@ -47,12 +48,14 @@ class TaskClasses:
         head: another head than prototypes that takes part in predictions; None: there is none.
         descriptions: texts about each class that the frozen branch reads beside the templates; None: there are none.
         multi_label: whether an image may have several of the classes, or none.
+        sigmoids: what makes logits into log odds where an image may have several of the classes and there is no
+            calibration, as training left it; None: logits are as they are.
 
     Raises:
         ValueError: no classes, two whose names read alike, tensors that hold no ids, texts without a token, or whose
             first dimensions differ, or prototypes of another number, with a value that is not finite, or without a
             weight above 0, a margin below 0 or not finite, a head of other classes or beside prototypes, or of several
-            labels an image a margin, a head that knows one, or a calibration of the other kind.
+            labels an image a margin, a head that knows one, a calibration of the other kind, or sigmoids of others.
     """
 
     class_inputs: dict[str, torch.Tensor]
@@ -67,6 +70,7 @@ class TaskClasses:
     head: ClassHead | None = None
     descriptions: Descriptions | None = None
     multi_label: bool = False
+    sigmoids: KeptSigmoids | None = None
 
     def __post_init__(self):
         count = len(self.class_inputs["input_ids"]) if "input_ids" in self.class_inputs else 0
@@ -115,6 +119,13 @@ class TaskClasses:
             )
         if self.multi_label and self.head is not None:
             raise ValueError(f"A {self.head.kind} head tells one class an image, but these have multi_label=True.")
+        if self.sigmoids is not None and not self.multi_label:
+            raise ValueError("sigmoids are for classes of which an image may have several, but these have one.")
+        if self.sigmoids is not None and len(self.sigmoids.biases) != count:
+            raise ValueError(
+                f"The sigmoids have the biases of {counted(len(self.sigmoids.biases), 'class', 'classes')}, but there "
+                f"{are(count)} {count}."
+            )
 
     def _check_prototypes(self, prototypes: torch.Tensor) -> None:
         shape = tuple(prototypes.shape)
@@ -221,6 +232,7 @@ class TaskClasses:
             head=None if self.head is None else self.head.only(rows),
             descriptions=None if self.descriptions is None else self.descriptions.only(rows),
             calibration=calibration,
+            sigmoids=None if self.sigmoids is None else self.sigmoids.only(rows),
         )
 
     @property
@@ -241,6 +253,7 @@ class TaskClasses:
             **({} if self.head is None else {"head": {"kind": self.head.kind, "logit_weight": self.head.logit_weight}}),
             **({} if self.descriptions is None else {"descriptions": self.descriptions.to_json()}),
             **({"multi_label": True} if self.multi_label else {}),
+            **({} if self.sigmoids is None else {"sigmoids": self.sigmoids.to_json()}),
         }
 
     @classmethod
@@ -287,6 +300,7 @@ class TaskClasses:
             None if head_tensors is None else _head_of(data.get("head"), head_tensors),
             Descriptions.from_json(data["descriptions"]) if "descriptions" in data else None,
             multi_label,
+            KeptSigmoids.from_json(data["sigmoids"]) if "sigmoids" in data else None,
         )
         classes._warn_of_equal_texts()
         return classes

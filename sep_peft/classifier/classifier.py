@@ -45,7 +45,7 @@ from .fitting import fitted_classes
 from .images import as_images, read_image
 from .inputs import check_images, check_labels, check_targets, check_trunk, labels_in
 from .label_calibration import LabelCalibration
-from .label_training import TrainedSigmoids
+from .label_training import TrainedSigmoids, train_alike
 from .logits import ClassWeights, class_logits, zero_shot_logits
 from .on_the_way import send
 from .prediction import Task, check_answers, image_embeds, predict_batch
@@ -235,11 +235,12 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
         found = self._tokenized(classes, template, zero_shot_margin, descriptions, self.classes.multi_label)
         if named:
             found = self._in_place_of_trained(found, zero_shot_margin is None, template is None, descriptions is None)
-        classes = found
-        self._encode(classes)
+        before = self.sigmoids, self.prototypes
+        self._encode(found)
         self.reset_sigmoids()
         if self.prototypes is not None:
             self.reset_prototypes()
+        train_alike(self.model, before, (self.sigmoids, self.prototypes))
         return self
 
     def _in_place_of_trained(
@@ -386,12 +387,14 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
         Where an image has one of the classes there is nothing to start.
 
         Args:
-            batches: as for `reset_prototypes`; they then start at what suits zero-shot on these images. None: at 0.
+            batches: as for `reset_prototypes`; they then start at what suits zero-shot on these images. None: where
+                they were kept, or at a slope of 1 without biases.
         """
         self.sigmoids = None
         if not self.classes.multi_label:
             return
-        self.sigmoids = TrainedSigmoids(len(self.classes)).to(self.device)
+        kept = self.classes.sigmoids if batches is None else None
+        self.sigmoids = TrainedSigmoids(len(self.classes), kept).to(self.device)
         if batches is not None:
             both = [self._frozen_images(batch) for batch in batches]
             embeds, targets = (torch.cat(column) for column in zip(*both, strict=True))
@@ -492,6 +495,8 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
         return self.eval()
 
     def _take_as_trained(self, classes: TaskClasses) -> None:
+        kept = None if self.sigmoids is None else self.sigmoids.keep()
+        classes = replace(classes, sigmoids=kept)
         self.trained = replace(classes, zero_shot_margin=0.0, calibration=None)  # which was that of other logits
         self._encode(self.trained)
 
@@ -825,7 +830,7 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
         commit_message: str = "Upload SEP adapter",
         **commit_options,
     ) -> str:
-        """Upload what `save_pretrained` writes to the Hub, in one commit.
+        """Upload what `save_pretrained` writes to the Hub, in one commit; what an earlier adapter left there goes.
 
         Args:
             repo_id: "user/name"; made where it is missing.
@@ -862,7 +867,8 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
 
     @property
     def _saved_classes(self) -> TaskClasses:
-        return replace(self.classes, new_class_margin=self.recipe.zero_shot_margin)
+        sigmoids = None if self.sigmoids is None else self.sigmoids.keep()
+        return replace(self.classes, new_class_margin=self.recipe.zero_shot_margin, sigmoids=sigmoids)
 
     @classmethod
     @path_first

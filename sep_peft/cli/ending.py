@@ -32,9 +32,12 @@ def interrupted(
     code = 143 if history.stopped == "SIGTERM" else 130
     if not history.rows:
         data = {"adapter": None, "history": history.to_json()}
-        return Result(data, [f"{interruption}, so there is nothing to save"], code)
-    result = tell(save(details=replace(details, protocol=f"{details.protocol}; {interruption}")), details, history)
-    return replace(result, code=code, lines=[*result.lines, f"{interruption}; --resume goes on"])
+        return Result(data, [f"{interruption.ended}, so there is nothing to save"], code)
+    ended, missing = interruption.ended, list(interruption.missing)
+    result = tell(save(details=replace(details, protocol=f"{details.protocol}; {ended}")), details, history)
+    after = [f"there is no {name}, which comes after the last epoch" for name in missing]
+    lines = [*result.lines, *after, f"{ended}; --resume goes on"]
+    return replace(result, code=code, lines=lines, data=result.data | {"missing": missing})
 
 
 def protocol(plan: str, history: History, held_out: Sequence[Any] | None, keep: Literal["best", "last"]) -> str:

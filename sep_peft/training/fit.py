@@ -33,6 +33,7 @@ from .optimizer import trainable
 from .run_folder import check_run_folder
 from .run_log import RunLog
 from .shipping import LabelValidation, Validation, ship
+from .signals import Signals
 
 
 #: Attributes of a classifier that a training sets before its first step.
@@ -104,7 +105,8 @@ def fit(
             then. Or the checkpoint is of another training; nothing is changed then either. Or an image cannot be read,
             or the loss is not finite; before the end of the first epoch the classifier is as it was.
         TrainingInterrupted: Ctrl-C or SIGTERM came. The classifier is finished as if the training had ended with the
-            last epoch that was done; before the end of the first one it is as it was.
+            last epoch that was done, but for whitening and calibration, which would take a while: `missing` and the
+            message name what a whole training would have. Before the end of the first epoch it is as it was.
 
     Example:
         >>> classifier = SEPClassifier.from_class_names(model, processor, ["butterfly", "lobster"])
@@ -166,21 +168,44 @@ def fit(
                 **options,
             )
         except TrainingInterrupted as interruption:
-            if interruption.history.rows:
+            if not interruption.history.rows:
+                raise
+            ship(classifier)
+            raise _lacking(interruption.history, classifier, plain, held_out, folder) from None
+    with Signals() as signals:
+        try:
+            with signals.held():
                 ship(classifier)
-            raise
-    ship(classifier)
-    if recipe.whiten:
-        classifier.fit_whitening(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
-    try:
-        if held_out is not None:
-            calibrate(classifier, held_out, workers=workers)
-        elif recipe.calibration_folds and len(samples) > 1:
-            _cross_fit(classifier, plain, images, recipe, start, options)
-    except TrainingInterrupted as interruption:  # of a training without some images; the whole one has ended
-        history.stopped = interruption.history.stopped
-        raise TrainingInterrupted(history) from None
+            if recipe.whiten:
+                classifier.fit_whitening(torch.utils.data.DataLoader(plain, recipe.batch_size, num_workers=workers))
+            if held_out is not None:
+                calibrate(classifier, held_out, workers=workers)
+            elif recipe.calibration_folds and len(samples) > 1:
+                _cross_fit(classifier, plain, images, recipe, start, options)
+        except KeyboardInterrupt as stop:
+            inner = stop.history if isinstance(stop, TrainingInterrupted) else None  # of a training without some images
+            history.stopped = signals.received if inner is None else inner.stopped
+            raise _lacking(history, classifier, plain, held_out, folder) from None
     return history
+
+
+def _lacking(
+    history: History,
+    classifier: SEPClassifier,
+    plain: LabelledImages,
+    held_out: LabelledImages | None,
+    folder: str | os.PathLike | None,
+) -> TrainingInterrupted:
+    """The interruption of a training whose weights are finished, with what a whole one would have beside them."""
+    recipe, missing, calls = classifier.recipe, [], []
+    if recipe.whiten and classifier.whitening is None:
+        missing, calls = ["whitening"], ["classifier.fit_whitening(batches)"]
+    calibrates = held_out is not None or (recipe.calibration_folds and len(plain) > 1)
+    if calibrates and classifier.classes.calibration is None:
+        missing, calls = [*missing, "calibration"], [*calls, "sep_peft.training.calibrate(classifier, images)"]
+    resume = "" if folder is None else "fit(..., resume=True) with a classifier that is made anew, or "
+    remedy = f"Call {resume}{' and '.join(calls)}."
+    return TrainingInterrupted(history, missing, remedy)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
@@ -115,8 +115,17 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     Args:
         history: of these epochs; its `stopped` names the signal.
+        missing: what is fitted after the last epoch, and was not, such as "calibration".
+        remedy: how to get it, for the message.
     """
 
-    def __init__(self, history: History):
-        super().__init__(f"stopped by {history.stopped} {history}")
-        self.history = history
+    def __init__(self, history: History, missing: Sequence[str] = (), remedy: str = ""):
+        self.history, self.missing = history, tuple(missing)
+        lacks = " and ".join(f"no {name}" for name in missing)
+        rest = f"; there is {lacks}, which comes after the last epoch. {remedy}" if missing else ""
+        super().__init__(f"{self.ended}{rest}")
+
+    @property
+    def ended(self) -> str:
+        """Why and when, such as "stopped by Ctrl-C after 12 of 30 epochs"."""
+        return f"stopped by {self.history.stopped} {self.history}"

@@ -9,6 +9,7 @@ import torch
 
 from ..words import are, counted
 from .current import chosen_adapters
+from .messages import listed
 from .registration import peft_type
 
 
@@ -28,7 +29,10 @@ def check_adapter_names(names: Iterable[str], configs: Mapping[str, Any]) -> Non
     """
     known = {name: config for name, config in configs.items() if config.peft_type == peft_type()}
     if unknown := sorted(set(names) - {BASE, *known}):
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        raise ValueError(
+            f"The model has no SEP adapter {listed(unknown)}; it has {listed(sorted(known)) or 'none'}. Add or load it "
+            f'first, or name one of these, or "{BASE}" for the model without an adapter.'
+        )
     if own := sorted(name for name, config in known.items() if config.modules_to_save):
         raise ValueError(
             f"An adapter cannot be chosen by name for a single call while one has modules_to_save, as {', '.join(own)} "
