@@ -27,6 +27,7 @@ from transformers.image_utils import httpx
 
 from sep_peft import CardDetails, Score, SEPClassifier, SEPConfig
 from sep_peft.classifier.sharing import push_folder
+from sep_peft.classifier.whitened import Whitening
 from sep_peft.cli.app import main
 
 
@@ -49,6 +50,20 @@ def make_classifier(base: str = BASE, names=tuple(NAMES)) -> SEPClassifier:
     model = get_peft_model(CLIPModel.from_pretrained(base, token=TOKEN), config)
     perturb(model)
     return SEPClassifier.from_class_names(model, processor, names, template="an image of a {}.").eval()
+
+
+def push_all_parts_and_then_few(repo: str, subfolder: str | None) -> tuple[list[str], list]:
+    """What was there after a push with every part that a folder may hold, and the prediction of one without them."""
+    classifier, place = make_classifier(), {"subfolder": subfolder, "token": TOKEN}
+    classifier.keep_prototypes(1.5)
+    classifier.whitening = Whitening(torch.zeros(128), torch.eye(128))
+    classifier.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    classifier.push_to_hub(repo, CardDetails(confusion=b"PNG"), save_processor=True, **place)
+    before = HfApi(token=TOKEN).list_repo_files(repo)
+    plain = make_classifier()
+    HfApi(token=TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo="mine.txt", repo_id=repo)
+    plain.push_to_hub(repo, delete_patterns="*.txt", **place)
+    return before, plain.predict(IMAGE)
 
 
 def base_model() -> CLIPModel:
@@ -338,6 +353,37 @@ def test_branch_and_subfolder(hub, call, pushed):
     assert call(predict, revision="small") == pushed["prediction"]
     card = hub.files(REPO, "small")["birds/first/README.md"].content.decode()
     assert f'SEPClassifier.from_pretrained("{REPO}", subfolder="birds/first")' in card
+
+
+@pytest.mark.parametrize("subfolder", [None, "birds/first"])
+def test_nothing_of_an_earlier_push_is_loaded_with_a_later_one(subfolder, hub, call, pushed):
+    repo, below = f"ann/parts-{subfolder is None}", f"{subfolder}/" if subfolder else ""
+    before, prediction = call(push_all_parts_and_then_few, repo, subfolder)
+    optional = {"sep_prototypes.safetensors", "sep_whitening.safetensors", "sep_confusion.png", "processor_config.json"}
+    assert {below + name for name in optional} <= set(before)
+    assert set(hub.files(repo)) == {".gitattributes", *(below + name for name in FILES[1:])} | (
+        {"mine.txt"} if subfolder else set()
+    )
+    assert call(predict, repo, subfolder=subfolder) == prediction
+
+
+def test_a_base_model_in_the_same_place_keeps_its_processor(hub, call, pushed):
+    files = hub.files(BASE)
+    call(push, BASE)
+    assert set(hub.files(BASE)) == {*files, *FILES}
+    hub.repos[BASE].commit("main", files, "as it was")
+
+
+def test_a_processor_goes_with_the_adapter_that_it_came_with(hub, call, saved):
+    """Of a folder without one that of its base model is shared where that is asked for."""
+    given = ("push", saved, "ann/processor", "--token", TOKEN, "--quiet")
+    assert call(command, *given, "--save-processor")[0] == 0
+    files = hub.files("ann/processor")
+    base = json.loads(hub.files(BASE)["preprocessor_config.json"].content)
+    shared = json.loads(files["processor_config.json"].content)["image_processor"]
+    assert shared["image_mean"] == base["image_mean"] and "tokenizer.json" in files
+    assert call(command, *given)[0] == 0
+    assert not {"processor_config.json", "tokenizer.json"} & set(hub.files("ann/processor"))
 
 
 def test_what_the_owner_wrote_into_the_card_survives_a_second_push(hub, call, pushed):

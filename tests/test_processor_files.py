@@ -59,7 +59,11 @@ def test_the_folder_is_all_that_others_need(classifier, saved):
     assert {entry["label"]: entry["score"] for entry in again.predict(IMAGE_FILES[0])} == pytest.approx(
         expected, abs=1e-5
     )
-    found = pipeline("image-classification", model=str(saved), image_processor=str(saved))(str(IMAGE_FILES[0]))
+    for options in ({}, {"image_processor": str(saved)}):  # else that of the base model, which has other means
+        found = pipeline("image-classification", model=str(saved), **options)(str(IMAGE_FILES[0]))
+        assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(expected, abs=1e-5)
+    zero_shot = pipeline("zero-shot-image-classification", model=str(saved))
+    found = zero_shot(str(IMAGE_FILES[0]), candidate_labels=NAMES)
     assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(expected, abs=1e-5)
     adapter = Adapter.from_pretrained(saved)
     assert list(adapter.processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
@@ -113,3 +117,27 @@ def test_a_damaged_one_is_named(saved, tmp_path):
     message = str(error.value)
     assert message.startswith(f"The processor beside the adapter {damaged} cannot be loaded (")
     assert message.endswith("). Pass processor=AutoProcessor.from_pretrained(...), or remove its files.")
+
+
+def test_a_pipeline_takes_the_adapters_image_processor_unless_it_is_given_another(saved, caplog):
+    """With a warning where that is not the base model's, which `pipeline` takes of itself."""
+
+    def mean(**options) -> list[float]:
+        return list(pipeline("image-classification", model=str(saved), **options).image_processor.image_mean)
+
+    warning = (
+        "The adapter's own image processor is used, which differs from that of its base model. Pass "
+        "image_processor=... to use another one than both."
+    )
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name.endswith("pipelines")]
+
+    assert mean() == [0.1, 0.2, 0.3] and said() == [warning]
+    caplog.clear()
+    other = AutoProcessor.from_pretrained(saved).image_processor
+    other.image_mean = [0.4, 0.5, 0.6]
+    assert mean(image_processor=other) == [0.4, 0.5, 0.6] and mean(image_processor=str(saved)) == [0.1, 0.2, 0.3]
+    AutoProcessor.from_pretrained(shallow_clip(1)).save_pretrained(saved)  # the base model's, beside the adapter
+    assert mean() == list(AutoProcessor.from_pretrained(shallow_clip(1)).image_processor.image_mean)
+    assert said() == []

@@ -22,6 +22,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils import PROCESSOR_NAME
 
 from ..tuner.config import SEPConfig
@@ -223,7 +224,9 @@ def push_files(
     processor: Any = None,
     **commit_options,
 ) -> str:
-    """Upload what `save_files` writes, in one commit; the repository and the branch are made where they are missing.
+    """Upload what `save_files` writes, in one commit, in the place of what an earlier upload left there.
+
+    The repository and the branch are made where they are missing.
 
     Returns:
         address of the commit.
@@ -255,9 +258,22 @@ def push_files(
         if processor is not None:
             write_processor(processor, folder)
         name_base_model(folder, base_model)
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, revision=revision, **commit_options
-        )
+        theirs = commit_options.pop("delete_patterns", None) or []
+        deleted = [theirs] if isinstance(theirs, str) else [*theirs]
+        deleted += replaced_on_hub(api, repo_id, subfolder, revision)
+        place = {"path_in_repo": subfolder, "revision": revision, "delete_patterns": deleted}
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **place, **commit_options)
+
+
+def replaced_on_hub(api: HfApi, repo_id: str, subfolder: str | None = None, revision: str | None = None) -> list[str]:
+    """Files on the Hub that an upload of an adapter takes the place of: those that it does not have are removed.
+
+    What is left of an earlier adapter would be loaded with the one that is there. A base model in the same place keeps
+    its processor.
+    """
+    model = "/".join(filter(None, (subfolder, MODEL_CONFIG_NAME)))
+    own = api.file_exists(repo_id, model, revision=revision)
+    return [*SAVED_FILES, *(() if own else PROCESSOR_FILES)]
 
 
 def base_model_name(model: PeftModel) -> str | None:
@@ -527,6 +543,19 @@ def load_base(
         if not has_processor(path, subfolder, hub_options):
             return model, transformers.AutoProcessor.from_pretrained(name, **options)
     return model, load_processor(path, subfolder, hub_options)
+
+
+def load_base_image_processor(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Any:
+    """The image processor of the base model that an adapter names, whatever lies beside the adapter.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    config = SEPConfig.of_adapter(path, subfolder, **hub_options)
+    name = cast(str, config.base_model_name_or_path)
+    options = {key: hub_options[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_options}
+    with naming_base_model(name):
+        return transformers.AutoImageProcessor.from_pretrained(name, revision=config.revision or "main", **options)
 
 
 def has_processor(path: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> bool:

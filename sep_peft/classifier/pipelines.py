@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.image_classification import ImageClassificationPipeline
@@ -19,9 +22,16 @@ from ..tuner.modes import evaluating
 from .answers import Answers
 from .classes import check_class_names
 from .classifier import SEPClassifier
-from .files import MissingClassesError, load_base, load_classes
+from .files import MissingClassesError, has_processor, load_base, load_base_image_processor, load_classes
 from .images import read_image
 from .prediction import Task, check_answers, image_logits
+from .processors import processor_part
+
+
+logger = logging.getLogger(__name__)
+
+#: What an image processor says of its own class, which does not change an image.
+CLASS_NAMES = ("image_processor_type", "processor_class", "feature_extractor_type")
 
 
 class ImageClassifier(nn.Module):
@@ -45,6 +55,7 @@ class ImageClassifier(nn.Module):
         self._config = PreTrainedConfig()
         self._own = self._asked = classifier.classes
         self._question: tuple[list[str], str | None] | None = None
+        self.processors: Processors | None = None  # where the adapter was loaded by its name and has one beside it
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -85,7 +96,51 @@ class ImageClassifier(nn.Module):
             return ImageClassifierOutput(logits=image_logits(classifier.vision_tower, inputs, weights))
 
 
-class SEPImageClassification(ImageClassificationPipeline):
+@dataclass(frozen=True)
+class Processors:
+    """Who makes of an image what a model takes, where an adapter has an image processor beside it.
+
+    Args:
+        beside: the adapter's image processor.
+        of_base: what that of the base model says of itself, which `pipeline` takes unless it is told otherwise.
+    """
+
+    beside: ImageProcessingMixin
+    of_base: dict[str, Any]
+
+    def chosen(self, handed: Any) -> Any:
+        """The image processor to take: the adapter's in the place of the base model's, or what the user handed in.
+
+        Args:
+            handed: what `pipeline` loaded or was given.
+        """
+        if not isinstance(handed, ImageProcessingMixin):
+            return handed
+        of_handed = _said_of(handed)
+        if of_handed == _said_of(self.beside) or of_handed != self.of_base:
+            return handed
+        logger.warning(
+            "The adapter's own image processor is used, which differs from that of its base model. Pass "
+            "image_processor=... to use another one than both."
+        )
+        return self.beside
+
+
+def _said_of(processor: ImageProcessingMixin) -> dict[str, Any]:
+    """What an image processor does to an image, without the names of classes that do it."""
+    return {name: value for name, value in processor.to_dict().items() if name not in CLASS_NAMES}
+
+
+class OwnImageProcessor(Pipeline):
+    """A pipeline of an adapter, which reads images as its classifier does."""
+
+    def __init__(self, *, model: Any, image_processor: Any = None, **options: Any):
+        if isinstance(model, ImageClassifier) and model.processors is not None:
+            image_processor = model.processors.chosen(image_processor)
+        super().__init__(model=cast(Any, model), image_processor=image_processor, **options)
+
+
+class SEPImageClassification(OwnImageProcessor, ImageClassificationPipeline):
     """`pipeline("image-classification", model=adapter)`: the scores of `SEPClassifier.predict`, read by its reader."""
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -96,7 +151,7 @@ class SEPImageClassification(ImageClassificationPipeline):
         return super().preprocess(read_image(image), timeout)
 
 
-class SEPZeroShot(ZeroShotImageClassificationPipeline):
+class SEPZeroShot(OwnImageProcessor, ZeroShotImageClassificationPipeline):
     """`pipeline("zero-shot-image-classification", model=adapter)`: the scores of a classifier with other classes.
 
     They are set by `SEPClassifier.set_classes`, so labels that were trained have their prototypes and calibration, and
@@ -174,7 +229,7 @@ def load_for_pipeline(path: str, task: str, **options: Any) -> ImageClassifier |
     if file is None or read_json(file).get("peft_type") != "SEP":
         raise ValueError(f"{path} holds no adapter of SEP.")
     try:
-        return ImageClassifier(_load(path, hub_options, options))
+        return _load(path, hub_options, options)
     except MissingClassesError as error:
         if task == "zero-shot-image-classification":
             raise
@@ -183,7 +238,7 @@ def load_for_pipeline(path: str, task: str, **options: Any) -> ImageClassifier |
         return Refused(error)
 
 
-def _load(path: str, hub_options: dict[str, Any], options: dict[str, Any]) -> SEPClassifier:
+def _load(path: str, hub_options: dict[str, Any], options: dict[str, Any]) -> ImageClassifier:
     load_classes(path, None, hub_options)  # before the base model is loaded
     if options.get("device_map") is not None:
         raise ValueError("A pipeline of a SEP adapter takes device, but no device_map.")
@@ -191,7 +246,12 @@ def _load(path: str, hub_options: dict[str, Any], options: dict[str, Any]) -> SE
     dtype = options.get("dtype")
     if isinstance(dtype, torch.dtype):
         model = model.to(dtype)
-    return SEPClassifier.from_pretrained(path, model=model, processor=processor, **hub_options).eval()
+    classifier = SEPClassifier.from_pretrained(path, model=model, processor=processor, **hub_options).eval()
+    found = ImageClassifier(classifier)
+    if has_processor(path, None, hub_options):
+        beside = processor_part(processor, "image_processor", ImageProcessingMixin, "to read images")
+        found.processors = Processors(beside, _said_of(load_base_image_processor(path, None, hub_options)))
+    return found
 
 
 def pipeline_class(model: Any, task: str) -> type[Pipeline]:

@@ -28,7 +28,15 @@ from ..tuner.files import WeightsOrigin, check_folder, check_numbers, read_tenso
 from ..tuner.json_files import read_json
 from ..tuner.messages import one_line, shown
 from .card import card_for_hub, is_hub_name, read_card
-from .files import CLASSES_FILE, SAVED_FILES, load_classes, name_base_model, naming_base_model, remote_card
+from .files import (
+    CLASSES_FILE,
+    SAVED_FILES,
+    load_classes,
+    name_base_model,
+    naming_base_model,
+    remote_card,
+    replaced_on_hub,
+)
 from .processor_files import PROCESSOR_FILES, write_processor
 
 
@@ -97,7 +105,7 @@ def push_folder(
             f"{shown(repo_id)} is no name that the Hub takes ({one_line(str(error)).rstrip('.')}). Pass one such as "
             "user/my-task."
         ) from error
-    base_model = _check_adapter(folder, base_model)
+    base_model, base_revision = _check_adapter(folder, base_model)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         own = (folder / PROCESSOR_NAME).is_file()
@@ -106,7 +114,8 @@ def push_folder(
             shutil.copy(folder / name, temporary)
         if save_processor and not own:
             with naming_base_model(base_model):
-                found = AutoProcessor.from_pretrained(base_model, token=token, trust_remote_code=False)
+                options = {"revision": base_revision, "token": token, "trust_remote_code": False}
+                found = AutoProcessor.from_pretrained(base_model, **options)
             write_processor(found, temporary)
             names += [name for name in PROCESSOR_FILES if Path(temporary, name).is_file()]
         name_base_model(temporary, base_model)
@@ -122,13 +131,13 @@ def push_folder(
                 repo_id=repo_id,
                 folder_path=temporary,
                 commit_message="Upload SEP adapter",
-                delete_patterns=[*SAVED_FILES, *(PROCESSOR_FILES if PROCESSOR_NAME in names else ())],
+                delete_patterns=replaced_on_hub(api, repo_id),
             )
     return Pushed(repo_id, f"{api.endpoint}/{repo_id}", str(commit), names)
 
 
-def _check_adapter(folder: Path, base_model: str | None) -> str:
-    """Make sure that a folder holds an adapter that loads, and a card; returns the name of its base model."""
+def _check_adapter(folder: Path, base_model: str | None) -> tuple[str, str]:
+    """Make sure that a folder holds an adapter that loads, and a card; returns its base model's name and revision."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Pass the one that an adapter was saved in.")
     if not (folder / CONFIG_NAME).is_file():
@@ -152,7 +161,7 @@ def _check_adapter(folder: Path, base_model: str | None) -> str:
             f"The adapter names {shown(name)} as its base model, which is no name on the Hub, so others could not load "
             "it. Pass its name there: --base-model user/name."
         )
-    return cast(str, name)
+    return cast(str, name), cast(str, config.revision or "main")
 
 
 def _check_texts(staged: Path, folder: Path) -> None:
