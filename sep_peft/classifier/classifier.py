@@ -89,7 +89,7 @@ class SEPClassifier(EmbeddingMixin, TrainerMixin):
         recipe: how it is trained and what it does with classes that were not trained; `Recipe.published()` is the
             paper's. None: `Recipe()`, with the margin of new classes that `class_inputs` were saved with.
         text_weight: weight of the text consistency in the loss; None: the recipe's, 4.
-        vision_weight: weight of the image consistency; None: the recipe's, 3.
+        vision_weight: weight of the image consistency; None: the recipe's, 0.
         prototype_weight: weight of the prototype terms; None: the recipe's, 0.5. 0 makes no prototypes.
         chunk_size: class texts encoded at a time; see `ClassEncoder`.
         kept_tokens: tokens of class texts whose activations a training step keeps; see `ClassEncoder`.

@@ -72,7 +72,7 @@ def sep_loss(
         prototypes: W, (C, E), one trained vector a class; None leaves the prototype terms out.
         classification_weight: w_c. Default 1, as published.
         text_weight: w_t. Default 4; ``**Recipe.published().loss_weights`` gives the paper's 8, 6 and 0.5.
-        vision_weight: w_v. Default 3.
+        vision_weight: w_v. Default 0.
         prototype_weight: w_p. Default 0.5.
 
     Returns:

@@ -64,7 +64,7 @@ class Recipe(BaseRecipe):
             ``e mod views``, so with as many views as epochs training is what it is without a cache. Default 8.
         classification_weight: of the cross entropy among the class texts; 0: class texts teach the images nothing.
             Default 1, as published.
-        text_weight, vision_weight: of the consistency losses. Defaults 4 and 3.
+        text_weight, vision_weight: of the consistency losses. Defaults 4 and 0.
         prototype_weight: of the prototype terms of the loss; 0: there are no prototypes. Default 0.5.
         agreement_weight: of the divergence between the scores of the texts and those of zero-shot, in the loss.
         text_distance_weight, vision_distance_weight: of the absolute differences from the frozen embeddings; with 25
@@ -105,7 +105,7 @@ class Recipe(BaseRecipe):
     views: int = 8
     classification_weight: float = 1.0
     text_weight: float = 4.0
-    vision_weight: float = 3.0
+    vision_weight: float = 0.0
     prototype_weight: float = 0.5
     agreement_weight: float = 0.0
     text_distance_weight: float = 0.0

@@ -28,7 +28,7 @@ PUBLISHED = {
     "frozen_weight": 0.5,
 }
 #: One small fusion for all layers of a tower, whatever the defaults of `SEPConfig` are.
-COMPACT = {"fusion_rank": 4, "fusion_hidden_size": 16, "share_fusion": True}
+COMPACT = {"num_vision_prompts": 4, "fusion_rank": 4, "fusion_hidden_size": 16, "share_fusion": True}
 #: Options that say something about fusions only.
 FUSION_OPTIONS = ("fusion_tokens", "fusion_rank", "fusion_hidden_size", "share_fusion", "batch_coupled")
 #: Value of `fusion` -> options that say nothing beside it.
@@ -51,7 +51,7 @@ class SEPConfig(PeftConfig):
 
     Args:
         num_text_prompts (`int`): prompts of the text tower, 0 leaves it as it is. Default 6.
-        num_vision_prompts (`int`): prompts of the image tower, 0 leaves it as it is. Default 4.
+        num_vision_prompts (`int`): prompts of the image tower, 0 leaves it as it is. Default 16; 4 as published.
         text_layers (`list[int]`, *optional*): encoder layers of the text tower before which the prompts are made anew,
             counted from 0. None: every layer after `start_layer`.
         vision_layers (`list[int]`, *optional*): the same for the image tower.
@@ -90,7 +90,7 @@ class SEPConfig(PeftConfig):
     """
 
     num_text_prompts: int = field(default=6, metadata={"help": "Prompts of the text tower, 0 leaves it alone."})
-    num_vision_prompts: int = field(default=4, metadata={"help": "Prompts of the image tower, 0 leaves it alone."})
+    num_vision_prompts: int = field(default=16, metadata={"help": "Prompts of the image tower, 0 leaves it alone."})
     text_layers: list[int] | None = field(
         default=None, metadata={"help": "Text layers before which prompts are fused; None: all after start_layer."}
     )
@@ -203,7 +203,7 @@ class SEPConfig(PeftConfig):
         Args:
             overrides: options that differ.
         """
-        return cls._setting({"num_text_prompts": 0}, overrides)
+        return cls._setting({"num_text_prompts": 0, "num_vision_prompts": 4}, overrides)
 
     @classmethod
     def _setting(cls, options: dict, overrides: dict) -> SEPConfig:
