@@ -124,7 +124,7 @@ def test_loaded_to_train_on(second, saved):
 def test_options_reach_the_loaded_classifier(saved):
     options = {"text_weight": 1.0, "prototype_weight": 2.0, "chunk_size": 3}
     loaded = SEPClassifier.from_pretrained(saved, model=make_clip(), options=options)
-    weights = {"classification_weight": 1.0, "text_weight": 1.0, "vision_weight": 3.0, "prototype_weight": 2.0}
+    weights = {"classification_weight": 1.0, "text_weight": 1.0, "vision_weight": 0.0, "prototype_weight": 2.0}
     assert loaded.loss_weights == weights
     assert loaded.encoder.chunk_size == 3
     assert loaded.prototypes is not None

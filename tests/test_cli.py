@@ -486,7 +486,7 @@ def test_info(run, adapter):
         "base_model": base(),
         "model_type": "clip",
         "text_prompts": 6,
-        "vision_prompts": 4,
+        "vision_prompts": 16,
         "fusion": "attention",
         "frozen_weight": 0.5,
         "batch_coupled": False,

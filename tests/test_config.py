@@ -425,7 +425,7 @@ def test_published_options():
 
 def test_published_options_can_be_replaced():
     assert SEPConfig.published(fusion_rank=2).fusion_rank == 2
-    assert SEPConfig.published(fusion="none") == SEPConfig(fusion="none")
+    assert SEPConfig.published(fusion="none") == SEPConfig(fusion="none", num_vision_prompts=4)
     with pytest.raises(ValueError, match=r"^share_fusion must be left at False"):
         SEPConfig.published(fusion="none", share_fusion=True)
 
@@ -435,7 +435,7 @@ def test_compact_options():
     assert (config.fusion_rank, config.fusion_hidden_size, config.share_fusion) == (4, 16, True)
     assert (config.num_text_prompts, config.num_vision_prompts, config.start_layer) == (6, 4, 2)
     assert SEPConfig.compact(fusion_rank=2).fusion_rank == 2
-    assert SEPConfig.compact(fusion="none") == SEPConfig(fusion="none")
+    assert SEPConfig.compact(fusion="none") == SEPConfig(fusion="none", num_vision_prompts=4)
 
 
 def test_a_file_without_fusions_may_come_from_other_defaults(tmp_path):

@@ -134,7 +134,7 @@ def test_what_cannot_be_embedded(classifier):
 )
 def test_room_for_texts(config, room):
     """Texts of so many tokens go through the tower, and longer ones do not."""
-    model = get_peft_model(make_clip(), SEPConfig(**config))
+    model = get_peft_model(make_clip(), SEPConfig(**({"num_vision_prompts": 4} | config)))
     assert max_text_length(model) == room
     model.get_text_features(**make_texts([room]))
     with pytest.raises(ValueError, match=r"does not fit|must be less"):

@@ -129,7 +129,7 @@ def test_what_fails_after_the_weights_were_checked_is_taken_back(saved, further,
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("config", [None, SEPConfig()])
+@pytest.mark.parametrize("config", [None, SEPConfig(num_vision_prompts=2)])
 def test_no_weights_to_train_on(saved, config):
     """Also where the file's adapter was not frozen, so that its configuration alone could stand for a new one."""
     (saved / SAFETENSORS_WEIGHTS_NAME).unlink()

@@ -27,7 +27,7 @@ def make_lora(adapter: str = "style", seed: int = 1) -> PeftModel:
 
 def add_sep(lora: PeftModel, adapter: str = "default") -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(lora.get_base_model(), SEPConfig(), adapter).eval()
+    model = get_peft_model(lora.get_base_model(), SEPConfig(num_vision_prompts=4), adapter).eval()
     perturb(model, adapter)
     return model
 
@@ -73,7 +73,7 @@ def test_a_configuration_that_does_not_fit_leaves_everything_as_it_was():
     lora = make_lora()
     expected, keys = outputs(lora), lora.state_dict().keys()
     with pytest.raises(ValueError, match="start_layer"):
-        get_peft_model(lora.get_base_model(), SEPConfig(start_layer=99))
+        get_peft_model(lora.get_base_model(), SEPConfig(start_layer=99, num_vision_prompts=4))
     assert torch.equal(outputs(lora), expected)
     assert lora.state_dict().keys() == keys
     assert lora.get_base_model().peft_config is lora.peft_config
@@ -97,7 +97,7 @@ def test_what_one_method_trains_or_uses_does_not_touch_the_other():
     model = add_sep(lora)
     grads = {n: p.requires_grad for n, p in model.named_parameters() if "lora_" in n}
     model.base_model.set_requires_grad("default", False)
-    model.add_adapter("second", SEPConfig(num_text_prompts=2))
+    model.add_adapter("second", SEPConfig(num_text_prompts=2, num_vision_prompts=4))
     model.set_adapter("second")
     model.delete_adapter("default")
     assert {n: p.requires_grad for n, p in model.named_parameters() if "lora_" in n} == grads
@@ -181,7 +181,7 @@ def test_sep_taken_out_leaves_the_model_with_lora():
 def test_transformers_own_adapters(own_adapters):
     clip = make_clip()
     clip.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
-    clip.add_adapter(SEPConfig(), "task")
+    clip.add_adapter(SEPConfig(num_vision_prompts=4), "task")
     assert set(clip.peft_config) == {"style", "task"}
     clip.set_adapter("task")
     assert any(".sep_" in n and p.requires_grad for n, p in clip.named_parameters())
@@ -194,5 +194,5 @@ def test_a_peft_model_itself_is_refused():
         "The model is a PeftModel. To add SEP above the adapters it has, wrap the model inside: "
         "get_peft_model(model.get_base_model(), SEPConfig())."
     ):
-        get_peft_model(lora, SEPConfig())
+        get_peft_model(lora, SEPConfig(num_vision_prompts=4))
     assert lora.state_dict().keys() == keys

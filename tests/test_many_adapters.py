@@ -26,7 +26,7 @@ from sep_peft.tuner.tower import SEPTower
 
 @pytest.fixture
 def model() -> PeftModel:
-    model = get_peft_model(make_clip(), SEPConfig(), adapter_name="one")
+    model = get_peft_model(make_clip(), SEPConfig(num_vision_prompts=4), adapter_name="one")
     model.add_adapter("two", SEPConfig.compact())
     model.add_adapter("three", SEPConfig.published(num_text_prompts=0))
     return model
@@ -82,12 +82,12 @@ def test_one_adapter_trains_whatever_trained_before(model, name):
 
 def test_a_further_adapter_leaves_everything_as_it_is():
     clip = make_clip()
-    model = get_peft_model(clip, SEPConfig(), adapter_name="one")
+    model = get_peft_model(clip, SEPConfig(num_vision_prompts=4), adapter_name="one")
     assert all(parameter.requires_grad == (".sep_" in key) for key, parameter in model.named_parameters())
     clip.logit_scale.requires_grad_(True)
     model.set_requires_grad("one", False)
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-    model.add_adapter("two", SEPConfig(modules_to_save=["text_projection"]))
+    model.add_adapter("two", SEPConfig(num_vision_prompts=4, modules_to_save=["text_projection"]))
     after = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     moved = {key: key.replace("text_projection.", "text_projection.original_module.") for key in before}
     assert {key: after.pop(moved[key]) for key in before} == before

@@ -124,7 +124,7 @@ def test_a_tower_in_one_piece_is_refused():
         "accelerate offloads text_model.encoder.layers.2 in one piece, but SEP wraps modules inside of it, whose "
         "weights would not be found. Leave CLIPEncoderLayer out of preload_module_classes."
     ):
-        get_peft_model(clip, SEPConfig())
+        get_peft_model(clip, SEPConfig(num_vision_prompts=4))
     assert snapshot(clip) == before
 
 
@@ -138,7 +138,7 @@ def test_copies_of_offloaded_modules_are_refused(offloaded):
         "modules_to_save must name modules whose weights are in memory, but accelerate offloads text_projection, so "
         "that a copy of it would never be trained nor loaded. Load the model without offloading."
     ):
-        get_peft_model(offloaded, SEPConfig(modules_to_save=["text_projection"]))
+        get_peft_model(offloaded, SEPConfig(num_vision_prompts=4, modules_to_save=["text_projection"]))
 
 
 # no weights at all
@@ -152,10 +152,10 @@ def empty_clip(way: str) -> CLIPModel:
 
 @pytest.mark.parametrize("way", ["init_empty_weights", "torch.device"])
 def test_sizes_are_planned_without_memory(way, capsys):
-    model = get_peft_model(empty_clip(way), SEPConfig())
+    model = get_peft_model(empty_clip(way), SEPConfig(num_vision_prompts=4))
     assert all(parameter.is_meta for parameter in model.parameters())
     model.print_trainable_parameters()
-    get_peft_model(make_clip(), SEPConfig()).print_trainable_parameters()
+    get_peft_model(make_clip(), SEPConfig(num_vision_prompts=4)).print_trainable_parameters()
     on_meta, in_memory = capsys.readouterr().out.splitlines()
     assert on_meta == in_memory and on_meta.startswith("trainable params: ")
 
@@ -164,9 +164,9 @@ def test_an_adapter_lies_where_its_tower_does():
     """Whatever default device is set, and also where one tower has weights and the other has none."""
     clip = make_clip()
     with torch.device("meta"):
-        model = get_peft_model(clip, SEPConfig())
+        model = get_peft_model(clip, SEPConfig(num_vision_prompts=4))
     assert not any(parameter.is_meta for parameter in model.parameters())
     clip = make_clip()
     clip.text_model.to("meta")
-    towers = get_peft_model(clip, SEPConfig()).base_model.towers
+    towers = get_peft_model(clip, SEPConfig(num_vision_prompts=4)).base_model.towers
     assert {m: tower.sep_prompts["default"].is_meta for m, tower in towers.items()} == {"text": True, "vision": False}

@@ -304,7 +304,7 @@ def test_leading_tokens_where_images_may_have_any_size():
         duo = Duo().eval()
         duo.eye.config.image_size = [24, 24]  # one number would be the size of all images
         vision = replace(ROW.vision, pooling="mean_tokens", leading_tokens=leading_tokens)
-        return get_peft_model(duo, SEPConfig(architecture=replace(ROW, vision=vision)))
+        return get_peft_model(duo, SEPConfig(architecture=replace(ROW, vision=vision), num_vision_prompts=2))
 
     message = "The spec of the vision tower has leading_tokens=1000000, but no tower has 1000000 tokens."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

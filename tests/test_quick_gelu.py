@@ -81,18 +81,18 @@ def test_all_activations_of_prompted_towers_are_wrapped_and_given_back():
     clip = make_clip()
     count = activations(clip, QuickGELUActivation)
     assert count == 3 + 4
-    model = get_peft_model(clip, SEPConfig())
+    model = get_peft_model(clip, SEPConfig(num_vision_prompts=4))
     model.add_adapter("second", SEPConfig.compact())
     assert activations(clip, SEPActivation) == activations(clip, QuickGELUActivation) == count
     model.unload()
     assert activations(clip, SEPActivation) == 0 and activations(clip, QuickGELUActivation) == count
-    vision = get_peft_model(make_clip(), SEPConfig(num_text_prompts=0))
+    vision = get_peft_model(make_clip(), SEPConfig(num_text_prompts=0, num_vision_prompts=4))
     assert activations(vision, SEPActivation) == 4
 
 
 def test_gradients_of_a_model_are_those_with_its_own_activations(monkeypatch):
     torch.manual_seed(0)
-    model = get_peft_model(make_clip(), SEPConfig()).double()
+    model = get_peft_model(make_clip(), SEPConfig(num_vision_prompts=4)).double()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
 
     def gradients():

@@ -45,7 +45,7 @@ class Images(torch.utils.data.Dataset):
 
 def make_classifier(start_layer: int = 2, **config) -> SEPClassifier:
     torch.manual_seed(0)
-    model = get_peft_model(make_clip(), SEPConfig(start_layer=start_layer, **config))
+    model = get_peft_model(make_clip(), SEPConfig(start_layer=start_layer, **({"num_vision_prompts": 4} | config)))
     perturb(model)
     return SEPClassifier(model, CLASSES, TEMPLATES, prototype_weight=0.0)
 
@@ -136,7 +136,7 @@ def model_and_images(family: str) -> tuple[PeftModel, dict[str, torch.Tensor]]:
     model = case.build()
     torch.manual_seed(0)
     options = {"num_text_prompts": 0, "num_vision_prompts": 2, "start_layer": 1} | case.options
-    model = get_peft_model(model, SEPConfig(**options))
+    model = get_peft_model(model, SEPConfig(**({"num_vision_prompts": 4} | options)))
     perturb(model)
     return model, case.image(2)
 
@@ -388,7 +388,7 @@ def test_dropout_is_not_kept():
 
 def test_lora_switched_off_below_is_another_model(tmp_path):
     lora = get_peft_model(make_clip(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "style")
-    model = get_peft_model(lora.get_base_model(), SEPConfig(start_layer=2))
+    model = get_peft_model(lora.get_base_model(), SEPConfig(start_layer=2, num_vision_prompts=4))
     lora.base_model.set_requires_grad("style", False)
     on = TrunkCache(model, Images(), tmp_path)[0]["trunk"]
     for module in model.modules():
@@ -425,7 +425,7 @@ def test_nothing_to_cache():
 
 def test_a_trunk_that_is_trained_itself():
     clip = get_peft_model(make_clip(), LoraConfig(r=2, target_modules=["q_proj"]), "style").get_base_model()
-    model = get_peft_model(clip, SEPConfig(start_layer=2))
+    model = get_peft_model(clip, SEPConfig(start_layer=2, num_vision_prompts=4))
     with pytest.raises(ValueError, match=r"^The vision tower below SEP is trained as well .* train without a cache\.$"):
         TrunkCache(model, Images())
     for name, parameter in model.named_parameters():
