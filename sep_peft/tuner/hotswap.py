@@ -30,7 +30,8 @@ def hotswap_adapter(
     """Put the weights of a saved adapter in the place of a loaded one's. All of them are swapped, or none.
 
     The parameters stay the same tensors, so graphs of torch.compile stay valid, and cached class texts are encoded
-    anew. Threads must not predict with this adapter meanwhile.
+    anew. Threads must not predict with this adapter meanwhile. A `SEPClassifier` on the model keeps its own prototypes,
+    head and calibration, which belong to the adapter that was there: give it tasks by `load_task`.
 
     Args:
         model: with the adapter; a `PeftModel`, a transformers model to which it was added, or either compiled.
