@@ -23,7 +23,7 @@ from sep_peft.training.run_log import RUN_FOLDER
 
 
 NAMES = ("cup", "lamp")
-MISSING = "there is no calibration, which comes after the last epoch\n"
+MISSING = "there is no {}, which comes after the last epoch\n"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,15 +87,24 @@ def interrupt_after(steps: int, number: int, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "expected"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+    ("number", "name", "expected", "option", "missing"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130, "--report", ("calibration", "report")),
+        (signal.SIGTERM, "SIGTERM", 143, "--no-report", ("calibration",)),
+    ],
 )
-def test_a_signal_saves_what_there_is_and_resume_goes_on(number, name, expected, run, unbroken, tmp_path, monkeypatch):
+def test_a_signal_saves_what_there_is_and_resume_goes_on(
+    number, name, expected, option, missing, run, unbroken, tmp_path, monkeypatch
+):
     output = tmp_path / "adapter"
     with monkeypatch.context() as patch:
         interrupt_after(6, number, patch)  # in the third epoch of two steps
-        code, printed, err = run(output, "--quiet")
-    assert code == expected and printed.endswith(f"stopped by {name} after 2 of 3 epochs; --resume goes on\n"), err
-    assert printed.startswith(f"saved {output} (") and MISSING in printed
+        code, printed, err = run(output, "--quiet", option)
+    told = "".join(MISSING.format(part) for part in missing)
+    assert code == expected and printed.endswith(
+        f"\n{told}stopped by {name} after 2 of 3 epochs; --resume goes on\n"
+    ), err
+    assert printed.startswith(f"saved {output} (")
     assert SEPClassifier.from_pretrained(output).class_names == list(NAMES)
     assert f"stopped by {name} after 2 of 3 epochs" in ModelCard.load(output / "README.md").text
     before = contents(output)

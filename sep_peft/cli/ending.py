@@ -19,6 +19,7 @@ def interrupted(
     save: Callable[..., Saved],
     details: CardDetails,
     tell: Callable[[Saved, CardDetails, History], Result],
+    report: bool,
 ) -> Result:
     """Save what there is; nothing is measured, because whoever interrupts waits for the end.
 
@@ -27,13 +28,14 @@ def interrupted(
         save: takes the details of the card.
         details: for the model card, without the interruption.
         tell: what the command says of an adapter that was saved.
+        report: whether a report would have been written.
     """
     history = interruption.history
     code = 143 if history.stopped == "SIGTERM" else 130
     if not history.rows:
         data = {"adapter": None, "history": history.to_json()}
         return Result(data, [f"{interruption.ended}, so there is nothing to save"], code)
-    ended, missing = interruption.ended, list(interruption.missing)
+    ended, missing = interruption.ended, [*interruption.missing, *(["report"] if report else [])]
     result = tell(save(details=replace(details, protocol=f"{details.protocol}; {ended}")), details, history)
     after = [f"there is no {name}, which comes after the last epoch" for name in missing]
     lines = [*result.lines, *after, f"{ended}; --resume goes on"]

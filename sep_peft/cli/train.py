@@ -136,6 +136,7 @@ def train(
             save,
             details,
             lambda saved, details, history: _trained(saved, images, details, broken, history, None),
+            report,
         )
     measure = partial(_evaluate_parts, classifier, images, recipe.batch_size, session)
     adapted = measure("SEP")

@@ -127,7 +127,7 @@ def train_pairs(
             quiet=session.quiet,
         )
     except TrainingInterrupted as interruption:
-        return interrupted(interruption, save, details, lambda saved, _, history: told(saved, [], history))
+        return interrupted(interruption, save, details, lambda saved, _, history: told(saved, [], history), report)
     options = {"batch_size": recipe.batch_size, "long_captions": long_captions}
     measured = {
         part: evaluate_pairs(model, found, processor, **options, progress=session.progress(part))
